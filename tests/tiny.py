@@ -1,0 +1,153 @@
+"""Tiny, real things for the tests: a complete SanaPipeline folder of about half a megabyte, and small picture sets.
+
+Used by conftest.py; by hand: `python tests/tiny.py OUTPUT_FOLDER` writes a tiny pipeline there.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+WORDS = "a an the red green blue yellow square circle stripe on white with of photo drawing dog cat small large".split()
+
+
+def make_tokenizer(words=WORDS):
+    """A byte-level BPE GemmaTokenizerFast, built offline. pad 0, eos 1, bos 2, unk 3, as in Gemma's own vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import GemmaTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<pad>", "<eos>", "<bos>", "<unk>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(words)] + list(words), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 2)]
+    )
+    return GemmaTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
+    )
+
+
+def make_tiny_pipeline(folder, seed=0, sample_size=16, qk_norm=None, layers=2, latent_channels=4, heads=4):
+    """Write a complete SanaPipeline (random weights from `seed`) to `folder` and return the folder as a Path.
+
+    DC-AE of factor 8 with `latent_channels`, Gemma2 of width 32, Sana transformer of `layers` x `heads` heads of 8: at
+    64 px the latents are (4, 8, 8). The scheduler is the real checkpoint's DPMSolver with flow_shift 3.0.
+    """
+    import torch
+    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+    from transformers import Gemma2Config, Gemma2Model
+
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    channels = (8, 8, 16, 16)
+    vae = AutoencoderDC(
+        in_channels=3,
+        latent_channels=latent_channels,
+        attention_head_dim=8,
+        encoder_block_types=("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=channels,
+        decoder_block_out_channels=channels,
+        encoder_qkv_multiscales=((), (), (), (5,)),
+        decoder_qkv_multiscales=((), (), (), (5,)),
+        encoder_layers_per_block=(1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.41407,
+    )
+    text_encoder = Gemma2Model(
+        Gemma2Config(
+            vocab_size=600,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=16,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=2,
+        )
+    )
+    transformer = SanaTransformer2DModel(
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        num_layers=layers,
+        num_attention_heads=heads,
+        attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=heads * 4,
+        cross_attention_dim=heads * 8,
+        caption_channels=32,
+        sample_size=sample_size,
+        qk_norm=qk_norm,
+    )
+    scheduler = DPMSolverMultistepScheduler(
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=3.0,
+        final_sigmas_type="zero",
+    )
+    SanaPipeline(
+        tokenizer=make_tokenizer(), text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
+    ).save_pretrained(folder)
+    torch.set_rng_state(generator_state)
+    return Path(folder)
+
+
+def make_pictures(count=6, size=80, seed=0):
+    """`count` distinct (PIL RGB picture, caption) pairs: a coloured square on a light ground, wider than high."""
+    generator = np.random.default_rng(seed)
+    pairs = []
+    for index in range(count):
+        pixels = generator.integers(200, 256, (size, size + 8 * (index % 3), 3), dtype=np.uint8)
+        colour = generator.integers(0, 160, 3)
+        pixels[16 : 40 + index, 16:48] = colour
+        name = ("red", "green", "blue")[int(colour.argmax())]
+        pairs.append((Image.fromarray(pixels), f"a {name} square {index} on white"))
+    return pairs
+
+
+def write_picture_folder(folder, count=6, captions=True, size=80):
+    """Pictures as PNG with a .txt caption of the same name beside each."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, (image, caption) in enumerate(make_pictures(count, size)):
+        image.save(folder / f"picture_{index:02d}.png")
+        if captions:
+            (folder / f"picture_{index:02d}.txt").write_text(caption, encoding="utf-8")
+    return folder
+
+
+def write_parquet_dataset(folder, count=6, extras=True, size=80):
+    """The pokemon-blip-captions layout: dataset_infos.json, README.MD, data/train-001.parquet with image and text."""
+    from datasets import Dataset, Features, Image as ImageFeature, Value
+
+    folder = Path(folder)
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    pairs = make_pictures(count, size)
+    features = Features({"image": ImageFeature(), "text": Value("string")})
+    dataset = Dataset.from_dict({"image": [p for p, _ in pairs], "text": [c for _, c in pairs]}, features=features)
+    dataset.to_parquet(str(folder / "data" / "train-001.parquet"))
+    if extras:
+        (folder / "dataset_infos.json").write_text(json.dumps({}), encoding="utf-8")
+        (folder / "README.MD").write_text("# pictures\n", encoding="utf-8")
+    return folder
+
+
+if __name__ == "__main__":
+    print(make_tiny_pipeline(sys.argv[1]))
