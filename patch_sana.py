@@ -1,0 +1,788 @@
+"""LoRA save and load hooks for SANA training under DeepSpeed, and the tool that puts them into diffusers' own trainer.
+
+This file stands alone: it imports no other file of the kit, so it also works beside diffusers' own script.
+
+In a trainer (ours, or diffusers' after the edits below):
+    from patch_sana import create_load_model_hook, create_save_model_hook
+    accelerator.register_save_state_pre_hook(create_save_model_hook(accelerator, unwrap_model, transformer))
+    accelerator.register_load_state_pre_hook(create_load_model_hook(accelerator, unwrap_model, transformer, args))
+
+On diffusers' trainer (from commit cd0a4a82 of March 2025 to the one of August 2026):
+    python patch_sana.py PATH/train_dreambooth_lora_sana.py --dry-run    # show the difference, write nothing
+    python patch_sana.py PATH/train_dreambooth_lora_sana.py              # patch it, keep the original as *.orig
+    python patch_sana.py PATH/train_dreambooth_lora_sana.py --revert     # restore the original, byte for byte
+
+The adapter file, pytorch_lora_weights.safetensors, has the layout of diffusers: keys
+`transformer.<module>.lora_A.weight` and `lora_B.weight`, and under the metadata key `lora_adapter_metadata` the peft
+configuration (rank, alpha, target modules). A second metadata key, `sana_base_model`, describes the base model, so
+that a load on another one is an error.
+"""
+
+import argparse
+import ast
+import contextlib
+import difflib
+import glob
+import hashlib
+import json
+import logging
+import os
+import re
+import stat
+import struct
+import sys
+from typing import NamedTuple
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+KEY_PREFIX = "transformer."
+LORA_METADATA_KEY = "lora_adapter_metadata"  # diffusers.loaders.lora_base.LORA_ADAPTER_METADATA_KEY since 0.34
+BASE_METADATA_KEY = "sana_base_model"
+ENGINE_FOLDER = "pytorch_model"  # the tag under which accelerate lets the DeepSpeed engine save and load
+
+# Settings that decide what the tensors mean; a file and a model that differ in one of them do not fit.
+SCALE_SETTINGS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The adapter in a model
+# ---------------------------------------------------------------------------------------------------------------------
+def _adapter_name(model):
+    """The adapter that is trained: `default` (what `transformer.add_adapter` makes), or the only one there is."""
+    names = list(getattr(model, "peft_config", None) or {})
+    if "default" in names:
+        return "default"
+    if len(names) == 1:
+        return names[0]
+    found = f"the adapters {', '.join(names)}" if names else "no LoRA adapter"
+    raise ValueError(
+        f"{type(model).__name__} has {found}; expected one named 'default'. Call "
+        "transformer.add_adapter(LoraConfig(...)) first."
+    )
+
+
+def _adapter_tensors(model):
+    """{file key: tensor} in sorted order. The tensors share storage with the live parameters: writing to one trains
+    it."""
+    from peft.utils import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model, adapter_name=_adapter_name(model), save_embedding_layers=False)
+    # torch.compile of a block puts `_orig_mod.` into the names below it; the file must not depend on that.
+    return {KEY_PREFIX + key.replace("_orig_mod.", ""): state[key] for key in sorted(state)}
+
+
+@contextlib.contextmanager
+def _gathered(model):
+    """ZeRO-3 keeps a slice of each parameter per rank: make the trainable ones whole. Every rank must enter."""
+    partitioned = [p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=None):
+        yield
+
+
+def _lora_config(model):
+    """The adapter's peft configuration as plain JSON values, without what merely repeats peft's own defaults.
+
+    diffusers' `_collate_lora_metadata` writes every field; a reader with an older peft then fails on fields that it
+    does not know. `LoraConfig(**fields)` gives the same configuration either way.
+    """
+    config = model.peft_config[_adapter_name(model)]
+    plain = json.loads(json.dumps(config.to_dict(), default=_plain))
+    defaults = json.loads(json.dumps(type(config)().to_dict(), default=_plain))
+    always = SCALE_SETTINGS + ("target_modules", "lora_dropout")
+    return {key: value for key, value in plain.items() if key in always or value != defaults.get(key, value)}
+
+
+def _plain(value):
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return getattr(value, "value", None) or str(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which base model is it?
+# ---------------------------------------------------------------------------------------------------------------------
+def base_model_fingerprint(model):
+    """A small description of the frozen base of `model`, cheap to take: 16 values of each parameter are read.
+
+    Returns a dict of JSON values: `class`, `name` (hub name, or the last part of a local path), `config` (without
+    private keys), `dtype`, `sha256` (of names, shapes and the values read, in that dtype) and `sample` (at most 32 of
+    the values as floats: they let models be compared that were cast to different dtypes). `sha256` and `sample` are
+    None where ZeRO-3 has already cut the weights up.
+    """
+    import torch
+
+    config = dict(getattr(model, "config", None) or {})
+    name = str(config.get("_name_or_path") or "")
+    described = {
+        "class": type(model).__name__,
+        "name": os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name,
+        "config": {key: value for key, value in sorted(config.items()) if not key.startswith("_")},
+    }
+    described = json.loads(json.dumps(described, default=_plain))
+
+    parameters = {
+        key.replace("_orig_mod.", "").replace(".base_layer.", "."): parameter.detach()
+        for key, parameter in model.named_parameters()
+        if "lora_" not in key
+    }
+    names = sorted(parameters)
+    if any(hasattr(parameters[key], "ds_id") or parameters[key].numel() == 0 for key in names):
+        return {**described, "dtype": None, "sha256": None, "sample": None}
+
+    read = {}
+    by_dtype = {}
+    for key in names:
+        by_dtype.setdefault(parameters[key].dtype, []).append(key)
+    for keys in by_dtype.values():  # one copy from the device per dtype, not one per parameter
+        values = [parameters[key].reshape(-1) for key in keys]
+        values = [value[:: max(1, value.numel() // 16)][:16] for value in values]
+        counts = [value.numel() for value in values]
+        read.update(zip(keys, torch.cat(values).cpu().split(counts), strict=True))
+
+    digest = hashlib.sha256()
+    for key in names:
+        digest.update(f"{key} {tuple(parameters[key].shape)}\n".encode())
+        digest.update(read[key].contiguous().view(torch.uint8).numpy().tobytes())
+    matrices = [key for key in names if parameters[key].ndim > 1]
+    chosen = matrices[:: max(1, -(-len(matrices) // 32))]
+    return {
+        **described,
+        "dtype": "+".join(sorted(str(dtype).removeprefix("torch.") for dtype in by_dtype)),
+        "sha256": digest.hexdigest(),
+        "sample": [float(read[key][-1]) for key in chosen],
+    }
+
+
+def _called(base):
+    return f"{base['class']} {base['name'] or '(no name)'}"
+
+
+def _base_differences(trained_on, present):
+    """What tells the two fingerprints apart, in words; an empty list when they are the same model."""
+    if trained_on["class"] != present["class"]:
+        return [f"class {trained_on['class']} in the file, {present['class']} here"]
+    # Only settings that both know: other diffusers versions have more or fewer of them.
+    shared = sorted(set(trained_on["config"]) & set(present["config"]))
+    found = [
+        f"{key} {trained_on['config'][key]} in the file, {present['config'][key]} here"
+        for key in shared
+        if trained_on["config"][key] != present["config"][key]
+    ]
+    if found or not trained_on["sha256"] or not present["sha256"]:
+        return found
+    if trained_on["dtype"] == present["dtype"]:
+        if trained_on["sha256"] != present["sha256"]:
+            found.append(
+                f"other weights (sha256 {trained_on['sha256'][:12]} in the file, {present['sha256'][:12]} here)"
+            )
+        return found
+    # Cast to another dtype: a bfloat16 value is within 2^-8 of what it was rounded from.
+    pairs = list(zip(trained_on["sample"], present["sample"], strict=False))
+    apart = sum(abs(a - b) > 2**-7 * max(abs(a), abs(b)) + 1e-6 for a, b in pairs)
+    if apart or len(trained_on["sample"]) != len(present["sample"]):
+        found.append(f"other weights ({apart} of {len(pairs)} sampled values differ by more than the dtypes explain)")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The adapter file
+# ---------------------------------------------------------------------------------------------------------------------
+def write_adapter(folder, tensors, lora_config, base_model):
+    """Write `tensors` ({file key: tensor, any dtype}) with their description to
+    `folder`/pytorch_lora_weights.safetensors.
+
+    The file appears whole or not at all: it is written under another name, flushed to the disk and renamed. Equal
+    input gives equal bytes. Raises OSError (disk full, no permission) and leaves an older file untouched.
+    """
+    import safetensors.torch
+
+    lora_config = {KEY_PREFIX + key: value for key, value in lora_config.items()}
+    metadata = {
+        "format": "pt",
+        LORA_METADATA_KEY: json.dumps(lora_config, indent=2, sort_keys=True),
+        BASE_METADATA_KEY: json.dumps(base_model, sort_keys=True),
+    }
+    data = safetensors.torch.save({key: tensor.contiguous() for key, tensor in tensors.items()}, metadata=metadata)
+    # safetensors writes the metadata in the random order of a hash map: sort it. The header is padded to 8 bytes.
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    header = json.dumps(header, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    os.makedirs(folder, exist_ok=True)
+    _write_atomically(os.path.join(folder, ADAPTER_FILE), struct.pack("<Q", len(header)) + header + data[8 + length :])
+
+
+def read_adapter(folder):
+    """Read `folder`/pytorch_lora_weights.safetensors.
+
+    Returns (tensors on the CPU by file key, peft configuration or None, base model fingerprint or None): files written
+    by older diffusers carry no descriptions. Raises ValueError when there is no such file or it is not a whole
+    safetensors file.
+    """
+    import safetensors
+
+    path = os.path.join(folder, ADAPTER_FILE)
+    if not os.path.isfile(path):
+        others = sorted(os.path.basename(p) for p in glob.glob(os.path.join(glob.escape(str(folder)), "*lora*")))
+        raise ValueError(
+            f"No LoRA weights at {path}"
+            + (f" (found {', '.join(others)}: only {ADAPTER_FILE} is read, never pickled files)" if others else "")
+            + ". Choose a whole checkpoint; on several machines the output folder must be shared."
+        )
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            metadata = file.metadata() or {}
+        lora_config = json.loads(metadata[LORA_METADATA_KEY]) if LORA_METADATA_KEY in metadata else None
+        base_model = json.loads(metadata[BASE_METADATA_KEY]) if BASE_METADATA_KEY in metadata else None
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({os.path.getsize(path)} bytes: {error}). "
+            "It was cut off or is of another format; choose another checkpoint."
+        ) from error
+    if lora_config is not None:
+        lora_config = {key.removeprefix(KEY_PREFIX): value for key, value in lora_config.items()}
+    return tensors, lora_config, base_model
+
+
+def _some(names, limit=12):
+    names = sorted(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _misfits(tensors, lora_config, base_model, model, live, base_here):
+    """Every reason, in words, why the adapter file does not belong to `model`. `live`: {file key: tensor of the
+    model}."""
+    found = []
+    if base_model is not None:
+        differences = _base_differences(base_model, base_here)
+        if differences:
+            found.append(
+                f"trained on another base model: {_called(base_model)}, but this is {_called(base_here)}: "
+                + "; ".join(differences)
+            )
+    if lora_config is not None:
+        here = _lora_config(model)
+        settings = [
+            f"{key} {lora_config[key]} in the file, {here[key]} here"
+            for key in SCALE_SETTINGS
+            if key in lora_config and key in here and lora_config[key] != here[key]
+        ]
+        if settings:
+            found.append("other LoRA settings (--rank, --lora_alpha): " + "; ".join(settings))
+    unexpected, missing = set(tensors) - set(live), set(live) - set(tensors)
+    if unexpected:
+        found.append(f"{len(unexpected)} unexpected keys (not in this model; --lora_layers?): {_some(unexpected)}")
+    if missing:
+        found.append(f"{len(missing)} missing keys (in this model, not in the file; --lora_layers?): {_some(missing)}")
+    shapes = {
+        f"{key} {tuple(tensors[key].shape)} in the file, {tuple(live[key].shape)} here"
+        for key in set(tensors) & set(live)
+        if tensors[key].shape != live[key].shape
+    }
+    if shapes:
+        found.append(f"{len(shapes)} tensors of another shape (another --rank or model): {_some(shapes)}")
+    return found
+
+
+def _raise_all(folder, found):
+    if found:
+        lines = "".join(f"\n  - {line}" for line in found)
+        raise ValueError(f"{os.path.join(folder, ADAPTER_FILE)} does not fit this run:{lines}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The hooks
+# ---------------------------------------------------------------------------------------------------------------------
+def _engine_name(accelerator):
+    """accelerate's distributed type by name, e.g. NO, MULTI_NPU, DEEPSPEED. ValueError for engines that shard
+    otherwise."""
+    name = getattr(accelerator.distributed_type, "name", str(accelerator.distributed_type))
+    if name in ("FSDP", "MEGATRON_LM", "TP"):
+        raise ValueError(
+            f"The SANA LoRA hooks cannot save or load under distributed_type {name}: its weights are sharded in a "
+            "way of its own. "
+            "Use distributed_type DEEPSPEED (ZeRO 1 to 3), MULTI_GPU, MULTI_NPU or MULTI_CPU in the accelerate config."
+        )
+    return name
+
+
+def _the_transformer(models, unwrap_model, transformer):
+    """The one prepared model, without wrappers (DDP, DeepSpeedEngine, torch.compile)."""
+    kind = type(_bare(transformer, unwrap_model))
+    bare = [_bare(model, unwrap_model) for model in models]
+    strangers = sorted({type(model).__name__ for model in bare if not isinstance(model, kind)})
+    if strangers or len(bare) != 1:
+        raise ValueError(
+            f"The SANA LoRA hooks handle exactly one prepared {kind.__name__}; accelerate passed {len(bare)} models"
+            + (f", among them {', '.join(strangers)}" if strangers else "")
+            + ". Prepare the transformer only."
+        )
+    return bare[0]
+
+
+def _bare(model, unwrap_model):
+    model = unwrap_model(model)
+    return getattr(model, "_orig_mod", model)
+
+
+def create_save_model_hook(accelerator, unwrap_model, transformer):
+    """The hook for `accelerator.register_save_state_pre_hook`: writes the LoRA adapter into each checkpoint.
+
+    Create it after `transformer.add_adapter(...)` and before `accelerator.prepare(...)`: the base model is described
+    now, while its weights are whole. `unwrap_model(model)` takes wrappers off a prepared model.
+
+    The hook(models, weights, output_dir) writes output_dir/pytorch_lora_weights.safetensors once, on the main process,
+    and empties `weights`, so that accelerate does not save the base model. It holds the live weights in the dtype that
+    the model computes with: float32 or as cast without DeepSpeed; under DeepSpeed bf16, the float32 masters rounded
+    (those are in the engine's own state beside it, which is what a resumed run goes on from). Collectives happen under
+    ZeRO-3 only, where every rank must call `save_state`, as DeepSpeed needs anyway; elsewhere the main process may
+    call it alone. No barrier follows: wait for everyone before moving the checkpoint.
+
+    Raises ValueError for FSDP and Megatron-LM and for prepared models other than the one transformer, OSError when the
+    disk is full.
+    """
+    base_model = base_model_fingerprint(_bare(transformer, unwrap_model))
+
+    def save_model_hook(models, weights, output_dir):
+        _engine_name(accelerator)
+        model = _the_transformer(models, unwrap_model, transformer)
+        with _gathered(model):  # joined by every rank, hence before asking which one writes
+            if accelerator.is_main_process:
+                tensors = {key: tensor.to("cpu", copy=True) for key, tensor in _adapter_tensors(model).items()}
+        weights.clear()  # one entry per model, none under DeepSpeed
+        if accelerator.is_main_process:
+            write_adapter(output_dir, tensors, _lora_config(model), base_model)
+
+    return save_model_hook
+
+
+def create_load_model_hook(accelerator, unwrap_model, transformer, args):
+    """The hook for `accelerator.register_load_state_pre_hook`: restores the LoRA adapter, or checks it under
+    DeepSpeed.
+
+    Create it after `transformer.add_adapter(...)` and before `accelerator.prepare(...)`. Of `args` only
+    `mixed_precision` is read.
+
+    Without DeepSpeed the hook(models, input_dir) copies the file into the live parameters in place, so that the
+    optimizer keeps them, in their own dtype (with `--mixed_precision fp16` the trainable ones become float32 first),
+    and empties `models`, so that accelerate loads no base model. Under DeepSpeed the engine has loaded its state
+    before the hooks run; weights copied in now would be overwritten by its float32 masters at the next step. So
+    nothing is written: file, live weights and masters must agree.
+
+    Raises one ValueError with every misfit: no safetensors file, another base model, rank, alpha, keys or shapes;
+    under DeepSpeed also an engine that did not load, that holds other weights, or whose masters belong to another
+    step. Nothing is changed then.
+    """
+    base_here = base_model_fingerprint(_bare(transformer, unwrap_model))
+
+    def load_model_hook(models, input_dir):
+        if _engine_name(accelerator) == "DEEPSPEED":
+            models.clear()
+            _check_engine(accelerator, unwrap_model, transformer, input_dir, base_here)
+            return
+
+        model = _the_transformer(models, unwrap_model, transformer)
+        tensors, lora_config, base_model = read_adapter(input_dir)
+        _raise_all(input_dir, _misfits(tensors, lora_config, base_model, model, _adapter_tensors(model), base_here))
+        models.clear()
+        _warn_without_fingerprint(accelerator, input_dir, base_model)
+
+        import torch
+
+        if getattr(args, "mixed_precision", None) == "fp16":
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()  # keeps the Parameter, and so the optimizer's reference
+        rounded = []
+        with torch.no_grad():
+            for key, live in _adapter_tensors(model).items():
+                live.copy_(tensors[key])
+                if not torch.equal(live.to("cpu", tensors[key].dtype), tensors[key]):
+                    rounded.append(key)
+        if rounded:
+            dtypes = sorted({str(tensors[key].dtype) for key in rounded})
+            logger.warning(
+                f"{ADAPTER_FILE} holds {', '.join(dtypes)} values that this run's {live.dtype} weights cannot hold "
+                "exactly: "
+                f"{len(rounded)} tensors were rounded. Resume with the --mixed_precision of the first run to avoid "
+                "that."
+            )
+
+    return load_model_hook
+
+
+def _warn_without_fingerprint(accelerator, folder, base_model):
+    if base_model is None and accelerator.is_main_process:
+        logger.warning(
+            f"{os.path.join(folder, ADAPTER_FILE)} was not written by patch_sana and does not say which base model "
+            "it belongs to; "
+            "only its keys and shapes were checked."
+        )
+
+
+def _check_engine(accelerator, unwrap_model, transformer, folder, base_here):
+    """ValueError unless the DeepSpeed engine's live weights and masters and the adapter file in `folder` say the
+    same."""
+    import torch
+
+    engines = [model for model in getattr(accelerator, "_models", []) if hasattr(model, "optimizer")]
+    model = _bare(engines[0] if engines else transformer, unwrap_model)
+    # Under ZeRO-3 a collective: joined before anything that can fail on one rank alone.
+    with _gathered(model):
+        live = {key: tensor.to("cpu", copy=True) for key, tensor in _adapter_tensors(model).items()}
+
+    found = []
+    engine_folder = os.path.join(folder, ENGINE_FOLDER)
+    if not os.path.isdir(engine_folder):
+        found.append(
+            f"there is no DeepSpeed engine state ({engine_folder}): the checkpoint was written without DeepSpeed or "
+            "was cut "
+            "off. Resume it with the accelerate config that wrote it."
+        )
+    elif not glob.glob(os.path.join(glob.escape(engine_folder), "*optim_states.pt")) and not os.path.isdir(
+        os.path.join(engine_folder, "zero")  # a universal checkpoint
+    ):
+        found.append(
+            f"the optimizer state is missing from {engine_folder} (*optim_states.pt): DeepSpeed would go on without "
+            "masters and "
+            "moments. Choose a whole checkpoint."
+        )
+
+    tensors, lora_config, base_model = read_adapter(folder)
+    found += _misfits(tensors, lora_config, base_model, model, live, base_here)
+    differing = {
+        key
+        for key in set(tensors) & set(live)
+        if tensors[key].shape == live[key].shape and not torch.equal(tensors[key].to(live[key].dtype), live[key])
+    }
+    if differing:
+        found.append(
+            f"{len(differing)} of {len(live)} tensors differ from what the DeepSpeed engine loaded; file and engine "
+            "state are of "
+            f"different runs or steps: {_some(differing)}"
+        )
+    stale, total = _stale_masters(engines)
+    if stale:
+        found.append(
+            f"{stale} of {total} float32 masters of this rank do not round to the live weights, so the next step "
+            "would replace "
+            "those: the optimizer state is of another run or step. Choose another checkpoint, or load it with "
+            "load_optimizer_states=False, which makes the masters from the weights and loses the moments."
+        )
+    _raise_all(folder, found)
+    _warn_without_fingerprint(accelerator, folder, base_model)
+
+
+def _stale_masters(engines):
+    """(how many, of how many) float32 master values on this rank do not round to the 16-bit weights that they stand
+    for.
+
+    These are the pairs that the ZeRO optimizer's `_restore_from_bit16_weights` copies between (deepspeed/runtime/zero/
+    stage_1_and_2.py and stage3.py, 0.15 to 0.19). Without ZeRO (stage 0) there is none to compare: (0, 0).
+    """
+    stale = total = 0
+    for engine in engines:
+        optimizer = engine.optimizer
+        pairs = []
+        if hasattr(optimizer, "single_partition_of_fp32_groups"):  # ZeRO 1 and 2
+            import torch.distributed as dist
+
+            for group, master in enumerate(optimizer.single_partition_of_fp32_groups):
+                rank = dist.get_rank(group=optimizer.real_dp_process_group[group])
+                pairs.append((master, optimizer.parallel_partitioned_bit16_groups[group][rank]))
+        elif hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO 3
+            pairs = list(
+                zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True)
+            )
+        for master, weights in pairs:
+            if weights is None or master.numel() != weights.numel():  # swapped out to a disk
+                continue
+            total += master.numel()
+            stale += int((master.detach().to(weights.device, weights.dtype) != weights.detach()).sum())
+    return stale, total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The patch of diffusers' trainer
+# ---------------------------------------------------------------------------------------------------------------------
+class Edit(NamedTuple):
+    """One edit: `pending` is the place as diffusers ships it, `replacement` what it becomes (re.sub template),
+    `applied` what tells that it is there already, ours or made by hand."""
+
+    purpose: str
+    anchor: str  # for messages: the line looked for
+    pending: str
+    replacement: str
+    applied: str
+
+
+EDITS = (
+    Edit(
+        "import DistributedType",
+        "from accelerate import Accelerator",
+        r"^from accelerate import Accelerator$",
+        r"from accelerate import Accelerator, DistributedType",
+        r"^from accelerate import .*\bDistributedType\b",
+    ),
+    Edit(
+        "import the hooks",
+        "if is_wandb_available(): / import wandb",
+        r"^if is_wandb_available\(\):\n(?=    import wandb$)",
+        "from patch_sana import create_load_model_hook, create_save_model_hook\n\n\\g<0>",
+        r"^from patch_sana import .*\bcreate_save_model_hook\b",
+    ),
+    Edit(
+        "keep the VAE in bfloat16, as its authors trained it",
+        "vae.to(dtype=torch.float32)",
+        r"^( +)vae\.to\(dtype=torch\.float32\)$",
+        r"\1vae.to(dtype=torch.bfloat16)  # patch_sana: was torch.float32",
+        r"^ +vae\.to\(dtype=torch\.bfloat16\)",
+    ),
+    Edit(
+        "register the save hook",
+        "accelerator.register_save_state_pre_hook(save_model_hook)",
+        r"^( +)accelerator\.register_save_state_pre_hook\(save_model_hook\)$",
+        "\\1accelerator.register_save_state_pre_hook(\n"
+        "\\1    create_save_model_hook(accelerator=accelerator, unwrap_model=unwrap_model, transformer=transformer)\n"
+        "\\1)",
+        r"^ +(\w+ = |accelerator\.register_save_state_pre_hook\(\s*)create_save_model_hook\(",
+    ),
+    Edit(
+        "register the load hook",
+        "accelerator.register_load_state_pre_hook(load_model_hook)",
+        r"^( +)accelerator\.register_load_state_pre_hook\(load_model_hook\)$",
+        "\\1accelerator.register_load_state_pre_hook(\n"
+        "\\1    create_load_model_hook(\n"
+        "\\1        accelerator=accelerator, unwrap_model=unwrap_model, transformer=transformer, args=args\n"
+        "\\1    )\n"
+        "\\1)",
+        r"^ +(\w+ = |accelerator\.register_load_state_pre_hook\(\s*)create_load_model_hook\(",
+    ),
+    Edit(
+        "save on every rank under DeepSpeed, whose saving has barriers inside",
+        "if accelerator.is_main_process: / if global_step % args.checkpointing_steps == 0:",
+        r"^( +)if accelerator\.is_main_process:\n(?= +if global_step % args\.checkpointing_steps == 0:$)",
+        "\\1if accelerator.is_main_process or accelerator.distributed_type == DistributedType.DEEPSPEED:\n",
+        r"^ +if accelerator\.is_main_process or accelerator\.distributed_type == DistributedType\.DEEPSPEED:\n"
+        r" +if global_step % args\.checkpointing_steps == 0:",
+    ),
+    Edit(
+        "prune old checkpoints on the main process only",
+        "if args.checkpoints_total_limit is not None:",
+        r"^( +)if args\.checkpoints_total_limit is not None:$",
+        r"\1if args.checkpoints_total_limit is not None and accelerator.is_main_process:",
+        r"^ +if args\.checkpoints_total_limit is not None and accelerator\.is_main_process:",
+    ),
+    Edit(
+        "print an empty line after each step, which Ubuntu needs to flush the progress bar into a log",
+        "if global_step >= args.max_train_steps: / break",
+        r"^( +)if global_step >= args\.max_train_steps:\n +break\n",
+        '\\g<0>\\1accelerator.print("")\n',
+        r'^ +if global_step >= args\.max_train_steps:\n +break\n\s*accelerator\.print\(""\)',
+    ),
+)
+# What the edits rely on without touching it.
+CONTEXT = (
+    (
+        "the class SanaTransformer2DModel",
+        r"^ +transformer = SanaTransformer2DModel\.",
+    ),
+    ("the function unwrap_model", r"^ +def unwrap_model\("),
+    ("the call transformer.add_adapter", r"^ +transformer\.add_adapter\("),
+)
+
+
+class Refusal(Exception):
+    """The patch cannot be made; the message says why and what to do. Nothing was written."""
+
+
+def patch_text(text):
+    """Apply every edit to `text`, the source of diffusers' trainer (lines ending in LF).
+
+    Returns (new text, purposes of the edits made). An edit that is there already is left as it is. Raises Refusal
+    naming every anchor that is missing or found more than once.
+    """
+    problems = [f"{name} is missing" for name, pattern in CONTEXT if not re.search(pattern, text, re.MULTILINE)]
+    made = []
+    for edit in EDITS:
+        if re.search(edit.applied, text, re.MULTILINE):
+            continue
+        count = len(re.findall(edit.pending, text, re.MULTILINE))
+        if count == 1:
+            text = re.sub(edit.pending, edit.replacement, text, flags=re.MULTILINE)
+            made.append(edit.purpose)
+        else:
+            times = "is missing" if count == 0 else f"is there {count} times, expected once"
+            problems.append(f"`{edit.anchor}` {times} (to {edit.purpose})")
+    if problems:
+        raise Refusal(
+            "this is not diffusers' train_dreambooth_lora_sana.py as known from March 2025 to August 2026:"
+            + "".join(f"\n  - {problem}" for problem in problems)
+        )
+    try:
+        ast.parse(text)
+    except SyntaxError as error:
+        raise Refusal(f"the patched file would not be valid Python (line {error.lineno}: {error.msg})") from error
+    return text, made
+
+
+def _patch_bytes(data):
+    """`patch_text` on the bytes of a file; line endings (LF or CRLF) stay what they are."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Refusal(f"it is not UTF-8 text ({error})") from error
+    crlf = "\r\n" in text
+    text, made = patch_text(text.replace("\r\n", "\n") if crlf else text)
+    return (text.replace("\n", "\r\n") if crlf else text).encode("utf-8"), made
+
+
+def _write_atomically(path, data, mode_of=None):
+    """Write `data` to `path` so that it is there whole or not at all; permissions as those of the file `mode_of`."""
+    folder = os.path.dirname(os.path.abspath(path))
+    temporary = os.path.join(folder, f".{os.path.basename(path)}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if mode_of is not None:
+            os.chmod(temporary, stat.S_IMODE(os.stat(mode_of).st_mode))
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    if hasattr(os, "O_DIRECTORY"):  # the rename itself reaches the disk with its folder
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            with contextlib.suppress(OSError):  # some network file systems refuse to sync a folder
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _read(path):
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+
+
+def _differing_original(path, data):
+    original = _read(path + ".orig")
+    if original is not None and original != data:
+        return Refusal(
+            f"{path}.orig is there already and holds something else than {path}. Move it away if you no longer need "
+            "it, then try again."
+        )
+    return None
+
+
+def _patch(path, dry_run):
+    data = _read(path)
+    patched, made = _patch_bytes(data)
+    here = os.path.realpath(__file__)
+    hooks = os.path.join(os.path.dirname(path), "patch_sana.py")
+    own, beside = _read(here), _read(hooks)
+    copy_hooks = beside != own
+
+    refusals = [_differing_original(path, data)] if made else []
+    if copy_hooks and beside is not None:
+        refusals.append(_differing_original(hooks, beside))
+    refusals = [str(refusal) for refusal in refusals if refusal]
+    if refusals:
+        raise Refusal("\n".join(refusals))
+
+    if dry_run:
+        name = os.path.basename(path)
+        lines = [part.decode("utf-8").splitlines(keepends=True) for part in (data, patched)]
+        sys.stdout.writelines(difflib.unified_diff(*lines, fromfile=f"a/{name}", tofile=f"b/{name}"))
+    if not made and not copy_hooks:
+        print(f"{path} is already patched; nothing to do.")
+        return
+    will = "would " if dry_run else ""
+    # The trainer is replaced last: until then it runs as before.
+    if copy_hooks:
+        if not dry_run:
+            if beside is not None:
+                _write_atomically(hooks + ".orig", beside, mode_of=hooks)
+            _write_atomically(hooks, own, mode_of=here)
+        kept = f" (the one there kept as {os.path.basename(hooks)}.orig)" if beside is not None else ""
+        print(f"{will}copy patch_sana.py to {hooks}{kept}")
+    if made:
+        if not dry_run:
+            _write_atomically(path + ".orig", data, mode_of=path)
+            _write_atomically(path, patched, mode_of=path)
+        for purpose in made:
+            print(f"{will}{purpose}")
+        print(f"{will}keep the original as {path}.orig; --revert restores it")
+
+
+def _revert(path, dry_run):
+    data, original = _read(path), _read(path + ".orig")
+    here = os.path.realpath(__file__)
+    hooks = os.path.join(os.path.dirname(path), "patch_sana.py")
+    if original is None:
+        raise Refusal(f"there is no {path}.orig to go back to.")
+    if data != original and _patch_bytes(original)[0] != data:
+        raise Refusal(
+            f"{path} was changed after it was patched; going back would lose that. To go back all the same: mv "
+            f"{path}.orig {path}"
+        )
+    will = "would " if dry_run else ""
+    print(f"{will}restore {path} from {path}.orig")
+    if not dry_run:
+        os.replace(path + ".orig", path)  # the kept file itself: same bytes, same permissions
+    if _read(hooks + ".orig") is not None:
+        print(f"{will}restore {hooks} from {hooks}.orig")
+        if not dry_run:
+            os.replace(hooks + ".orig", hooks)
+    elif os.path.realpath(hooks) != here and _read(hooks) == _read(here):
+        print(f"{will}remove the copy {hooks}")
+        if not dry_run:
+            os.unlink(hooks)
+
+
+def main(argv=None):
+    """Exit code 0: done, or nothing to do; 1: refused, nothing was written; 2: wrong command line."""
+    parser = argparse.ArgumentParser(
+        description="Put DeepSpeed-aware LoRA saving into diffusers' train_dreambooth_lora_sana.py.",
+        epilog="Edits: " + "; ".join(edit.purpose for edit in EDITS) + ".",
+    )
+    parser.add_argument("path", help="train_dreambooth_lora_sana.py of a diffusers checkout (examples/dreambooth)")
+    parser.add_argument(
+        "--dry-run", "--dry_run", action="store_true", help="show the difference and what would be done; write nothing"
+    )
+    parser.add_argument("--revert", action="store_true", help="restore the original, byte for byte")
+    arguments = parser.parse_args(argv)
+    path = os.path.realpath(arguments.path)  # patch the file itself where PATH is a link
+    if os.path.isdir(path):
+        inside = os.path.join(arguments.path, "train_dreambooth_lora_sana.py")
+        parser.error(
+            f"{arguments.path} is a folder" + (f"; did you mean {inside}?" if os.path.isfile(inside) else ".")
+        )
+    if not os.path.isfile(path):
+        parser.error(f"there is no file {arguments.path}; give the path of diffusers' train_dreambooth_lora_sana.py.")
+    try:
+        (_revert if arguments.revert else _patch)(path, arguments.dry_run)
+    except Refusal as refusal:
+        print(f"{arguments.path} was not changed: {refusal}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"{arguments.path} was not changed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
