@@ -1,7 +1,7 @@
 """Which accelerator there is (Ascend NPU, CUDA GPU, CPU) and everything that differs between them, in one place.
 
 Device choice, dtypes, the distributed state, attention kernels and masks, random state, memory figures, peak FLOP/s.
-Used by every script; `python -m sana_kit.devices` prints what was found, with a remedy for each problem.
+Used by every script; `python -m sana_kit.doctor` prints what was found, with a remedy for each problem.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ATTENTION_CHOICES = ("auto", "sdpa", "npu_fusion")
 
-# Dense bf16 peak in TFLOP/s per device, from the vendors' data sheets; the first key found in the device's name counts.
-# Atlas A2 series: 910B1 414, 910B2 376, 910B3 and 910B4 313/280; "910b" alone is read as the common B3.
+# Dense bf16 peak in TFLOP/s per device, from the vendors' data sheets; the first key found in the device's name
+# counts. Atlas A2 series: 910B1 414, 910B2 376, 910B3 and 910B4 313/280; "910b" alone is read as the common B3.
 PEAK_BF16_TFLOPS = {
     "910b1": 414.0,
     "910b2": 376.0,
@@ -39,7 +39,7 @@ PEAK_BF16_TFLOPS = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Which device
 
 
@@ -108,12 +108,14 @@ def prepare_backend(device: torch.device, allow_tf32: bool = False) -> None:
         torch.backends.cudnn.allow_tf32 = True
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Several processes
 
 
 def launched_world_size() -> int:
-    """The world size that the launcher (accelerate launch, torchrun) promised through the environment; 1 without one."""
+    """The world size that the launcher (accelerate launch, torchrun) promised through the environment; 1 without
+    one.
+    """
     return int(os.environ.get("WORLD_SIZE", "1") or 1)
 
 
@@ -163,14 +165,15 @@ def check_world_size(num_processes: int) -> None:
     promised = launched_world_size()
     if num_processes != promised:
         raise RuntimeError(
-            f"The launcher started {promised} processes, but this process sees a group of {num_processes}: each rank would"
+            f"The launcher started {promised} processes, but this process sees a group of {num_processes}: each rank"
+            f" would"
             " believe that it is alone. Check that every process sees its device (ASCEND_RT_VISIBLE_DEVICES,"
             " CUDA_VISIBLE_DEVICES); on a host without accelerator start with `accelerate launch --multi_gpu"
             " --num_processes N`, or with the DeepSpeed config."
         )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Random state
 
 
@@ -183,7 +186,9 @@ def random_state(device: torch.device) -> dict:
 
 
 def set_random_state(state: dict, device: torch.device) -> None:
-    """Restore what `random_state` returned; a state saved on another device kind lacks "device", which stays as it is."""
+    """Restore what `random_state` returned; a state saved on another device kind lacks "device", which stays as it
+    is.
+    """
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
@@ -200,7 +205,7 @@ def seed_everything(seed: int) -> None:
         torch.npu.manual_seed_all(seed)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Memory and time
 
 
@@ -244,6 +249,12 @@ def free_memory_bytes(device: torch.device) -> int | None:
         return None
 
 
+def memory_info_bytes(device: torch.device) -> tuple[int, int]:
+    """(free, total) bytes of an accelerator."""
+    free, total = _backend(device.type).mem_get_info(device)
+    return int(free), int(total)
+
+
 def device_name(device: torch.device) -> str:
     """The device's name as its runtime gives it, 'CPU' for the host."""
     return "CPU" if device.type == "cpu" else _backend(device.type).get_device_name(device)
@@ -258,7 +269,7 @@ def peak_flops(name: str) -> float | None:
     return None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Attention
 
 
@@ -278,7 +289,9 @@ class CrossAttentionProcessor:
         self.kernel = kernel
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, *args, **kwargs):
-        """hidden_states (B, N, D), encoder_hidden_states (B, S, D), attention_mask bool (B, 1, 1 or N, S), True = use."""
+        """hidden_states (B, N, D), encoder_hidden_states (B, S, D), attention_mask bool (B, 1, 1 or N, S), True =
+        use.
+        """
         batch, length, _ = hidden_states.shape
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-WORDS = "a an the red green blue yellow square circle stripe on white with of photo drawing dog cat small large".split()
+WORDS = (
+    "a an the red green blue yellow square circle stripe on white with of photo drawing dog cat small large".split()
+)
 
 
 def make_tokenizer(words=WORDS):
@@ -135,7 +137,8 @@ def write_picture_folder(folder, count=6, captions=True, size=80):
 
 def write_parquet_dataset(folder, count=6, extras=True, size=80):
     """The pokemon-blip-captions layout: dataset_infos.json, README.MD, data/train-001.parquet with image and text."""
-    from datasets import Dataset, Features, Image as ImageFeature, Value
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
 
     folder = Path(folder)
     (folder / "data").mkdir(parents=True, exist_ok=True)

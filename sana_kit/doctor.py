@@ -1,0 +1,204 @@
+"""What this host has for SANA: versions, drivers, devices, variables, and a remedy for each problem.
+
+    python -m sana_kit.doctor
+
+The launcher calls it first. The last line is `<kind> <count>`: npu 8, cuda 2, or cpu 0. Exit code 1 if something
+keeps a run from starting, 0 otherwise. Imports nothing heavy before it can say what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import sys
+from pathlib import Path
+
+# First and last version that the suite ran on; others may work.
+TESTED = {
+    "torch": ("2.1.0", "2.13.0"),
+    "diffusers": ("0.33.1", "0.42.1"),
+    "transformers": ("4.47.1", "5.24.0"),
+    "accelerate": ("0.33.0", "1.15.0"),
+    "deepspeed": ("0.15.2", "0.19.8"),
+    "peft": ("0.14.0", "0.21.2"),
+    "datasets": ("2.19.0", "5.2.0"),
+}
+# CANN that torch_npu's releases name for themselves (torch_npu's README).
+CANN_FOR_TORCH_NPU = {
+    "2.1": "8.0",
+    "2.6": "8.2.RC1",
+    "2.7": "8.3.RC1",
+    "2.9": "8.5.0",
+    "2.10": "9.1.0",
+    "2.11": "9.1.0",
+    "2.12": "9.1.0",
+}
+HCCL_TIMEOUTS = {"HCCL_CONNECT_TIMEOUT": (120, 7200), "HCCL_EXEC_TIMEOUT": (68, 17340)}
+
+
+def version(package: str) -> str | None:
+    """The installed version, None without the package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def release(text: str) -> tuple[int, ...]:
+    """The leading numbers of a version: '2.13.0+cpu' -> (2, 13, 0)."""
+    match = re.match(r"\d+(\.\d+)*", text)
+    return tuple(int(part) for part in match.group(0).split(".")) if match else ()
+
+
+def driver_version() -> str | None:
+    """Ascend driver's version from its version.info."""
+    for path in (Path("/usr/local/Ascend/driver/version.info"), Path("/etc/ascend_install.info")):
+        if path.is_file():
+            match = re.search(r"(?im)^version\s*=\s*(\S+)", path.read_text(errors="replace"))
+            return match.group(1) if match else "unknown"
+    return None
+
+
+def cann_version() -> tuple[str | None, str | None]:
+    """(version, folder) of the CANN toolkit that set_env.sh made active."""
+    home = os.environ.get("ASCEND_HOME_PATH") or os.environ.get("ASCEND_TOOLKIT_HOME")
+    if not home:
+        return None, None
+    for name in ("ascend_toolkit_install.info", "version.cfg", "version.info"):
+        for path in sorted(Path(home).glob(f"**/{name}"))[:1] if Path(home).is_dir() else []:
+            match = re.search(
+                r"(?im)^(?:version|runtime_running_version)\s*=\s*\[?(?:[\d.]+:)?([\w.]+)", path.read_text()
+            )
+            if match:
+                return match.group(1), home
+    return "unknown", home
+
+
+def examine() -> tuple[list[str], list[str], list[str], str, int]:
+    """Look at the host.
+
+    Returns: (lines to print, fatal problems, warnings, kind, count), each problem with its remedy.
+    """
+    lines, fatal, warnings = [], [], []
+    lines.append(
+        f"host       {platform.node()}, {platform.system()} {platform.machine()}, Python {platform.python_version()}"
+    )
+    if not (3, 10) <= sys.version_info[:2] <= (3, 12):
+        warnings.append(f"Python {platform.python_version()}: tested are 3.10 to 3.12. Use one of them.")
+    shown = []
+    for package, (first, last) in TESTED.items():
+        found = version(package)
+        shown.append(f"{package} {found or 'missing'}")
+        if found is None:
+            fatal.append(f"{package} is missing: pip install -r requirements_sana.txt -c sana_kit/constraints.txt")
+        elif not release(first) <= release(found)[:3] <= release(last):
+            warnings.append(
+                f"{package} {found} is outside the tested range {first} to {last}; if it fails, install {last}."
+            )
+    lines.append("packages   " + ", ".join(shown))
+
+    torch_npu = version("torch_npu")
+    driver, (cann, cann_home) = driver_version(), cann_version()
+    ascend_host = Path("/dev/davinci_manager").exists() or driver is not None
+    if ascend_host or torch_npu or cann_home:
+        lines.append(
+            f"ascend     driver {driver or 'not found'}, CANN {cann or 'not active'},"
+            f" torch_npu {torch_npu or 'missing'}"
+        )
+        _examine_ascend(torch_npu, cann, ascend_host, fatal, warnings)
+
+    kind, count = "cpu", 0
+    try:
+        import torch
+    except Exception as error:  # noqa: BLE001  whatever keeps torch from loading is what the user must see
+        remedy = (
+            "torch_npu is installed, but CANN's libraries are not found: run `source"
+            " /usr/local/Ascend/ascend-toolkit/set_env.sh` first; on a host without NPU uninstall torch_npu"
+            if torch_npu
+            else "reinstall torch: pip install -r requirements_sana.txt -c sana_kit/constraints.txt"
+        )
+        fatal.append(f"import torch fails ({type(error).__name__}: {str(error).splitlines()[0]}). Remedy: {remedy}")
+        torch = None
+    if torch is not None:
+        from sana_kit import devices
+
+        kind = devices.accelerator_type()
+        count = devices.device_count()
+        if kind == "cpu":
+            lines.append(f"devices    none but the CPU ({os.cpu_count()} cores): fit for trials and tests")
+        for index in range(count):
+            device = torch.device(kind, index)
+            free, total = devices.memory_info_bytes(device)
+            lines.append(
+                f"devices    {kind}:{index} {devices.device_name(device)}, {free / 2**30:.1f} of {total / 2**30:.1f}"
+                f" GiB free"
+            )
+            if free < 0.5 * total:
+                warnings.append(
+                    f"{kind}:{index}: less than half of its memory is free; end the process that holds it."
+                )
+        if ascend_host and kind != "npu":
+            fatal.append(
+                "this is an Ascend host, but torch sees no NPU: install torch_npu of torch's version, source"
+                " set_env.sh, and"
+                " check ASCEND_RT_VISIBLE_DEVICES and `npu-smi info`"
+            )
+        if kind == "cpu" and shutil.which("nvidia-smi"):
+            warnings.append(
+                "nvidia-smi is there, but torch sees no CUDA device: a CPU build of torch is installed, or the driver"
+                " is too"
+                " old for it. Install a CUDA build of torch."
+            )
+    _examine_variables(kind, warnings)
+    return lines, fatal, warnings, kind, count
+
+
+def _examine_ascend(torch_npu, cann, ascend_host: bool, fatal: list[str], warnings: list[str]) -> None:
+    torch = version("torch")
+    if ascend_host and torch_npu is None:
+        fatal.append(f"torch_npu is missing: pip install torch_npu=={'.'.join(map(str, release(torch or '0')))}")
+    if torch_npu and torch and release(torch)[:2] != release(torch_npu)[:2]:
+        fatal.append(
+            f"torch {torch} and torch_npu {torch_npu} do not pair: they must have the same version. pip install"
+            f" torch_npu=={'.'.join(map(str, release(torch)))}"
+        )
+    if torch_npu and cann is None:
+        fatal.append(
+            "CANN is not active (ASCEND_HOME_PATH is unset): source /usr/local/Ascend/ascend-toolkit/set_env.sh"
+        )
+    if torch_npu and cann and cann != "unknown":
+        wanted = CANN_FOR_TORCH_NPU.get(".".join(map(str, release(torch_npu)[:2])))
+        if wanted and release(cann)[:2] < release(wanted)[:2]:
+            warnings.append(
+                f"CANN {cann} is older than {wanted}, which torch_npu {torch_npu} was released for. Update CANN."
+            )
+
+
+def _examine_variables(kind: str, warnings: list[str]) -> None:
+    if os.environ.get("PYTORCH_ALLOC_CONF") and os.environ.get("PYTORCH_NPU_ALLOC_CONF"):
+        warnings.append(
+            "PYTORCH_ALLOC_CONF and PYTORCH_NPU_ALLOC_CONF are both set, an error in newer torch_npu: unset one."
+        )
+    if kind == "npu":
+        for name, (low, high) in HCCL_TIMEOUTS.items():
+            value = os.environ.get(name)
+            if value is not None and not (value.isdigit() and low <= int(value) <= high):
+                warnings.append(f"{name}={value}: must be a whole number of seconds from {low} to {high}.")
+
+
+def main() -> int:
+    lines, fatal, warnings, kind, count = examine()
+    print("\n".join(lines))
+    for text in warnings:
+        print(f"warning    {text}")
+    for text in fatal:
+        print(f"problem    {text}")
+    print(f"{kind} {count}")
+    return 1 if fatal else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
