@@ -17,15 +17,32 @@ import itertools
 import json
 import math
 import re
+import time
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 
+from sana_kit.models import load_pipeline
+
+__all__ = [
+    "Job",
+    "Prompt",
+    "decode_latents",
+    "generate_from_embeddings",
+    "generate_groups",
+    "generation_size",
+    "group_jobs",
+    "load_pipeline",
+    "parse_instruction",
+    "plan_jobs",
+    "slug",
+]
+
 # A whole decode of 4096 x 4096 px peaks at 28 GB in bf16 and holds a tensor of more than 2**31 elements (calculated on
 # meta tensors for the DC-AE f32c32 of SANA). Tiles up to these many pixels stay under 10 GB, by bytes per element.
-MAX_TILE_PIXELS = {2: 2176 * 2176, 4: 1536 * 1536}
+MAX_TILE_PIXELS = {2: 2176 * 2176, 4: 2048 * 2048}
 TILE_OVERLAP = 128  # pixels in which two neighbours are blended
 AUTO_BATCH_TOKENS = 8192  # image tokens per call (twice that with guidance) that keep a big matrix unit busy
 
@@ -124,35 +141,37 @@ def plan_jobs(
     return list(jobs.values())
 
 
-def group_jobs(jobs: Sequence[Job], batch_size: int) -> list[list[Job]]:
-    """Jobs that share one call of the transformer: neighbours of equal size, steps and guidance, at most `batch_size`.
+def resolve_batch_size(batch_size: int | str, height: int, width: int, *, device: torch.device, pixels_per_token: int):
+    """The number of pictures per call for `--batch_size auto|N`.
 
-    Whole groups go to a rank, never parts of them.
+    'auto' depends on the size and the kind of device alone, never on free memory or the number of processes: the
+    number decides how bf16 rounds. It is 1 on CPU; on accelerators up to 8, by the number of image tokens.
+    """
+    if batch_size != "auto":
+        return int(batch_size)
+    if device.type == "cpu":
+        return 1
+    tokens = max(1, height * width // pixels_per_token)
+    return max(1, min(8, AUTO_BATCH_TOKENS // tokens))
+
+
+def group_jobs(
+    jobs: Sequence[Job], batch_size: int | str, *, device: torch.device, pixels_per_token: int
+) -> list[list[Job]]:
+    """Jobs that share one call of the transformer: neighbours of equal size, steps and guidance, a batch at most.
+
+    Fixed by the job list alone. Whole groups go to a rank, never parts of them.
     """
 
     def same(job: Job):
         return job.height, job.width, job.num_inference_steps, job.guidance_scale
 
     groups = []
-    for _, run in itertools.groupby(jobs, key=same):
+    for (height, width, *_), run in itertools.groupby(jobs, key=same):
         run = list(run)
-        groups += [run[start : start + batch_size] for start in range(0, len(run), batch_size)]
+        size = resolve_batch_size(batch_size, height, width, device=device, pixels_per_token=pixels_per_token)
+        groups += [run[start : start + size] for start in range(0, len(run), size)]
     return groups
-
-
-def resolve_batch_size(
-    batch_size: int | str, height: int, width: int, *, device: torch.device, tokens_per_pixel: float
-):
-    """The number of pictures per call for `--batch_size auto|N`.
-
-    'auto' depends on the size and the kind of device alone, never on free memory or the number of processes: what a
-    group is decides how bf16 rounds. It is 1 on CPU; on accelerators up to 8, by the number of image tokens.
-    """
-    if batch_size != "auto":
-        return int(batch_size)
-    if device.type == "cpu":
-        return 1
-    return max(1, min(8, int(AUTO_BATCH_TOKENS // max(1.0, height * width * tokens_per_pixel))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -441,6 +460,41 @@ def generate_group(
     return pictures
 
 
+def generate_groups(
+    groups: Sequence[Sequence[Job]],
+    *,
+    transformer,
+    on_picture: Callable,
+    on_error: Callable | None = None,
+    **parts,
+) -> None:
+    """Run groups one after the other; `parts` go to `generate_group`.
+
+    Args:
+        on_picture: called as on_picture(job, image, seconds) for each picture of a group that is done; seconds is its
+            share of the group's time.
+        on_error: called as on_error(group, exception) when a group fails, which is then left out; without it the
+            exception is raised.
+    """
+    training = transformer.training
+    transformer.eval()
+    try:
+        for group in groups:
+            start = time.perf_counter()
+            try:
+                images = generate_group(group, transformer=transformer, **parts)
+            except Exception as error:
+                if on_error is None:
+                    raise
+                on_error(group, error)
+                continue
+            seconds = (time.perf_counter() - start) / len(group)
+            for job, image in zip(group, images, strict=True):
+                on_picture(job, image, seconds)
+    finally:
+        transformer.train(training)
+
+
 def generate_from_embeddings(
     *,
     transformer,
@@ -478,47 +532,22 @@ def generate_from_embeddings(
     Returns:
         PIL images in the order of `jobs` (without those that failed) if `on_picture` is None, else an empty list.
     """
-    import time
-
-    sizes = {(job.height, job.width) for job in jobs}
-    if not sizes:
-        return []
-    tokens_per_pixel = 1 / (vae_factor(vae) * (transformer.config.patch_size or 1)) ** 2
-    size = min(
-        resolve_batch_size(batch_size, h, w, device=device, tokens_per_pixel=tokens_per_pixel) for h, w in sizes
+    multiple = vae_factor(vae) * (transformer.config.patch_size or 1)
+    pictures: list = []
+    generate_groups(
+        group_jobs(jobs, batch_size, device=device, pixels_per_token=multiple**2),
+        transformer=transformer,
+        vae=vae,
+        scheduler=scheduler,
+        prompt_embeds=prompt_embeds,
+        negative_prompt_embeds=negative_prompt_embeds,
+        device=device,
+        dtype=dtype,
+        use_resolution_binning=use_resolution_binning,
+        on_step=on_step,
+        on_picture=on_picture or (lambda job, image, seconds: pictures.append(image)),
+        on_error=on_error,
     )
-    training = transformer.training
-    transformer.eval()
-    pictures = []
-    try:
-        for group in group_jobs(jobs, size):
-            start = time.perf_counter()
-            try:
-                images = generate_group(
-                    group,
-                    transformer=transformer,
-                    vae=vae,
-                    scheduler=scheduler,
-                    prompt_embeds=prompt_embeds,
-                    negative_prompt_embeds=negative_prompt_embeds,
-                    device=device,
-                    dtype=dtype,
-                    use_resolution_binning=use_resolution_binning,
-                    on_step=on_step,
-                )
-            except Exception as error:
-                if on_error is None:
-                    raise
-                on_error(group, error)
-                continue
-            seconds = (time.perf_counter() - start) / len(group)
-            for job, image in zip(group, images, strict=True):
-                if on_picture is None:
-                    pictures.append(image)
-                else:
-                    on_picture(job, image, seconds)
-    finally:
-        transformer.train(training)
     return pictures
 
 
