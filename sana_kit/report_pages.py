@@ -49,8 +49,8 @@ class _Thumbnails:
                 write_atomic(cached, lambda file: image.save(file, "WEBP", quality=quality, method=2))
         return cached.read_bytes()
 
-    def embed(self, paths: Sequence[Path], budget: int = _PICTURE_BUDGET_BYTES) -> dict[Path, dict]:
-        """{path: {"src": data URI, "width", "height"}}, as large as fits `budget` bytes together.
+    def embed(self, paths: Sequence[Path]) -> dict[Path, dict]:
+        """{path: {"src": data URI, "width", "height"}}, as large as fits the page's budget together.
 
         Pictures that cannot be read are left out and listed in `unreadable`; {} when even the smallest size is
         too much.
@@ -60,7 +60,7 @@ class _Thumbnails:
 
         from PIL import Image
 
-        paths = list(dict.fromkeys(paths))
+        paths, budget = list(dict.fromkeys(paths)), _PICTURE_BUDGET_BYTES
         for rung in _LADDER:
             self.used, self.unreadable = set(), []
             data, total = {}, 0
@@ -187,8 +187,6 @@ def _charts(run: RunLog) -> tuple[list[dict], list[dict], list[str]]:
         keep = thin(series[0]["y"], _CHART_POINTS)
         for item in series:
             item["y"] = [None if item["y"][i] is None else float(f"{item['y'][i]:.6g}") for i in keep]
-        if len(keep) < len(numbers):
-            note = f"{note}{'; ' if note else ''}{len(keep)} of {len(numbers)} logged points drawn, extremes kept"
         headings.append({"id": key, "title": title, "note": note})
         charts.append({"id": key, "x": [numbers[i] for i in keep], "series": series, "zero": zero})
 
@@ -207,6 +205,8 @@ def _charts(run: RunLog) -> tuple[list[dict], list[dict], list[str]]:
         series = {"label": key.replace("_", " "), "y": column(key, scale), "color": color, "width": 1.5}
         add(key, title, note, [series], zero)
     shown = {chart["id"] for chart in charts}
+    if charts and len(numbers) > _CHART_POINTS:
+        notes.append(f"Drawn: about {_CHART_POINTS} of {len(numbers)} logged points, highest and lowest kept.")
     if charts and "mfu" not in shown:
         notes.append("Model FLOPs utilisation is not shown: the peak of this device is not known and none was given.")
     return headings, charts, notes
@@ -221,14 +221,16 @@ def _event_text(kind: str, line: dict) -> str:
     if kind == "validation":
         return f"{len(line.get('files') or [])} validation picture(s)"
     if kind == "resume":
-        return f"resumed here on {line.get('world_size', '?')} process(es)"
+        return f"on {line.get('world_size', '?')} process(es)"
     return "the loss was not finite"
 
 
 def _marks_and_events(run: RunLog) -> tuple[list[dict], list[dict], list[dict], int]:
     """(marks for the loss chart, legend with counts, table rows newest last, table rows left out)."""
     broken = [
-        line for line in run.steps if finite_number(line.get("loss")) is None and ("loss" in line or "non_finite" in line)
+        line
+        for line in run.steps
+        if finite_number(line.get("loss")) is None and ("loss" in line or "non_finite" in line)
     ]
     sources = {
         "resume": run.resumes,
@@ -256,7 +258,13 @@ def _marks_and_events(run: RunLog) -> tuple[list[dict], list[dict], list[dict], 
             now = line.get("time")
             when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now)) if isinstance(now, (int, float)) else ""
             events.append(
-                {"step": line.get("step", 0), "kind": label, "text": text, "when": when, "time": finite_number(now) or 0}
+                {
+                    "step": line.get("step", 0),
+                    "kind": label,
+                    "text": text,
+                    "when": when,
+                    "time": finite_number(now) or 0,
+                }
             )
     events.sort(key=lambda event: (event["time"], event["step"]))
     left_out = max(0, len(events) - 200)
@@ -389,7 +397,9 @@ def _figures(run: RunLog, config: dict) -> list[dict]:
         speed, speed_note = _short(sorted(speeds)[len(speeds) // 2]), "median of the log"
     else:
         speed, speed_note = "–", str(summary.get("steady_reason") or "not known yet")
-    memory = max((value for line in run.steps if (value := finite_number(line.get("peak_memory_bytes")))), default=None)
+    memory = max(
+        (value for line in run.steps if (value := finite_number(line.get("peak_memory_bytes")))), default=None
+    )
     mfus = [value for line in run.steps[1:] if (value := finite_number(line.get("mfu"))) is not None]
     step, total = last.get("step", 0), config.get("max_train_steps")
     figures = [
@@ -458,6 +468,10 @@ def write_report(
         cells = [{"step": cell["step"], "image": pictures[cell["path"]]} for cell in cells if cell["path"] in pictures]
         if cells:
             table.append({"prompt": prompt, "seed": seed, "cells": cells})
+    if run.validations:
+        no_rows = "The run made validation pictures, but none of them is in its folder or can be read."
+    else:
+        no_rows = "No validation pictures: the run made none" + ("." if run.end is not None else " so far.")
     rows_notes = []
     if len(rows) > len(shown_rows):
         rows_notes.append(f"The first {len(shown_rows)} of {len(rows)} prompts and seeds.")
@@ -505,6 +519,7 @@ def write_report(
         pairs_note=pairs_note,
         rows=table,
         rows_note=" ".join(rows_notes),
+        no_rows=no_rows,
         events=events,
         events_left_out=events_left_out,
         config=_config_items(run.configs),
