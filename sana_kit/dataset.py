@@ -556,7 +556,7 @@ def check_pictures(
     """Decode every picture of this rank's share completely: [(sample index, message)] of the bad ones.
 
     JPEG files are decoded at an eighth of their size, which still reads all their data, so truncation shows at a
-    fraction of the cost. Each distinct picture is decoded once. No model is needed, so it runs before any weight loads.
+    fraction of the cost. Each distinct picture is decoded once. No model is needed, so it runs before weights load.
     """
     first_of_row: dict[int, int] = {}
     for i in range(len(pictures)) if indices is None else indices:
