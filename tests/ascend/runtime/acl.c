@@ -190,6 +190,12 @@ aclError aclrtSetSysParamOpt(aclSysParamOpt option, int64_t value) { system_opti
 aclError aclrtCtxSetSysParamOpt(aclSysParamOpt option, int64_t value) { system_options[option & 15] = value; return ACL_SUCCESS; }
 aclError aclrtGetSysParamOpt(aclSysParamOpt option, int64_t *value) { *value = system_options[option & 15]; return ACL_SUCCESS; }
 
+/* Compiling operators at first use is off by default on the A2 and A3 series and on for older ones. */
+static bool old_series(void) {
+    const char *soc = aclrtGetSocName();
+    return strncmp(soc, "Ascend910B", 10) && strncmp(soc, "Ascend910_", 10) && strncmp(soc, "Ascend950", 9);
+}
+
 static char compile_options[32][256];
 aclError aclSetCompileopt(aclCompileOpt option, const char *value) {
     if ((unsigned)option >= 32) return ACL_ERROR_INVALID_PARAM;
@@ -199,7 +205,9 @@ aclError aclSetCompileopt(aclCompileOpt option, const char *value) {
 size_t aclGetCompileoptSize(aclCompileOpt option) { (void)option; return 256; }
 aclError aclGetCompileopt(aclCompileOpt option, char *value, size_t length) {
     if ((unsigned)option >= 32) return ACL_ERROR_INVALID_PARAM;
-    snprintf(value, length, "%s", compile_options[option]);
+    const char *text = compile_options[option];
+    if (option == ACL_OP_JIT_COMPILE && !text[0]) text = old_series() ? "enable" : "disable";
+    snprintf(value, length, "%s", text);
     return ACL_SUCCESS;
 }
 
@@ -359,6 +367,50 @@ aclError aclrtUnmapMem(void *pointer) {
     pthread_mutex_unlock(&memory_lock);
     if (size == 0) return emulated_fail(107000, "aclrtUnmapMem: nothing is mapped there");
     mmap(pointer, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    return ACL_SUCCESS;
+}
+
+/* ------------------------------------------------------------------------------- operators by name (older than aclnn) */
+
+/* torch_npu moves a weight between layouts with them. Only Identity exists here, a copy between plain layouts; TransData,
+ * which internal formats need, fails by name: no internal format ever comes into being on the emulated device. */
+struct aclTensorDesc { aclDataType type; aclFormat format; int dims; int64_t size[8]; };
+struct aclDataBuffer { void *data; size_t bytes; };
+
+aclTensorDesc *aclCreateTensorDesc(aclDataType type, int dims, const int64_t *size, aclFormat format) {
+    if (dims > 8) return NULL;
+    aclTensorDesc *desc = calloc(1, sizeof *desc);
+    *desc = (aclTensorDesc){type, format, dims, {0}};
+    for (int i = 0; i < dims; i++) desc->size[i] = size[i];
+    return desc;
+}
+void aclDestroyTensorDesc(const aclTensorDesc *desc) { free((void *)desc); }
+aclDataType aclGetTensorDescType(const aclTensorDesc *desc) { return desc->type; }
+aclFormat aclGetTensorDescFormat(const aclTensorDesc *desc) { return desc->format; }
+size_t aclGetTensorDescNumDims(const aclTensorDesc *desc) { return desc->dims; }
+aclError aclGetTensorDescDimV2(const aclTensorDesc *desc, size_t i, int64_t *size) { *size = desc->size[i]; return ACL_SUCCESS; }
+aclError aclSetTensorFormat(aclTensorDesc *desc, aclFormat format) { (void)desc; (void)format; return ACL_SUCCESS; }
+aclError aclSetTensorShape(aclTensorDesc *desc, int dims, const int64_t *size) { (void)desc; (void)dims; (void)size; return ACL_SUCCESS; }
+void aclSetTensorDescName(aclTensorDesc *desc, const char *name) { (void)desc; (void)name; }
+
+aclDataBuffer *aclCreateDataBuffer(void *data, size_t bytes) {
+    aclDataBuffer *buffer = malloc(sizeof *buffer);
+    *buffer = (aclDataBuffer){data, bytes};
+    return buffer;
+}
+aclError aclDestroyDataBuffer(const aclDataBuffer *buffer) { free((void *)buffer); return ACL_SUCCESS; }
+aclopAttr *aclopCreateAttr(void) { return malloc(1); }
+void aclopDestroyAttr(const aclopAttr *attributes) { free((void *)attributes); }
+
+aclError aclopCompileAndExecute(const char *name, int input_count, const aclTensorDesc *const input_descs[],
+                                const aclDataBuffer *const inputs[], int output_count, const aclTensorDesc *const output_descs[],
+                                aclDataBuffer *const outputs[], const aclopAttr *attributes, aclopEngineType engine,
+                                aclopCompileType flag, const char *path, aclrtStream stream) {
+    (void)attributes; (void)engine; (void)flag; (void)path; (void)stream;
+    if (strcmp(name, "Identity") || input_count != 1 || output_count != 1 || input_descs[0]->type != output_descs[0]->type)
+        return emulated_fail(ACL_ERROR_FEATURE_UNSUPPORTED, "the operator %s is not emulated", name);
+    memmove(outputs[0]->data, inputs[0]->data, inputs[0]->bytes < outputs[0]->bytes ? inputs[0]->bytes : outputs[0]->bytes);
+    emulated_count(name);
     return ACL_SUCCESS;
 }
 

@@ -70,6 +70,17 @@ int aclDestroyIntArray(const aclIntArray *array) {
     return 0;
 }
 
+typedef struct { aclDataType type; char bytes[16]; } aclScalar;
+
+aclScalar *aclCreateScalar(void *value, aclDataType type);
+aclScalar *aclCreateScalar(void *value, aclDataType type) {
+    aclScalar *scalar = calloc(1, sizeof *scalar);
+    scalar->type = type;
+    memcpy(scalar->bytes, value, type_bytes(type));
+    return scalar;
+}
+int aclDestroyScalar(const aclScalar *scalar) { free((void *)scalar); return 0; }
+
 static int64_t elements(const aclTensor *tensor) {
     int64_t count = 1;
     for (int i = 0; i < tensor->dims; i++) count *= tensor->size[i];
@@ -255,6 +266,52 @@ int aclnnCastGetWorkspaceSize(const aclTensor *src, aclDataType type, aclTensor 
     return 0;
 }
 int aclnnCast(void *workspace, uint64_t bytes, aclOpExecutor *e, aclrtStream stream) { return aclnnInplaceCopy(workspace, bytes, e, stream); }
+
+/* ------------------------------------------------------------------------------------------------------ fill and pad */
+
+static void fill_tensor(const aclTensor *t, double value) {
+    aclTensor one = {.type = ACL_DOUBLE, .data = (char *)&value};
+    copy_tensor(t, &one);
+}
+
+int aclnnInplaceZeroGetWorkspaceSize(aclTensor *self, uint64_t *workspace, aclOpExecutor **executor) {
+    if (!self || is_complex(self->type)) return emulated_fail(PARAM_INVALID, "aclnnInplaceZero: the tensor is missing or complex");
+    new_executor("aclnnInplaceZero", workspace, executor)->tensor[0] = self;
+    return 0;
+}
+int aclnnInplaceZero(void *workspace, uint64_t bytes, aclOpExecutor *e, aclrtStream stream) {
+    (void)workspace; (void)bytes; (void)stream;
+    fill_tensor(e->tensor[0], 0);
+    return finish(e);
+}
+
+int aclnnConstantPadNdGetWorkspaceSize(const aclTensor *self, const aclIntArray *pad, const aclScalar *value, aclTensor *out,
+                                       uint64_t *workspace, aclOpExecutor **executor) {
+    if (!self || !pad || !value || !out) return emulated_fail(PARAM_NULL, "aclnnConstantPadNd: an argument is missing");
+    if (self->type != out->type || is_complex(out->type) || self->dims != out->dims || pad->count > 2u * self->dims || pad->count % 2)
+        return emulated_fail(PARAM_INVALID, "aclnnConstantPadNd: %s to %s with %d pads", shape_text(self), shape_text(out), (int)pad->count);
+    for (int d = 0; d < self->dims; d++) {
+        int64_t i = 2 * (self->dims - 1 - d), before = i < (int64_t)pad->count ? pad->values[i] : 0, after = i < (int64_t)pad->count ? pad->values[i + 1] : 0;
+        if (before < 0 || after < 0 || self->size[d] + before + after != out->size[d])
+            return emulated_fail(PARAM_INVALID, "aclnnConstantPadNd: %s does not pad to %s", shape_text(self), shape_text(out));
+    }
+    aclOpExecutor *e = new_executor("aclnnConstantPadNd", workspace, executor);
+    e->tensor[0] = self, e->tensor[1] = out, e->real[0] = load(value->bytes, value->type);
+    for (uint64_t i = 0; i < pad->count; i += 2) e->integer[i / 2] = pad->values[i]; /* what comes before, last dimension first */
+    return 0;
+}
+int aclnnConstantPadNd(void *workspace, uint64_t bytes, aclOpExecutor *e, aclrtStream stream) {
+    (void)workspace; (void)bytes; (void)stream;
+    const aclTensor *self = e->tensor[0];
+    aclTensor inner = *e->tensor[1];
+    fill_tensor(&inner, e->real[0]);
+    for (int d = 0; d < inner.dims; d++) {
+        inner.data += e->integer[inner.dims - 1 - d] * inner.stride[d] * (int64_t)type_bytes(inner.type);
+        inner.size[d] = self->size[d];
+    }
+    copy_tensor(&inner, self);
+    return finish(e);
+}
 
 /* --------------------------------------------------------------------------------------------------------- attention */
 
