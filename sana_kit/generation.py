@@ -24,12 +24,15 @@ from pathlib import Path
 
 import torch
 
+from sana_kit import devices
+from sana_kit.encodings import collate_prompt_embeds, encode_prompts
 from sana_kit.models import load_pipeline
 
 __all__ = [
     "Job",
     "Prompt",
     "decode_latents",
+    "encode_job_prompts",
     "generate_from_embeddings",
     "generate_groups",
     "generation_size",
@@ -43,6 +46,7 @@ __all__ = [
 # A whole decode of 4096 x 4096 px peaks at 28 GB in bf16 and holds a tensor of more than 2**31 elements (calculated on
 # meta tensors for the DC-AE f32c32 of SANA). Tiles up to these many pixels stay under 10 GB, by bytes per element.
 MAX_TILE_PIXELS = {2: 2176 * 2176, 4: 2048 * 2048}
+MAX_TILES = 32  # along an axis
 TILE_OVERLAP = 128  # pixels in which two neighbours are blended
 AUTO_BATCH_TOKENS = 8192  # image tokens per call (twice that with guidance) that keep a big matrix unit busy
 
@@ -183,15 +187,11 @@ def vae_factor(vae) -> int:
     return 2 ** (len(vae.config.encoder_block_out_channels) - 1)
 
 
-def generation_size(height: int, width: int, sample_size: int, use_resolution_binning: bool | str = "auto"):
-    """(height, width) in pixels at which the transformer works for a picture of the size asked for.
+def nearest_bin(height: int, width: int, sample_size: int) -> tuple[int, int] | None:
+    """(height, width) of the trained size of nearest aspect ratio, in SanaPipeline's table for a `sample_size`.
 
-    SanaPipeline's resolution binning moves a size to the nearest aspect ratio that the checkpoint was trained on and
-    resizes the picture afterwards. Its table is picked by the transformer's `sample_size` (16, 32, 64 or 128). 'auto'
-    uses it where the table has a bin within a factor of 2 of the pixels asked for; True is the same; False never.
+    None where SanaPipeline has no table (it has them for 16, 32, 64 and 128).
     """
-    if not use_resolution_binning:
-        return height, width
     from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_512_BIN, ASPECT_RATIO_1024_BIN
     from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import ASPECT_RATIO_2048_BIN
     from diffusers.pipelines.sana.pipeline_sana import ASPECT_RATIO_4096_BIN
@@ -204,11 +204,23 @@ def generation_size(height: int, width: int, sample_size: int, use_resolution_bi
     }
     table = tables.get(sample_size)
     if table is None:
-        return height, width
+        return None
     nearest = min(table, key=lambda ratio: abs(float(ratio) - height / width))
-    bin_height, bin_width = (int(side) for side in table[nearest])
-    if 0.5 <= (bin_height * bin_width) / (height * width) <= 2.0:
-        return bin_height, bin_width
+    return int(table[nearest][0]), int(table[nearest][1])
+
+
+def generation_size(height: int, width: int, sample_size: int, use_resolution_binning: bool | str = "auto"):
+    """(height, width) in pixels at which the transformer works for a picture of the size asked for.
+
+    SanaPipeline's resolution binning moves a size to the nearest aspect ratio that the checkpoint was trained on and
+    resizes the picture afterwards. "auto" (or True) does so where that bin is within a factor of 2 of the pixels asked
+    for; False never.
+    """
+    if not use_resolution_binning:
+        return height, width
+    trained = nearest_bin(height, width, sample_size)
+    if trained is not None and 0.5 <= (trained[0] * trained[1]) / (height * width) <= 2.0:
+        return trained
     return height, width
 
 
@@ -251,7 +263,7 @@ def plan_tiles(height: int, width: int, factor: int, max_pixels: int, overlap: i
     shared = max(1, overlap // factor)
     h, w = height // factor, width // factor
     best = None
-    for count_h, count_w in itertools.product(range(1, 33), repeat=2):
+    for count_h, count_w in itertools.product(range(1, MAX_TILES + 1), repeat=2):
         if count_h > h or count_w > w:
             continue
         rows, columns = axis_tiles(h, count_h, shared), axis_tiles(w, count_w, shared)
@@ -262,8 +274,15 @@ def plan_tiles(height: int, width: int, factor: int, max_pixels: int, overlap: i
         if best is None or cost < best[0]:
             best = cost, rows, columns
     if best is None:
-        raise ValueError(f"A picture of {width}x{height} px is too large to be decoded in tiles of {max_pixels} px.")
+        raise ValueError(
+            f"a picture of {width}x{height} px is too large to be decoded in {MAX_TILES}x{MAX_TILES} tiles."
+        )
     return best[1], best[2]
+
+
+def check_decodable(height: int, width: int, factor: int) -> None:
+    """ValueError for a picture that no grid of tiles covers, in any dtype."""
+    plan_tiles(height, width, factor, min(MAX_TILE_PIXELS.values()))
 
 
 def blend(before: torch.Tensor, after: torch.Tensor, extent: int, dim: int) -> torch.Tensor:
@@ -339,6 +358,81 @@ def to_pil(picture: torch.Tensor):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Prompts
+
+
+def job_texts(jobs: Iterable[Job]) -> list[tuple[str, bool]]:
+    """The distinct (text, whether it is a negative prompt) that jobs need; negatives only where guidance uses them.
+
+    A text that serves as both is two: only prompts get the complex human instruction.
+    """
+    texts: dict[tuple[str, bool], None] = {}
+    for job in jobs:
+        texts[job.prompt, False] = None
+        if job.guidance_scale > 1.0:
+            texts[job.negative_prompt, True] = None
+    return list(texts)
+
+
+def encode_texts(
+    tokenizer,
+    text_encoder,
+    texts: Sequence[tuple[str, bool]],
+    instruction: list[str] | None,
+    *,
+    device: torch.device,
+    max_sequence_length: int = 300,
+    on_error: Callable | None = None,
+) -> dict[tuple[str, bool], torch.Tensor]:
+    """(text, negative) -> (T, D) on the CPU, T the valid tokens; each text once, and alone.
+
+    Alone, because bf16 rounds differently in another batch: a picture must not depend on the other prompts of a run.
+    A text that fails goes to on_error(text, negative, exception) and is left out; without on_error it is raised.
+    """
+    encoded = {}
+    for text, negative in texts:
+        lines = None if negative else instruction
+        try:
+            embeds = encode_prompts(tokenizer, text_encoder, [text], lines, max_sequence_length, device, batch=1)[0]
+        except Exception as error:
+            if on_error is None:
+                raise
+            on_error(text, negative, error)
+            continue
+        encoded[text, negative] = embeds
+    return encoded
+
+
+def encode_job_prompts(
+    pipeline,
+    jobs: Iterable[Job],
+    instruction: list[str] | None,
+    *,
+    device: torch.device,
+    max_sequence_length: int = 300,
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(prompt_embeds, negative_prompt_embeds) for `generate_from_embeddings`; frees the pipeline's text encoder."""
+    encoded = encode_texts(
+        pipeline.tokenizer,
+        pipeline.text_encoder,
+        job_texts(jobs),
+        instruction,
+        device=device,
+        max_sequence_length=max_sequence_length,
+    )
+    pipeline.text_encoder = pipeline.tokenizer = None
+    devices.empty_cache(device)
+    return split_texts(encoded)
+
+
+def split_texts(encoded: dict[tuple[str, bool], torch.Tensor]):
+    """(text, negative) -> embeds, as the two dictionaries (prompts, negative prompts) that generation takes."""
+    prompts = {text: embeds for (text, negative), embeds in encoded.items() if not negative}
+    negatives = {text: embeds for (text, negative), embeds in encoded.items() if negative}
+    return prompts, negatives
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Denoising
 
 
@@ -346,18 +440,6 @@ def initial_noise(job: Job, shape: tuple[int, int, int]) -> tuple[torch.Tensor, 
     """The picture's noise (1, C, h, w) float32 and its generator, which stochastic schedulers go on drawing from."""
     generator = torch.Generator("cpu").manual_seed(job.seed)
     return torch.randn((1, *shape), generator=generator, dtype=torch.float32), generator
-
-
-def pad_prompt_embeds(embeds: Sequence[torch.Tensor], multiple: int = 16):
-    """list of (T_i, D) -> (B, T, D) and bool mask (B, T), T the longest rounded up to a multiple, True = use."""
-    longest = max(e.shape[0] for e in embeds)
-    length = math.ceil(longest / multiple) * multiple
-    padded = embeds[0].new_zeros(len(embeds), length, embeds[0].shape[1])
-    mask = torch.zeros(len(embeds), length, dtype=torch.bool, device=embeds[0].device)
-    for index, embed in enumerate(embeds):
-        padded[index, : embed.shape[0]] = embed
-        mask[index, : embed.shape[0]] = True
-    return padded, mask
 
 
 @torch.no_grad()
@@ -440,7 +522,7 @@ def generate_group(
     embeds = [prompt_embeds[job.prompt] for job in group]
     if first.guidance_scale > 1.0:
         embeds = [negative_prompt_embeds[job.negative_prompt] for job in group] + embeds
-    padded, mask = pad_prompt_embeds([e.to(device) for e in embeds])
+    padded, mask = (tensor.to(device) for tensor in collate_prompt_embeds(embeds))
     latents = denoise(
         transformer,
         scheduler,

@@ -22,7 +22,6 @@ from sana_kit import devices
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name, which the trainer writes
 BASE_FILE = "sana_kit_base.json"  # {"base_model": folder or hub name}, written beside a fully fine-tuned transformer/
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_SAMPLE = 64 * 1024  # bytes hashed at the start, middle and end of each weights file
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,9 +233,9 @@ def find_model(
         vae_config=vae_config,
         fingerprint="",
     )
-    files, problems = _check_weights(model, dtype, flag)
+    problems = _check_weights(model, dtype, flag)
     if not problems:
-        model.fingerprint = _fingerprint(model, files)
+        model.fingerprint = _fingerprint(model)
     return model, problems
 
 
@@ -272,8 +271,8 @@ def meta_transformer(config: dict):
         return SanaTransformer2DModel.from_config(config)
 
 
-def _check_weights(model: Model, dtype: torch.dtype, flag: str) -> tuple[list[Path], list[str]]:
-    """(weights files, problems): names, sizes and shapes by the headers of what is on this disk."""
+def _check_weights(model: Model, dtype: torch.dtype, flag: str) -> list[str]:
+    """What is wrong with the weights files on this disk: names, sizes and shapes, by their headers."""
     from diffusers import AutoencoderDC
 
     def meta_vae(config):
@@ -300,14 +299,13 @@ def _check_weights(model: Model, dtype: torch.dtype, flag: str) -> tuple[list[Pa
             )
         parts.append(("vae", base / "vae", "diffusion_pytorch_model", meta_vae, model.vae_config))
         parts.append(("text_encoder", base / "text_encoder", "model", None, None))
-    files, problems = [], []
+    problems = []
     for part, folder, stem, build, config in parts:
         try:
             found = weight_files(folder, stem, model.variant)
         except ValueError as error:
             problems.append(f"{flag}={model.name}: {error}.")
             continue
-        files += found
         tensors = {}
         try:
             for file in found:
@@ -332,32 +330,25 @@ def _check_weights(model: Model, dtype: torch.dtype, flag: str) -> tuple[list[Pa
                 f"--dtype=fp16: the transformer in {folder} is stored in bf16, whose range fp16 does not hold. Use"
                 " --dtype=bf16 or fp32."
             )
-    return files, problems
+    return problems
 
 
 def _some(items: list[str], limit: int = 4) -> str:
     return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
 
 
-def _fingerprint(model: Model, files: list[Path]) -> str:
-    """SHA-256 of the configs and of samples of each weights file; for a hub name, of the name and its revision.
+def _fingerprint(model: Model) -> str:
+    """SHA-256 that stands for transformer, VAE and text encoder: equal for equal files, wherever they lie."""
+    from sana_kit.encodings import component_identity
 
-    Samples at the start, middle and end of each file tell one training's weights from another's in milliseconds.
-    """
-    digest = hashlib.sha256()
-    for config in (model.transformer_config, model.vae_config):
-        named = {key: value for key, value in config.items() if not key.startswith("_")}
-        digest.update(json.dumps(named, sort_keys=True).encode())
-    if not model.local:
-        digest.update(f"{model.base}@{model.revision or 'main'}/{model.variant}".encode())
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
-            for position in (0, max(0, size // 2 - _SAMPLE // 2), max(0, size - _SAMPLE)):
-                file.seek(position)
-                digest.update(file.read(_SAMPLE))
-    return digest.hexdigest()
+    where = {"revision": model.revision, "variant": model.variant, "cache_dir": model.cache_dir}
+    parts = [component_identity(model.base, part, **where) for part in ("vae", "text_encoder")]
+    if model.transformer_folder is None:
+        parts.append(component_identity(model.base, "transformer", **where))
+    else:
+        folder = model.transformer_folder.resolve()
+        parts.append(component_identity(str(folder.parent), folder.name, variant=model.variant))
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -558,20 +549,28 @@ def load_transformer(model: Model, *, device: torch.device, dtype: torch.dtype):
     """The model's SanaTransformer2DModel on `device`, in eval mode."""
     from diffusers import SanaTransformer2DModel
 
+    from sana_kit.encodings import dtype_argument
+
     folder = model.transformer_folder or _local_base(model) / "transformer"
     variant = _has_variant(folder, "diffusion_pytorch_model", model.variant)
-    loaded = SanaTransformer2DModel.from_pretrained(folder, torch_dtype=dtype, variant=variant, use_safetensors=True)
-    return loaded.to(device).eval()
+    loaded = SanaTransformer2DModel.from_pretrained(
+        folder, variant=variant, use_safetensors=True, **dtype_argument(SanaTransformer2DModel, dtype)
+    )
+    return loaded.to(device).eval().requires_grad_(False)
+
+
+def _component(model: Model, part: str, stem: str) -> dict:
+    """What encodings.py's loaders take, for a part of the base."""
+    base = _local_base(model)
+    variant = _has_variant(base / part, stem, model.variant)
+    return {"pretrained_model_name_or_path": str(base), "revision": None, "variant": variant, "cache_dir": None}
 
 
 def load_vae(model: Model, *, device: torch.device, dtype: torch.dtype):
     """The model's AutoencoderDC on `device`, in eval mode."""
-    from diffusers import AutoencoderDC
+    from sana_kit import encodings
 
-    folder = _local_base(model) / "vae"
-    variant = _has_variant(folder, "diffusion_pytorch_model", model.variant)
-    loaded = AutoencoderDC.from_pretrained(folder, torch_dtype=dtype, variant=variant, use_safetensors=True)
-    return loaded.to(device).eval()
+    return encodings.load_vae(_component(model, "vae", "diffusion_pytorch_model"), dtype, device)
 
 
 def load_scheduler(model: Model):
@@ -582,19 +581,10 @@ def load_scheduler(model: Model):
 
 
 def load_text_encoder(model: Model, *, device: torch.device, dtype: torch.dtype):
-    """(tokenizer, text encoder on `device` in eval mode), of the classes that model_index.json names."""
-    import transformers
+    """(tokenizer, text encoder on `device` in eval mode)."""
+    from sana_kit import encodings
 
-    base = _local_base(model)
-    tokenizer = getattr(transformers, model.index["tokenizer"][1]).from_pretrained(base / "tokenizer")
-    kind = getattr(transformers, model.index["text_encoder"][1])
-    folder = base / "text_encoder"
-    # transformers renamed torch_dtype to dtype in 4.56; the configs tell which one this release reads
-    key = "dtype" if hasattr(transformers.PretrainedConfig(), "dtype") else "torch_dtype"
-    loaded = kind.from_pretrained(
-        folder, variant=_has_variant(folder, "model", model.variant), use_safetensors=True, **{key: dtype}
-    )
-    return tokenizer, loaded.to(device).eval()
+    return encodings.load_text_encoder(_component(model, "text_encoder", "model"), dtype, device)
 
 
 def text_dtype(dtype: torch.dtype) -> torch.dtype:
