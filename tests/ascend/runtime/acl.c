@@ -174,6 +174,7 @@ aclError aclGetDeviceCapability(uint32_t device, aclDeviceInfo info, int64_t *va
     (void)device;
     if (info == ACL_DEVICE_INFO_AI_CORE_NUM) *value = 24;
     else if (info == ACL_DEVICE_INFO_VECTOR_CORE_NUM) *value = 48;
+    else if (info == ACL_DEVICE_INFO_L2_SIZE) *value = 192ll << 20;
     else return emulated_fail(ACL_ERROR_FEATURE_UNSUPPORTED, "aclGetDeviceCapability: %d is not emulated", (int)info);
     return ACL_SUCCESS;
 }
