@@ -252,9 +252,21 @@ def read_adapter(folder):
     return tensors, lora_config, base_model
 
 
-def _some(names, limit=12):
-    names = sorted(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def _named(keys, details=None):
+    """All `keys` in words, the blocks of a model written as one:
+    `transformer.transformer_blocks.{0-19}.attn1.to_q...`."""
+    blocks = {}
+    for key in keys:
+        before, number, after = re.match(r"(.*?_blocks\.)?(\d*)(.*)", key).groups()
+        blocks.setdefault((before or "", after, (details or {}).get(key, "")), []).append(number)
+    named = []
+    for (before, after, detail), numbers in sorted(blocks.items()):
+        if len(numbers) > 1:
+            numbers = sorted(map(int, numbers))
+            whole = numbers == list(range(numbers[0], numbers[-1] + 1))
+            numbers = [f"{{{numbers[0]}-{numbers[-1]}}}" if whole else "{" + ",".join(map(str, numbers)) + "}"]
+        named.append(f"{before}{numbers[0]}{after}{detail}")
+    return ", ".join(named)
 
 
 def _misfits(tensors, lora_config, base_model, model, live, base_here):
@@ -279,16 +291,18 @@ def _misfits(tensors, lora_config, base_model, model, live, base_here):
             found.append("other LoRA settings (--rank, --lora_alpha): " + "; ".join(settings))
     unexpected, missing = set(tensors) - set(live), set(live) - set(tensors)
     if unexpected:
-        found.append(f"{len(unexpected)} unexpected keys (not in this model; --lora_layers?): {_some(unexpected)}")
+        found.append(f"{len(unexpected)} unexpected keys (not in this model; --lora_layers?): {_named(unexpected)}")
     if missing:
-        found.append(f"{len(missing)} missing keys (in this model, not in the file; --lora_layers?): {_some(missing)}")
+        found.append(
+            f"{len(missing)} missing keys (in this model, not in the file; --lora_layers?): {_named(missing)}"
+        )
     shapes = {
-        f"{key} {tuple(tensors[key].shape)} in the file, {tuple(live[key].shape)} here"
+        key: f" {tuple(tensors[key].shape)} in the file, {tuple(live[key].shape)} here"
         for key in set(tensors) & set(live)
         if tensors[key].shape != live[key].shape
     }
     if shapes:
-        found.append(f"{len(shapes)} tensors of another shape (another --rank or model): {_some(shapes)}")
+        found.append(f"{len(shapes)} tensors of another shape (another --rank or model): {_named(shapes, shapes)}")
     return found
 
 
@@ -447,15 +461,6 @@ def _check_engine(accelerator, unwrap_model, transformer, folder, base_here):
             "was cut "
             "off. Resume it with the accelerate config that wrote it."
         )
-    elif not glob.glob(os.path.join(glob.escape(engine_folder), "*optim_states.pt")) and not os.path.isdir(
-        os.path.join(engine_folder, "zero")  # a universal checkpoint
-    ):
-        found.append(
-            f"the optimizer state is missing from {engine_folder} (*optim_states.pt): DeepSpeed would go on without "
-            "masters and "
-            "moments. Choose a whole checkpoint."
-        )
-
     tensors, lora_config, base_model = read_adapter(folder)
     found += _misfits(tensors, lora_config, base_model, model, live, base_here)
     differing = {
@@ -467,7 +472,7 @@ def _check_engine(accelerator, unwrap_model, transformer, folder, base_here):
         found.append(
             f"{len(differing)} of {len(live)} tensors differ from what the DeepSpeed engine loaded; file and engine "
             "state are of "
-            f"different runs or steps: {_some(differing)}"
+            f"different runs or steps: {_named(differing)}"
         )
     stale, total = _stale_masters(engines)
     if stale:
@@ -580,6 +585,18 @@ EDITS = (
         r"^( +)if args\.checkpoints_total_limit is not None:$",
         r"\1if args.checkpoints_total_limit is not None and accelerator.is_main_process:",
         r"^ +if args\.checkpoints_total_limit is not None and accelerator\.is_main_process:",
+    ),
+    Edit(
+        # Missing in the reference kit's manual: another rank then makes the new folder while the main process still
+        # counts the old ones: with --checkpoints_total_limit one too many is deleted, with 1 perhaps the new one.
+        "make the new checkpoint's folder only after pruning",
+        'save_path = os.path.join(args.output_dir, f"checkpoint-{global_step}")',
+        r'^( +)save_path = os\.path\.join\(args\.output_dir, f"checkpoint-\{global_step\}"\)$',
+        "\\1if accelerator.distributed_type == DistributedType.DEEPSPEED:\n"
+        "\\1    accelerator.wait_for_everyone()  # patch_sana: no rank makes the new folder before old ones are "
+        "pruned\n"
+        "\\g<0>",
+        r"^ +accelerator\.wait_for_everyone\(\)[^\n]*\n +save_path = ",
     ),
     Edit(
         "print an empty line after each step, which Ubuntu needs to flush the progress bar into a log",

@@ -96,7 +96,7 @@ def main(args):
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate)
 
-    # Four squares of one colour each, (4, 3, 64, 64) in [-1, 1], become latents (4, C, 8, 8); embeddings (4, 12, caption).
+    # Four squares of one colour each, (4, 3, 64, 64) in [-1, 1], as latents (4, C, 8, 8); embeddings (4, 12, D).
     generator = torch.Generator().manual_seed(args.seed)
     pictures = torch.rand(4, 3, 1, 1, generator=generator).expand(4, 3, 64, 64) * 2 - 1
     with torch.no_grad():
@@ -147,7 +147,8 @@ def main(args):
                             old = newest_checkpoints(args.output_dir)
                             for name in old[: max(0, len(old) - args.checkpoints_total_limit + 1)]:
                                 shutil.rmtree(os.path.join(args.output_dir, name))
-                        accelerator.save_state(os.path.join(args.output_dir, f"checkpoint-{global_step}"))
+                        save_path = os.path.join(args.output_dir, f"checkpoint-{global_step}")
+                        accelerator.save_state(save_path)
 
             accelerator.print(json.dumps({"step": global_step, "loss": loss.item(), "vae": str(vae.dtype)}))
             if args.report_to == "wandb" and accelerator.is_main_process:
