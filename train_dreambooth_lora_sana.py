@@ -250,8 +250,13 @@ def public_config(args: argparse.Namespace) -> dict:
 # Checks before anything is loaded
 
 
-def validate_args(args: argparse.Namespace, device_type: str, world_size: int) -> None:
-    """Gather every problem that can be seen without loading a weight and raise them all as one ValueError."""
+def validate_args(args: argparse.Namespace, device_type: str):
+    """Gather every problem that can be seen without loading a weight and raise them all as one ValueError.
+
+    Returns: the `sana_kit.models.Model` that --pretrained_model_name_or_path names.
+    """
+    from sana_kit.models import find_model
+
     problems = []
 
     def expect(condition, flag: str, remedy: str) -> None:
@@ -318,11 +323,6 @@ def validate_args(args: argparse.Namespace, device_type: str, world_size: int) -
     if args.compile:
         expect(device_type != "npu", "compile", "torch.compile has no NPU backend here; leave the flag out.")
     if args.mixed_precision == "fp16":
-        expect(
-            _transformer_stored_dtype(args) != "BF16",
-            "mixed_precision",
-            "this checkpoint's transformer is stored in bf16 and overflows in fp16; use bf16.",
-        )
         expect(device_type != "cpu", "mixed_precision", "fp16 needs an accelerator; use bf16 or no on CPU.")
 
     # data
@@ -353,7 +353,17 @@ def validate_args(args: argparse.Namespace, device_type: str, world_size: int) -
         problems.append(str(error))
 
     # model
-    problems += _model_problems(args)
+    model, found = find_model(
+        args.pretrained_model_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+        cache_dir=args.cache_dir,
+        dtype=torch.float16 if args.mixed_precision == "fp16" else torch.bfloat16,
+        flag="--pretrained_model_name_or_path",
+    )
+    problems += [problem.replace("--dtype=", "--mixed_precision=").replace("fp32", "no") for problem in found]
+    if model is not None:
+        problems += _size_and_layer_problems(args, model)
 
     # output
     problems += _output_problems(args)
@@ -365,6 +375,7 @@ def validate_args(args: argparse.Namespace, device_type: str, world_size: int) -
 
     if problems:
         raise ValueError(f"{len(problems)} problem(s) with the arguments:\n  " + "\n  ".join(problems))
+    return model
 
 
 def _importable(package: str) -> bool:
@@ -373,66 +384,17 @@ def _importable(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def _local_model_folder(args) -> Path | None:
-    """The model's folder, None for a hub name."""
-    folder = Path(args.pretrained_model_name_or_path)
-    return folder if folder.is_dir() else None
-
-
-def _transformer_stored_dtype(args) -> str | None:
-    """The dtype of the local transformer's weights as their safetensors header says ('BF16', 'F32', ...)."""
-    folder = _local_model_folder(args)
-    files = sorted((folder / "transformer").glob("*.safetensors")) if folder else []
-    if not files:
-        return None
-    from safetensors import safe_open
-
-    with safe_open(files[0], framework="pt") as handle:
-        return handle.get_slice(next(iter(handle.keys()))).get_dtype()
-
-
-def _model_problems(args) -> list[str]:
-    """Problems of the model folder and what depends on its configuration: the VAE's factor, LoRA layer names."""
-    name = args.pretrained_model_name_or_path
-    folder = _local_model_folder(args)
-    if folder is None:
-        looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1
-        if looks_like_path:
-            return [
-                f"--pretrained_model_name_or_path={name}: no such folder. Give the folder of a diffusers SanaPipeline"
-                f" (with"
-                " model_index.json), or a hub name such as Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers."
-            ]
-        return []
+def _size_and_layer_problems(args, model) -> list[str]:
+    """Problems of flags that depend on the model's configuration: sizes, LoRA layer names."""
     problems = []
-    for part in (
-        "model_index.json",
-        "vae/config.json",
-        "text_encoder/config.json",
-        "transformer/config.json",
-        "scheduler/scheduler_config.json",
-        "tokenizer",
-    ):
-        if not (folder / part).exists():
-            problems.append(
-                f"--pretrained_model_name_or_path={name}: {part} is missing; a whole SanaPipeline folder is needed."
-            )
-    if problems:
-        return problems
-    try:
-        vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
-        transformer = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
-        flow_matching.scheduler_config_of(folder)
-    except (ValueError, OSError) as error:
-        return [f"--pretrained_model_name_or_path={name}: a config file is unreadable ({error})."]
-    factor = 2 ** (len(vae.get("encoder_block_out_channels", [0] * 6)) - 1) * transformer.get("patch_size", 1)
+    factor = model.pixel_multiple
     for flag in ("resolution", "validation_resolution"):
         value = getattr(args, flag)
         if value and value % factor:
             lower, upper = max(value // factor, 1) * factor, (value // factor + 1) * factor
             problems.append(f"--{flag}={value}: must be a multiple of {factor}, the VAE's factor: {lower} or {upper}.")
     if args.train_mode == "lora" and args.lora_layers is not None:
-        linears = _linear_layer_names(transformer)
+        linears = _linear_layer_names(model.transformer_config)
         for layer in (part.strip() for part in args.lora_layers.split(",")):
             if not any(full == layer or full.endswith("." + layer) for full in linears):
                 ends = sorted(
@@ -447,11 +409,10 @@ def _model_problems(args) -> list[str]:
 
 def _linear_layer_names(transformer_config: dict) -> list[str]:
     """Names of the layers that a LoRA can sit on, from the config alone (meta tensors, no memory)."""
-    from diffusers import SanaTransformer2DModel
+    from sana_kit.models import meta_transformer
 
-    with torch.device("meta"):
-        model = SanaTransformer2DModel.from_config(transformer_config)
-    return [n for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
+    modules = meta_transformer(transformer_config).named_modules()
+    return [name for name, module in modules if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))]
 
 
 def _output_problems(args) -> list[str]:
@@ -598,24 +559,14 @@ def fit_buckets(accelerator, trainable_numel: int) -> None:
 # Model
 
 
-def load_transformer(args, accelerator):
+def load_transformer(args, accelerator, model):
     """The transformer in the dtype of the run, on the device, with LoRA layers or all weights trainable."""
-    from diffusers import SanaTransformer2DModel
-
-    from sana_kit.models import dtype_argument
+    from sana_kit import models
 
     weight_dtype = compute_dtype(args)
     if args.train_mode == "full" and not devices.under_deepspeed():
         weight_dtype = torch.float32  # float32 masters are the weights themselves; autocast computes in bf16
-    transformer = SanaTransformer2DModel.from_pretrained(
-        args.pretrained_model_name_or_path,
-        subfolder="transformer",
-        revision=args.revision,
-        variant=args.variant,
-        cache_dir=args.cache_dir,
-        **dtype_argument(weight_dtype),
-    )
-    transformer.requires_grad_(False)
+    transformer = models.load_transformer(model, device=accelerator.device, dtype=weight_dtype)
     if args.train_mode == "lora":
         from peft import LoraConfig
 
@@ -857,12 +808,11 @@ class Validation:
     share.
     """
 
-    def __init__(self, args, accelerator, store, scheduler_config: dict, instruction):
-        self.args, self.accelerator = args, accelerator
+    def __init__(self, args, accelerator, encoded, base, instruction):
+        self.args, self.accelerator, self.base = args, accelerator, base
         self.prompts = validation_prompts(args)
-        self.embeddings = {prompt: store.prompt(prompt, instruction) for prompt in self.prompts}
-        self.negative_embeddings = {"": store.prompt("", None)}
-        self.scheduler_config = scheduler_config
+        self.embeddings = {prompt: encoded.prompt(prompt, instruction) for prompt in self.prompts}
+        self.negative_embeddings = {"": encoded.prompt("", None)}
         self.vae = None
 
     def run(self, transformer, step: int) -> list[dict]:
@@ -871,10 +821,9 @@ class Validation:
         Returns: on the main process [{"file", "prompt", "seed"}, ...], file relative to the output folder.
         """
         from accelerate.utils import gather_object
-        from diffusers import AutoencoderDC, DPMSolverMultistepScheduler
 
+        from sana_kit import models
         from sana_kit.generation import Job, generate_from_embeddings, slug
-        from sana_kit.models import dtype_argument
 
         args, accelerator = self.args, self.accelerator
         size = args.validation_resolution or args.resolution
@@ -899,14 +848,7 @@ class Validation:
                 )
         if self.vae is None:  # loaded once, kept in host memory between validations
             dtype = devices.DTYPES[args.vae_dtype]
-            self.vae = AutoencoderDC.from_pretrained(
-                args.pretrained_model_name_or_path,
-                subfolder="vae",
-                revision=args.revision,
-                variant=args.variant,
-                cache_dir=args.cache_dir,
-                **dtype_argument(dtype),
-            ).eval()
+            self.vae = models.load_vae(self.base, device=accelerator.device, dtype=dtype)
         self.vae.to(accelerator.device)
         mine = jobs[accelerator.process_index :: accelerator.num_processes]
         bar = console_bar(
@@ -927,7 +869,7 @@ class Validation:
             generate_from_embeddings(
                 transformer=transformer,
                 vae=self.vae,
-                scheduler=DPMSolverMultistepScheduler.from_config(self.scheduler_config),
+                scheduler=models.load_scheduler(self.base),
                 jobs=mine,
                 prompt_embeds=self.embeddings,
                 negative_prompt_embeds=self.negative_embeddings,
@@ -991,7 +933,7 @@ def write_transformer(accelerator, model, args, folder: Path) -> None:
 def upcast_adapter(folder: Path, masters: dict) -> None:
     """Rewrite the adapter file with float32 masters, for --upcast_before_saving under an engine with bf16 weights."""
     from safetensors import safe_open
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     path = folder / checkpoints.ADAPTER_FILE
     with safe_open(path, framework="pt") as handle:
@@ -1002,7 +944,7 @@ def upcast_adapter(folder: Path, masters: dict) -> None:
             master = masters.get(name.replace(".weight", ".default.weight"))
             assert master is not None, key
             tensors[key] = master
-    write_atomic(path, lambda target: save_file(tensors, target, metadata=metadata))
+    write_atomic(path, lambda handle: handle.write(save(tensors, metadata=metadata)))
 
 
 # =================================================================================================================
@@ -1012,12 +954,11 @@ def upcast_adapter(folder: Path, masters: dict) -> None:
 def main(args: argparse.Namespace) -> int:
     """Train; returns the exit code: 0, or 143 / 130 after a SIGTERM / SIGINT that ended the run with a checkpoint."""
     started = time.perf_counter()
-    device_type = devices.accelerator_type()
-    validate_args(args, device_type, devices.launched_world_size())
+    base = validate_args(args, devices.accelerator_type())
 
     # ------------------------------------------------------------------------------------------------- engine, logs
     accelerator = create_accelerator(args)
-    main_process, world_size, device = accelerator.is_main_process, accelerator.num_processes, accelerator.device
+    main_process, device = accelerator.is_main_process, accelerator.device
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(message)s",
         datefmt="%H:%M:%S",
@@ -1028,12 +969,20 @@ def main(args: argparse.Namespace) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     devices.prepare_backend(device, allow_tf32=args.allow_tf32)
     output_dir = Path(args.output_dir)
+    from sana_kit.encodings import EncodingStopped
+
+    stop = StopRequest(accelerator)
     with checkpoints.locked_output_dir(output_dir, enabled=main_process):
-        return train(args, accelerator, output_dir, started, main_process, world_size, device)
+        try:
+            return train(args, accelerator, base, output_dir, started, stop)
+        except EncodingStopped:
+            logger.warning("stopped while encoding; what is encoded is kept, the same command goes on from there")
+            return EXIT_INTERRUPTED.get(stop.signal, EXIT_INTERRUPTED[signal.SIGTERM])
 
 
-def train(args, accelerator, output_dir: Path, started: float, main_process: bool, world_size: int, device) -> int:
-    """The run itself, once the output folder is ours; see `main`."""
+def train(args, accelerator, base, output_dir: Path, started: float, stop: StopRequest) -> int:
+    """The run itself, once the output folder is ours; `base` is the checked model. See `main`."""
+    main_process, world_size, device = accelerator.is_main_process, accelerator.num_processes, accelerator.device
     from accelerate.utils import broadcast_object_list
     from diffusers.optimization import get_scheduler
     from sana_kit.flops import training_flops_per_image
@@ -1042,9 +991,7 @@ def train(args, accelerator, output_dir: Path, started: float, main_process: boo
     from sana_kit import encodings
     from sana_kit.dataset import concat, load_class_pictures, load_pictures
     from sana_kit.generation import parse_instruction
-    from sana_kit.models import resolve_config_folder
-
-    config_folder = resolve_config_folder(args.pretrained_model_name_or_path, args.revision, args.cache_dir)
+    from sana_kit.models import load_scheduler
 
     # ------------------------------------------------------------------------------------------- where to start from
     found = [None, [], None]
@@ -1084,26 +1031,25 @@ def train(args, accelerator, output_dir: Path, started: float, main_process: boo
     )
     num_class = 0
     if args.with_prior_preservation:
-        generate_class_pictures(args, accelerator)
+        generate_class_pictures(args, accelerator, base)
         classes = load_class_pictures(args.class_data_dir, args.class_prompt, args.num_class_images)
         num_class = len(classes)
     num_instance = len(pictures)
     if main_process:
-        for what, count in pictures.report.items():
-            if count:
-                logger.info("data: %s: %s", what, count)
+        for note in pictures.notes:
+            logger.info("data: %s", note)
     instruction = parse_instruction(args.complex_human_instruction)
     extra_prompts = []
     if validation_prompts(args):
         extra_prompts = [(prompt, instruction) for prompt in validation_prompts(args)] + [("", None)]
-    store = encodings.encode(
+    encoded = encodings.encode(
         concat(pictures, classes) if num_class else pictures,
         accelerator=accelerator,
         pretrained_model_name_or_path=args.pretrained_model_name_or_path,
         revision=args.revision,
         variant=args.variant,
         cache_dir=args.cache_dir,
-        store_dir=args.encodings_dir or output_dir / "encodings",
+        store_dir=str(args.encodings_dir or output_dir / "encodings"),
         resolution=args.resolution,
         center_crop=args.center_crop,
         random_flip=args.random_flip,
@@ -1111,24 +1057,36 @@ def train(args, accelerator, output_dir: Path, started: float, main_process: boo
         max_sequence_length=args.max_sequence_length,
         complex_human_instruction=instruction,
         vae_dtype=devices.DTYPES[args.vae_dtype],
-        vae_batch_size=args.vae_batch_size,
+        vae_batch_size=args.vae_batch_size if args.vae_batch_size == "auto" else int(args.vae_batch_size),
         extra_prompts=extra_prompts,
         skip_bad_images=args.skip_bad_images,
-        num_workers=args.dataloader_num_workers,
+        should_stop=lambda: stop.signal is not None,
+        log=logger.warning,
     )
-    if store.skipped:  # pictures that turned out bad while decoding; they were named when it happened
-        num_instance = sum(1 for index in store.kept if index < num_instance)
-        num_class = len(store.kept) - num_instance
-    encoded = encodings.EncodedPictures(store)
+    for message in encoded.messages:
+        log.write("warning", step=0, message=message)
+    if len(encoded) != num_instance + num_class:  # bad pictures were skipped; class rows follow all instance rows
+        last_instance_row = max(pictures.row(i) for i in range(num_instance))
+        num_instance = sum(encoded.pictures.row(i) <= last_instance_row for i in range(len(encoded)))
+        num_class = len(encoded) - num_instance
+    logger.info(
+        "encodings: %d pictures, %d captions new; %d, %d reused; %.1f s; %.1f MB of latents, %.1f MB of embeddings",
+        encoded.encoded_pictures,
+        encoded.encoded_prompts,
+        encoded.reused_pictures,
+        encoded.reused_prompts,
+        encoded.seconds,
+        encoded.bytes["latents"] / 1e6,
+        encoded.bytes["prompts"] / 1e6,
+    )
 
     # ------------------------------------------------------------------------------------------------ model, optimizer
-    scheduler_config = flow_matching.scheduler_config_of(config_folder)
-    own_shift = flow_matching.read_flow_shift(scheduler_config)
+    own_shift = flow_matching.read_flow_shift(load_scheduler(base).config)
     if args.flow_shift is None:
         args.flow_shift = own_shift
     logger.info("flow_shift: %s (the checkpoint's own: %s)", args.flow_shift, own_shift)
     devices.seed_everything(args.seed)  # the adapter's random start does not depend on what encoding consumed
-    transformer = load_transformer(args, accelerator)
+    transformer = load_transformer(args, accelerator, base)
     named_parameters = [(n, p) for n, p in transformer.named_parameters() if p.requires_grad]
     trainable = sum(p.numel() for _, p in named_parameters)
     transformer_config = dict(transformer.config)
@@ -1222,6 +1180,7 @@ def train(args, accelerator, output_dir: Path, started: float, main_process: boo
         prefetch_factor=4 if workers else None,
         persistent_workers=workers > 0,
         pin_memory=device.type != "cpu",
+        generator=torch.Generator(),  # the loader's own draw must not move the state that dropout continues from
     )
 
     # ----------------------------------------------------------------------------------------------------- reporting
@@ -1232,9 +1191,9 @@ def train(args, accelerator, output_dir: Path, started: float, main_process: boo
         accelerator.init_trackers("sana-dreambooth-lora", config=trackable)
     validation = None
     if validation_prompts(args) and args.num_validation_images > 0:
-        validation = Validation(args, accelerator, store, scheduler_config, instruction)
+        validation = Validation(args, accelerator, encoded, base, instruction)
     latents_shape = tuple(encoded[0]["latents"].shape)
-    caption_tokens = store.mean_caption_tokens
+    caption_tokens = float(encoded.prompt_tokens().mean())
     flops_per_image = training_flops_per_image(
         transformer_config,
         latents_shape[1:],
@@ -1300,7 +1259,7 @@ def train(args, accelerator, output_dir: Path, started: float, main_process: boo
 
     # -------------------------------------------------------------------------------------------------------- train
     meter = ThroughputMeter(samples_per_step)
-    stop = StopRequest(accelerator)
+    meter.start()
     if validation is not None and global_step == 0:
         validate()  # what the model draws before it has learnt anything: the first row of the report
     bar = console_bar(
@@ -1315,7 +1274,7 @@ def train(args, accelerator, output_dir: Path, started: float, main_process: boo
     skipped_updates = torch.zeros((), device=device)
     last_saved, final_loss, interrupted, grad_norm = global_step, None, False, None
     batch_iterator = iter(loader)
-    meter.start()
+    meter.start()  # once more: the first validation does not count
     while global_step < args.max_train_steps:
         step_loss = torch.zeros((), dtype=torch.float32, device=device)
         for _ in range(args.gradient_accumulation_steps):
@@ -1389,10 +1348,10 @@ def train(args, accelerator, output_dir: Path, started: float, main_process: boo
     summary = {
         "images_per_second": meter.steady_images_per_second(),
         "iterations_per_second": meter.steady_steps_per_second(),
-        "steady_state_note": meter.steady_reason(),
+        "steady_state_note": meter.steady_reason,
         "final_loss": final_loss,
         "duration_seconds": time.perf_counter() - started,
-        "encode_seconds": store.seconds,
+        "encode_seconds": encoded.seconds,
         "global_step": global_step,
         "world_size": world_size,
         "batch_size": args.train_batch_size,
@@ -1408,7 +1367,7 @@ def train(args, accelerator, output_dir: Path, started: float, main_process: boo
         "interrupted_by_signal": stop.signal if interrupted else None,
     }
     if main_process:
-        write_atomic(output_dir / "summary.json", lambda path: Path(path).write_text(json.dumps(summary, indent=1)))
+        write_atomic(output_dir / "summary.json", lambda handle: handle.write(json.dumps(summary, indent=1).encode()))
         log.write("end", step=global_step, summary=summary)
         report_page()
         if not interrupted:
@@ -1545,9 +1504,10 @@ def write_final_weights(
     accelerator.wait_for_everyone()
 
 
-def generate_class_pictures(args, accelerator) -> None:
+def generate_class_pictures(args, accelerator, base) -> None:
     """Fill --class_data_dir up to --num_class_images with pictures of --class_prompt, each rank its share."""
     from sana_kit import generation
+    from sana_kit.models import load_pipeline
 
     folder = Path(args.class_data_dir)
     if accelerator.is_main_process:
@@ -1560,14 +1520,11 @@ def generate_class_pictures(args, accelerator) -> None:
     if missing <= 0:
         return
     logger.info("prior preservation: %d pictures in %s, generating %d", present, folder, missing)
-    pipeline = generation.load_pipeline(
-        args.pretrained_model_name_or_path,
+    pipeline = load_pipeline(
+        base,
         device=accelerator.device,
         dtype=torch.float32 if args.mixed_precision == "no" else torch.bfloat16,
         attention=args.attention,
-        revision=args.revision,
-        variant=args.variant,
-        cache_dir=args.cache_dir,
     )
     jobs = [
         generation.Job(
@@ -1585,7 +1542,7 @@ def generate_class_pictures(args, accelerator) -> None:
     ][accelerator.process_index :: accelerator.num_processes]
     instruction = generation.parse_instruction(args.complex_human_instruction)
     embeddings, negative_embeddings = generation.encode_job_prompts(
-        pipeline, jobs, instruction, args.max_sequence_length
+        pipeline, jobs, instruction, device=accelerator.device, max_sequence_length=args.max_sequence_length
     )
     generation.generate_from_embeddings(
         transformer=pipeline.transformer,
@@ -1650,10 +1607,19 @@ def print_summary(summary: dict) -> None:
     )
 
 
+def is_users_problem(problem: RuntimeError) -> bool:
+    """Whether the message alone tells a user what to do; of other errors the traceback is needed."""
+    from sana_kit.encodings import StoreError
+
+    return isinstance(problem, (checkpoints.CheckpointError, StoreError))
+
+
 if __name__ == "__main__":
     try:
         sys.exit(main(parse_args()))
-    except (ValueError, checkpoints.CheckpointError, FloatingPointError) as problem:
+    except (ValueError, RuntimeError, FloatingPointError) as problem:
+        if isinstance(problem, RuntimeError) and not is_users_problem(problem):
+            raise
         # A user's error: its message is the help; a traceback would bury it. All ranks see the same one: rank 0 tells
         # it.
         if int(os.environ.get("RANK", "0")) == 0 or isinstance(problem, checkpoints.CheckpointError):

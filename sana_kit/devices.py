@@ -143,7 +143,8 @@ def process_group_handlers(timeout_seconds: int = 7200) -> list:
 
     from accelerate import InitProcessGroupKwargs
 
-    backend = {"backend": "gloo"} if accelerator_type() == "cpu" else {}
+    grouped = launched_world_size() > 1 or under_deepspeed()  # accelerate takes a backend as a promise of a group
+    backend = {"backend": "gloo"} if accelerator_type() == "cpu" and grouped else {}
     return [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds), **backend)]
 
 

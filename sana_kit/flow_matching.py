@@ -9,8 +9,6 @@ device, with any number of processes and after every resume.
 from __future__ import annotations
 
 import inspect
-import json
-from pathlib import Path
 
 import torch
 
@@ -18,8 +16,8 @@ WEIGHTING_SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none")
 NUM_TRAIN_TIMESTEPS = 1000
 
 
-def read_flow_shift(scheduler_config: dict) -> float:
-    """The checkpoint's own time-step shift from its scheduler_config.json.
+def read_flow_shift(scheduler_config) -> float:
+    """The checkpoint's own time-step shift from its scheduler's config (a mapping).
 
     A DPMSolver config calls it `flow_shift`, a FlowMatchEuler config `shift`; 1.0, no shift, where neither is named.
     diffusers' trainer reads the DPMSolver config of the SANA checkpoints as FlowMatchEuler and silently trains with
@@ -29,11 +27,6 @@ def read_flow_shift(scheduler_config: dict) -> float:
         if scheduler_config.get(key) is not None:
             return float(scheduler_config[key])
     return 1.0
-
-
-def scheduler_config_of(folder) -> dict:
-    """The parsed scheduler_config.json of a local model folder."""
-    return json.loads((Path(folder) / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
 
 
 def shifted_sigma(u: torch.Tensor, flow_shift: float) -> torch.Tensor:
