@@ -396,7 +396,7 @@ def _figures(run: RunLog, config: dict) -> list[dict]:
     elif speeds:
         speed, speed_note = _short(sorted(speeds)[len(speeds) // 2]), "median of the log"
     else:
-        speed, speed_note = "–", str(summary.get("steady_reason") or "not known yet")
+        speed, speed_note = "–", str(summary.get("steady_state_note") or "not known yet")
     memory = max(
         (value for line in run.steps if (value := finite_number(line.get("peak_memory_bytes")))), default=None
     )
@@ -418,7 +418,7 @@ def _figures(run: RunLog, config: dict) -> list[dict]:
     ]
     if mfus:
         figures.append({"name": "MFU", "value": f"{100 * sorted(mfus)[len(mfus) // 2]:.1f} %", "note": "median"})
-    device = summary.get("device_name") or summary.get("device") or ""
+    device = summary.get("device") or ""
     figures.append({"name": "Processes", "value": str(run.world_size or "–"), "note": str(device)})
     figures.append(
         {

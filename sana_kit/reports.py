@@ -209,11 +209,11 @@ def case_name(summary: dict) -> str:
     Raises:
         ValueError: the summary lacks one of them.
     """
-    missing = [key for key in ("batch_size", "world_size", "device") if summary.get(key) is None]
+    missing = [key for key in ("batch_size", "world_size", "device_type") if summary.get(key) is None]
     if missing:
         raise ValueError(f"the summary lacks {', '.join(missing)}: it was not written by this kit's trainer.")
-    mode, device = summary.get("train_mode") or "lora", str(summary["device"]).partition(":")[0]
-    return f"Sana_{mode}_bs{summary['batch_size']}_{summary['world_size']}p_{device}"
+    mode = summary.get("train_mode") or "lora"
+    return f"Sana_{mode}_bs{summary['batch_size']}_{summary['world_size']}p_{summary['device_type']}"
 
 
 def format_result_block(summary: dict, case_name: str) -> str:
@@ -221,10 +221,10 @@ def format_result_block(summary: dict, case_name: str) -> str:
 
     Args:
         summary: the content of summary.json: images_per_second and iterations_per_second of the steady state (with
-            `steady_reason` where they are null), final_loss, duration_seconds.
+            `steady_state_note` where they are null), final_loss, duration_seconds.
         case_name: see `case_name()`.
     """
-    reason = summary.get("steady_reason")
+    reason = summary.get("steady_state_note")
     lines = [
         "------------------ Final result ------------------",
         f"Average it/s: {_result_line(summary.get('iterations_per_second'), 4, reason)}",

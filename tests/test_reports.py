@@ -248,7 +248,8 @@ SUMMARY = {
     "duration_seconds": 1234.56,
     "batch_size": 8,
     "world_size": 8,
-    "device": "npu:0",
+    "device": "Ascend910B3",
+    "device_type": "npu",
 }
 
 
@@ -275,15 +276,15 @@ def test_result_block_from_the_command_line_without_torch(tmp_path):
 
 
 def test_result_block_of_a_run_too_short_or_unfinished(tmp_path, capsys):
-    short = {**SUMMARY, "images_per_second": None, "iterations_per_second": None, "steady_reason": "too short"}
+    short = {**SUMMARY, "images_per_second": None, "iterations_per_second": None, "steady_state_note": "too short"}
     block = reports.format_result_block({**short, "final_loss": float("nan")}, "Name")
     assert "Final Performance images/sec: n/a (too short)" in block and "Final Train Loss: n/a" in block
-    assert reports.case_name({**SUMMARY, "train_mode": "full", "device": "cuda"}) == "Sana_full_bs8_8p_cuda"
+    assert reports.case_name({**SUMMARY, "train_mode": "full", "device_type": "cuda"}) == "Sana_full_bs8_8p_cuda"
     assert reports.main(["--result-block", str(tmp_path)]) == 2
     assert "summary.json: not there" in capsys.readouterr().err
     (tmp_path / "summary.json").write_text('{"final_loss": 1}')
     assert reports.main(["--result-block", str(tmp_path)]) == 2
-    assert "lacks batch_size, world_size, device" in capsys.readouterr().err
+    assert "lacks batch_size, world_size, device_type" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -338,7 +339,7 @@ def make_run(folder, steps=60, resume_at=None, validations=(0, 30, 60), finish=T
         log.write("resume", step=resume_at, world_size=4, config={**config, "learning_rate": 5e-5})
         train(resume_at + 1, steps, 2)
     if finish:
-        log.write("end", step=steps, summary={**SUMMARY, "images_per_second": 19.5, "device_name": "Some NPU"})
+        log.write("end", step=steps, summary={**SUMMARY, "images_per_second": 19.5})
     log.close()
     return folder
 

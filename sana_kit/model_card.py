@@ -1,0 +1,394 @@
+"""The model card (README.md, in the hub's format) beside a run's weights, and the upload to the hub.
+
+Used by the trainer at its end (`--push_to_hub` uploads). By hand, from an output folder:
+    python -m sana_kit.model_card OUTPUT_DIR                                   writes the card again
+    python -m sana_kit.model_card OUTPUT_DIR --push_to_hub USER/NAME           and uploads card, pictures and weights
+The token of the upload is the stored login (`hf auth login`) or the environment's HF_TOKEN; it is written nowhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .run_log import load_run, write_atomic
+
+MARK = "<!-- Written by sana_kit.model_card. Delete this line to keep your own text: the card is then left alone. -->"
+LICENSE_MARK = "CHOOSE A LICENCE BEFORE PUBLISHING"
+PICTURE_FOLDER = "model_card"
+WEIGHTS = "pytorch_lora_weights.safetensors"
+PLACEHOLDER = "USER/REPOSITORY"  # until the upload knows the name
+_PACKAGES = ("torch", "torch_npu", "diffusers", "transformers", "accelerate", "deepspeed", "peft", "safetensors")
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+_SECRET_FLAG = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|access_?key)$", re.IGNORECASE)
+_SECRET_TEXT = re.compile(r"hf_[A-Za-z0-9]{16,}|(?<=://)[^/@\s:]+:[^/@\s]+(?=@)")
+REMOVED = "REMOVED"
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that shape a training, as far as they are installed."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def redact_command(command: str | Sequence[str]) -> str:
+    """A command line without secrets, otherwise as it was: values of token, secret, password and key flags and
+    environment variables, hub tokens anywhere, and passwords inside URLs become REMOVED."""
+    words = shlex.split(command) if isinstance(command, str) else list(command)
+    result, hide_next = [], False
+    for word in words:
+        if hide_next and not word.startswith("--"):
+            hide_next = False
+            result.append(REMOVED)
+            continue
+        name, equals, _ = word.partition("=")
+        secret = bool(_SECRET_FLAG.search(name.lstrip("-").replace("-", "_")))
+        hide_next = secret and word.startswith("--") and not equals
+        result.append(f"{name}={REMOVED}" if secret and equals else _SECRET_TEXT.sub(REMOVED, word))
+    return shlex.join(result)
+
+
+def hub_id(name: str | None) -> str | None:
+    """`name` where it can be a repository of the hub; None for nothing, and for local folders (no card tells them)."""
+    if not name or os.path.exists(name) or not _HUB_ID.match(name):
+        return None
+    return name
+
+
+def _base_model(name: str | None) -> str | None:
+    """The hub's name of the base model; a local copy may still know it from its model_index.json."""
+    found = hub_id(name)
+    index = Path(name or "") / "model_index.json"
+    if found is None and name and index.is_file():
+        try:
+            found = hub_id(json.loads(index.read_text(encoding="utf-8")).get("_name_or_path"))
+        except (ValueError, AttributeError):
+            return None
+    return found
+
+
+def _front_matter(text: str) -> dict:
+    """The metadata of a card; {} where there is none."""
+    import yaml
+
+    found = re.match(r"^---\s*\n(.*?)\n---\s*(\n|$)", text, re.S)
+    try:
+        data = yaml.safe_load(found[1]) if found else {}
+    except yaml.YAMLError:
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _fence(text: str, language: str) -> str:
+    """A code block that `text` cannot break out of."""
+    ticks = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+    return f"{ticks}{language}\n{text}\n{ticks}"
+
+
+def _inline(text: str) -> str:
+    """`text` as inline code, on one line, in a table cell too."""
+    text = " ".join(str(text).split()).replace("|", "\\|")
+    ticks = "`" * (1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{ticks}{space}{text}{space}{ticks}"
+
+
+def _latest_pictures(output_dir: Path) -> list[dict]:
+    """[{"file", "prompt", "seed"}] of the last validation in the log whose pictures are there."""
+    if not (output_dir / "train_log.jsonl").is_file():
+        return []
+    for line in reversed(load_run(output_dir / "train_log.jsonl").validations):
+        files, prompts, seeds = (line.get(key) or [] for key in ("files", "prompts", "seeds"))
+        found = [
+            {
+                "file": output_dir / file,
+                "prompt": prompts[i] if i < len(prompts) else "",
+                "seed": seeds[i] if i < len(seeds) else None,
+            }
+            for i, file in enumerate(files)
+            if (output_dir / file).is_file()
+        ]
+        if found:
+            return found
+    return []
+
+
+def _copy_pictures(output_dir: Path, pictures: Sequence[dict], limit: int) -> list[dict]:
+    """Copies of at most 1024 px in `model_card/`, whose earlier pictures go; each item with the copy's "url" added."""
+    from PIL import Image
+
+    folder, copies = output_dir / PICTURE_FOLDER, []
+    for number, picture in enumerate(pictures[:limit]):
+        with Image.open(picture["file"]) as image:
+            image = image.convert("RGB")
+            image.thumbnail((1024, 1024), Image.Resampling.LANCZOS)
+            path = folder / f"image_{number:02d}.png"
+            write_atomic(path, lambda file, image=image: image.save(file, "PNG", optimize=True))
+        copies.append({**picture, "url": f"{PICTURE_FOLDER}/{path.name}"})
+    for stale in folder.glob("image_*.png"):
+        if not any(copy["url"].endswith(stale.name) for copy in copies):
+            stale.unlink()
+    return copies
+
+
+_SHOWN_SETTINGS = (
+    ("max_train_steps", "steps"),
+    ("train_batch_size", "batch size per device"),
+    ("gradient_accumulation_steps", "gradient accumulation"),
+    ("resolution", "resolution"),
+    ("learning_rate", "learning rate"),
+    ("lr_scheduler", "schedule"),
+    ("optimizer", "optimizer"),
+    ("weighting_scheme", "weighting scheme"),
+    ("flow_shift", "flow shift"),
+    ("mixed_precision", "precision"),
+    ("seed", "seed"),
+)
+
+
+def write_model_card(
+    output_dir: str | os.PathLike,
+    *,
+    base_model: str,
+    dataset: str | None = None,
+    instance_prompt: str | None = None,
+    validation_prompts: Sequence[str] = (),
+    command: str | Sequence[str] | None = None,
+    train_mode: str = "lora",
+    rank: int | None = None,
+    lora_alpha: float | None = None,
+    license: str | None = None,
+    versions: dict[str, str] | None = None,
+    pictures: Sequence[dict] | None = None,
+    repo_id: str | None = None,
+) -> Path:
+    """Write `output_dir/README.md`, the card of the weights beside it; returns its path.
+
+    The licence is the user's to choose: the card says so at its top and under "Licence" until the front matter names
+    one, and a licence that stands there already is kept. A README.md that this function did not write (or whose mark
+    was removed) is left alone; the card then goes to README.generated.md.
+
+    Args:
+        base_model: hub name, or a local folder, whose path the card does not tell.
+        dataset: hub name of the data set, or a local folder (not told either).
+        instance_prompt: the trigger words.
+        validation_prompts: example prompts, used where no picture is there.
+        command: command line of the run; secrets are removed from it.
+        train_mode: "lora" or "full".
+        rank, lora_alpha: of the adapter.
+        license: a licence id of the hub, such as "apache-2.0".
+        versions: {package: version}; default those installed.
+        pictures: [{"file": path, "prompt": str, "seed": int or None}]; default the last validation of the run's log.
+        repo_id: repository name for title and usage; default a placeholder.
+
+    Raises:
+        ValueError: an unknown train_mode.
+    """
+    import yaml
+
+    if train_mode not in ("lora", "full"):
+        raise ValueError(f"train_mode={train_mode!r}: must be lora or full.")
+    output_dir = Path(output_dir)
+    path = output_dir / "README.md"
+    previous = path.read_text(encoding="utf-8") if path.is_file() else ""
+    kept = {key: value for key, value in _front_matter(previous).items() if key.startswith("license") and value}
+    if previous and MARK not in previous:
+        path = output_dir / "README.generated.md"
+    licence = {"license": license} if license else kept
+
+    lora = train_mode == "lora"
+    base, data = _base_model(base_model), hub_id(dataset)
+    chosen = _latest_pictures(output_dir) if pictures is None else list(pictures)
+    chosen = _copy_pictures(output_dir, chosen, limit=8)
+    widget = [{"text": item["prompt"] or " ", "output": {"url": item["url"]}} for item in chosen]
+    widget = widget or [{"text": prompt} for prompt in validation_prompts]
+    log = output_dir / "train_log.jsonl"
+    configs = load_run(log).configs if log.is_file() else []
+    settings = configs[-1] if configs else {}
+
+    tags = ["text-to-image", "diffusers", "diffusers-training", "sana", "sana-diffusers"]
+    tags += ["lora", "template:sd-lora"] if lora else []
+    metadata = {
+        **({"base_model": base, "base_model_relation": "adapter" if lora else "finetune"} if base else {}),
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        **licence,
+        "tags": tags,
+        **({"datasets": [data]} if data else {}),
+        **({"instance_prompt": instance_prompt} if instance_prompt else {}),
+        **({"widget": widget} if widget else {}),
+    }
+    front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=1000)
+    if not licence:
+        front = f"# {LICENSE_MARK}: replace this line by e.g. `license: apache-2.0` (see the section below)\n" + front
+
+    repository = repo_id or PLACEHOLDER
+    shown_base = base or "BASE_MODEL (the training used a local copy)"
+    what = (
+        f"LoRA weights{f' of rank {rank}' if rank else ''}" if lora else "transformer weights (all parameters trained)"
+    )
+    title = (repo_id or output_dir.resolve().name).split("/")[-1]
+    parts = [f"---\n{front}---", MARK, f"# {title}"]
+    parts.append("<Gallery />" if chosen else "")
+    parts.append(
+        f"SANA {what}, fine-tuned from {_link(base) or 'a local copy of a SANA model'}"
+        f" on {_link(data, 'datasets/') or 'a local picture set'}."
+    )
+    if instance_prompt:
+        parts.append(f"## Trigger words\n\nUse {_inline(instance_prompt)} in the prompt.")
+    example = (instance_prompt or next(iter(validation_prompts), None) or "a photo of a red rose").replace("\n", " ")
+    load = [
+        "import torch",
+        "from diffusers import SanaPipeline" + ("" if lora else ", SanaTransformer2DModel"),
+        "",
+    ]
+    if lora:
+        load += [
+            f'pipeline = SanaPipeline.from_pretrained({shown_base!r}, variant="bf16", torch_dtype=torch.bfloat16)',
+            f"pipeline.load_lora_weights({repository!r})",
+        ]
+    else:
+        load += [
+            f'transformer = SanaTransformer2DModel.from_pretrained({repository!r}, subfolder="transformer",'
+            " torch_dtype=torch.bfloat16)",
+            f"pipeline = SanaPipeline.from_pretrained({shown_base!r}, transformer=transformer,"
+            " torch_dtype=torch.bfloat16)",
+        ]
+    load += ['pipeline.to("cuda")  # or "npu", "cpu"', f"pipeline(prompt={example!r}).images[0].save('picture.png')"]
+    parts.append("## Use\n\n" + _fence("\n".join(load), "python"))
+
+    rows = [("base model", _inline(base) if base else "a local copy")]
+    rows += [("rank, alpha", f"{rank}, {lora_alpha if lora_alpha is not None else rank}")] if lora and rank else []
+    rows += [(label, _inline(settings[key])) for key, label in _SHOWN_SETTINGS if settings.get(key) is not None]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    parts.append(f"## Training\n\n| setting | value |\n|---|---|\n{table}")
+    if command:
+        parts.append("The exact command, secrets removed:\n\n" + _fence(redact_command(command), "bash"))
+    versions = package_versions() if versions is None else versions
+    parts.append("Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".")
+
+    if licence:
+        text = f"The author chose {_inline(licence.get('license'))}."
+    else:
+        text = (
+            f"**{LICENSE_MARK}.** Set `license:` in the front matter of this file. Mind the terms of the base model"
+            " and of the pictures: both bind what is derived from them, and many ask for an attribution here."
+        )
+    parts.append(f"## Licence\n\n{text}")
+    card = "\n\n".join(part for part in parts if part) + "\n"
+    return write_atomic(path, lambda file: file.write(card.encode()))
+
+
+def _link(name: str | None, kind: str = "") -> str:
+    return f"[{name}](https://huggingface.co/{kind}{name})" if name else ""
+
+
+def push(
+    output_dir: str | os.PathLike,
+    repo_id: str,
+    token: str | None = None,
+    *,
+    private: bool = False,
+    commit_message: str = "SANA fine-tuning",
+) -> str:
+    """Upload the card, its pictures and the weights to `repo_id`, made where it is missing; returns its address.
+
+    Nothing else of the folder leaves the machine: no checkpoints, no encodings, no logs.
+
+    Args:
+        repo_id: "name" or "user/name".
+        token: None takes the stored login or HF_TOKEN.
+
+    Raises:
+        ValueError: a name that cannot be a repository's, or nothing to upload.
+        RuntimeError: the hub refused or was not reached; the message names the command that tries again.
+    """
+    output_dir = Path(output_dir)
+    problems = []
+    if not _HUB_ID.match(repo_id or ""):
+        problems.append(f"--hub_model_id={repo_id}: not a repository name. Use NAME or USER/NAME.")
+    if not (output_dir / "README.md").is_file():
+        problems.append(f"{output_dir}/README.md: no model card there. `python -m sana_kit.model_card` writes it.")
+    if not (output_dir / WEIGHTS).is_file() and not (output_dir / "transformer" / "config.json").is_file():
+        problems.append(f"{output_dir}: neither {WEIGHTS} nor transformer/ is there; did the run end?")
+    if problems:
+        raise ValueError(" ".join(problems))
+    if not _front_matter((output_dir / "README.md").read_text(encoding="utf-8")).get("license"):
+        print(f"warning: {output_dir}/README.md: {LICENSE_MARK} (front matter, `license:`).", file=sys.stderr)
+
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    try:
+        repo_id = api.create_repo(repo_id, exist_ok=True, private=private, repo_type="model").repo_id
+        card = (output_dir / "README.md").read_text(encoding="utf-8")
+        if MARK in card and PLACEHOLDER in card:
+            card = card.replace(PLACEHOLDER, repo_id).encode()
+            write_atomic(output_dir / "README.md", lambda file: file.write(card))
+        api.upload_folder(
+            repo_id=repo_id,
+            folder_path=output_dir,
+            commit_message=commit_message,
+            allow_patterns=["README.md", WEIGHTS, f"{PICTURE_FOLDER}/image_*.png", "transformer/*"],
+        )
+    except Exception as error:  # of huggingface_hub, its HTTP client or the network, by version
+        again = f"python -m sana_kit.model_card {shlex.quote(str(output_dir))} --push_to_hub {repo_id}"
+        reason = _SECRET_TEXT.sub(REMOVED, str(error))
+        raise RuntimeError(
+            f"--push_to_hub: {repo_id} could not be uploaded ({type(error).__name__}: {reason}). The weights are safe"
+            f" in {output_dir}. Check the login (`hf auth login`, or HF_TOKEN) and the network, then: {again}"
+        ) from error
+    return f"{api.endpoint}/{repo_id}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m sana_kit.model_card", description=__doc__.splitlines()[0])
+    parser.add_argument("output_dir", help="output folder of a training run")
+    parser.add_argument("--license", help="licence id of the hub, such as apache-2.0")
+    parser.add_argument("--push_to_hub", metavar="USER/NAME", help="upload card, pictures and weights there")
+    parser.add_argument("--private", action="store_true", help="make the repository private where it is new")
+    options = parser.parse_args(arguments)
+    output_dir = Path(options.output_dir)
+    try:
+        configs = load_run(output_dir / "train_log.jsonl").configs
+        if not configs:
+            raise ValueError(f"{output_dir}/train_log.jsonl: holds no configuration.")
+        config = configs[-1]
+        prompts = config.get("validation_prompt") or []
+        path = write_model_card(
+            output_dir,
+            base_model=config.get("pretrained_model_name_or_path"),
+            dataset=config.get("dataset_name") or config.get("instance_data_dir"),
+            instance_prompt=config.get("instance_prompt"),
+            validation_prompts=[prompts] if isinstance(prompts, str) else prompts,
+            command=config.get("command"),
+            train_mode=config.get("train_mode") or "lora",
+            rank=config.get("rank"),
+            lora_alpha=config.get("lora_alpha"),
+            license=options.license,
+        )
+        print(path)
+        if options.push_to_hub:
+            print(push(output_dir, options.push_to_hub, private=options.private))
+    except (ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
