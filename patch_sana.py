@@ -433,6 +433,33 @@ def create_load_model_hook(accelerator, unwrap_model, transformer, args):
     return load_model_hook
 
 
+def check_adapter(folder, transformer, same_weights):
+    """Raise one ValueError with every reason why the adapter in `folder` is not that of `transformer`, changing nothing.
+
+    For trainers that keep optimizer and masters in files of their own, as this kit's does: it calls this before they are
+    read (`same_weights` False: base model, rank, alpha, keys, shapes) and after (True: the weights too, compared in the
+    coarser of both dtypes, since one engine keeps float32 weights where another keeps bfloat16).
+    """
+    import torch
+
+    model = _bare(transformer, lambda module: module)
+    tensors, lora_config, base_model = read_adapter(folder)
+    live = _adapter_tensors(model)
+    found = _misfits(tensors, lora_config, base_model, model, live, base_model_fingerprint(model))
+    if same_weights and not found:
+        differing = set()
+        for key, tensor in live.items():
+            coarser = min(tensor.dtype, tensors[key].dtype, key=lambda dtype: dtype.itemsize)
+            if not torch.equal(tensor.cpu().to(coarser), tensors[key].to(coarser)):
+                differing.add(key)
+        if differing:
+            found.append(
+                f"{len(differing)} of {len(live)} tensors differ from the float32 masters beside it; the files are of"
+                f" different runs or steps: {_named(differing)}"
+            )
+    _raise_all(folder, found)
+
+
 def _warn_without_fingerprint(accelerator, folder, base_model):
     if base_model is None and accelerator.is_main_process:
         logger.warning(

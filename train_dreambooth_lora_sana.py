@@ -987,7 +987,7 @@ def train(args, accelerator, base, output_dir: Path, started: float, stop: StopR
     from diffusers.optimization import get_scheduler
     from sana_kit.flops import training_flops_per_image
 
-    from patch_sana import create_load_model_hook, create_save_model_hook
+    from patch_sana import check_adapter, create_load_model_hook, create_save_model_hook
     from sana_kit import encodings
     from sana_kit.dataset import concat, load_class_pictures, load_pictures
     from sana_kit.generation import parse_instruction
@@ -1113,12 +1113,11 @@ def train(args, accelerator, base, output_dir: Path, started: float, stop: StopR
     def unwrap_model(module):
         return accelerator.unwrap_model(module)
 
-    save_hook = load_hook = None
+    save_hook = None
     if args.train_mode == "lora":
         save_hook = create_save_model_hook(accelerator, unwrap_model, transformer)
-        load_hook = create_load_model_hook(accelerator, unwrap_model, transformer, args)
         accelerator.register_save_state_pre_hook(save_hook)
-        accelerator.register_load_state_pre_hook(load_hook)
+        accelerator.register_load_state_pre_hook(create_load_model_hook(accelerator, unwrap_model, transformer, args))
 
     def write_weights(folder: Path) -> None:
         if args.train_mode == "lora":
@@ -1129,6 +1128,8 @@ def train(args, accelerator, base, output_dir: Path, started: float, stop: StopR
     # ------------------------------------------------------------------------------------------------------- resume
     global_step, samples_seen = 0, 0
     if state is not None:
+        if main_process and args.train_mode == "lora":
+            check_adapter(str(resume_folder), unwrap_model(model), same_weights=False)
         random_state = checkpoints.load_checkpoint(
             resume_folder,
             accelerator=accelerator,
@@ -1138,8 +1139,8 @@ def train(args, accelerator, base, output_dir: Path, started: float, stop: StopR
             trainer_state=state,
             device=device,
         )
-        if load_hook is not None and resume_folder.is_dir():  # the adapter file and the masters must say the same
-            load_hook([] if devices.under_deepspeed() else [transformer], str(resume_folder))
+        if main_process and args.train_mode == "lora":  # the adapter file and the masters must say the same
+            check_adapter(str(resume_folder), unwrap_model(model), same_weights=True)
         global_step, samples_seen = state["global_step"], state["samples_seen"]
         for _ in range(global_step):
             lr_scheduler.step()

@@ -388,8 +388,10 @@ def scan_store(folder: Path, wanted: dict[str, int], warn=None) -> _Index:
     index = _Index(folder, wanted)
     try:
         names = sorted(os.listdir(folder))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # `_Team.meet` makes the folder or says why it cannot
         return index
+    except OSError as error:
+        raise StoreError(f"Encodings: {folder} cannot be read ({error.strerror}).") from None
     for name in names:
         if not name.endswith(".safetensors") or name.startswith("."):
             continue
@@ -443,7 +445,14 @@ class _ShardWriter:
     def __init__(self, folder: Path, prefix: str):
         self.folder, self.prefix = Path(folder), prefix
         self.tensors, self.checksums, self.bytes, self.since = {}, {}, 0, time.monotonic()
-        self.written = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        """Write the rest, also when the encoding is stopped or fails: work that is done is kept."""
+        if kind is None or not issubclass(kind, StoreError):
+            self.flush()
 
     def add(self, key: str, tensor: torch.Tensor):
         """Take a CPU tensor; call `flush_if_due` where a group of items is whole."""
@@ -481,7 +490,6 @@ class _ShardWriter:
                     f"Encodings: {self.bytes / 2**20:.1f} MiB could not be written to {self.folder} ({error}). Free"
                     " some space or choose another folder for the encodings; what was written before is kept."
                 ) from None
-            self.written += self.bytes
         self.tensors, self.checksums, self.bytes, self.since = {}, {}, 0, time.monotonic()
 
 
@@ -1047,8 +1055,8 @@ def _encode_missing_prompts(
         return 0, 0.0
     _poll(team, should_stop)
     tokenizer, text_encoder = load_text_encoder(model, dtype, device)
-    writer, done = _ShardWriter(folder, "prompts"), 0
-    with progress_bar(sum(len(missing.intersection(g)) for g in share), "Encoding captions", "caption") as bar:
+    done, total = 0, sum(len(missing.intersection(g)) for g in share)
+    with _ShardWriter(folder, "prompts") as writer, progress_bar(total, "Encoding captions", "caption") as bar:
         for group in share:
             _poll(team, should_stop)
             embeds = _text_group(
@@ -1071,7 +1079,6 @@ def _encode_missing_prompts(
                 done += 1
                 bar.update()
             writer.flush_if_due()
-    writer.flush()
     del text_encoder, tokenizer
     devices.empty_cache(device)
     return done, time.monotonic() - started
@@ -1179,8 +1186,8 @@ def _encode_missing_pictures(
             batch.append(apply_transform(pictures.load(i), decision))
         return torch.from_numpy(np.stack(batch))
 
-    writer, done = _ShardWriter(folder, "latents"), 0
-    with progress_bar(sum(len(missing.intersection(g)) for g in share), "Encoding pictures") as bar:
+    done, total = 0, sum(len(missing.intersection(g)) for g in share)
+    with _ShardWriter(folder, "latents") as writer, progress_bar(total, "Encoding pictures") as bar:
         for group, pixels in zip(share, prefetch(pixels_of, share, workers, workers + 1), strict=True):
             _poll(team, should_stop)
             pixels = to_unit_range(pixels.to(device))
@@ -1215,7 +1222,6 @@ def _encode_missing_pictures(
                 done += 1
                 bar.update()
             writer.flush_if_due()
-    writer.flush()
     del vae
     devices.empty_cache(device)
     return done, time.monotonic() - started

