@@ -1,0 +1,732 @@
+"""Encodings: right, found again, never stale, safe against damage, kills and other ranks.
+
+Run with `python -m pytest tests/test_encodings.py`.
+"""
+
+import contextlib
+import inspect
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from sana_kit import encodings
+from sana_kit.dataset import concat, load_pictures, transform
+from sana_kit.encodings import (
+    EncodingStopped,
+    StoreError,
+    collate_prompt_embeds,
+    component_identity,
+    encode,
+    encode_prompts,
+    vae_geometry,
+)
+
+KIT = Path(__file__).resolve().parent.parent
+# Matrix products of other shapes than in the pipeline's batch of 300 tokens may round otherwise; bf16 keeps 8 bits.
+TEXT_TOLERANCE = 1e-2
+INSTRUCTION = ["Given a prompt, describe it.", "User Prompt: "]
+CAPTIONS = ["a red dog", "  A Photo of a CAT 😀 ", "", "שלום עולם", "a " * 2000, "drawing of a small square " * 20]
+
+
+@pytest.fixture(scope="module")
+def state():
+    """A PartialState of one process on the CPU: all that `encode` needs of an accelerator."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=True)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_model):
+    """The real SanaPipeline of the tiny model, in bf16."""
+    from diffusers import SanaPipeline
+
+    pipeline = SanaPipeline.from_pretrained(tiny_model)
+    return pipeline.to(dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def run(tmp_path, state, tiny_model):
+    """A function that encodes into a store of the test's own."""
+
+    def call(pictures, **changes):
+        arguments = {
+            "accelerator": state,
+            "pretrained_model_name_or_path": str(tiny_model),
+            "store_dir": str(tmp_path / "store"),
+            "resolution": 64,
+            "num_workers": 2,
+        }
+        return encode(pictures, **{**arguments, **changes})
+
+    return call
+
+
+@pytest.fixture
+def no_models():
+    """Makes loading a model an error inside `with no_models():`."""
+
+    @contextlib.contextmanager
+    def forbidden():
+        def refuse(*_, **__):
+            raise AssertionError("a model was loaded")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(encodings, "load_vae", refuse)
+            patch.setattr(encodings, "load_text_encoder", refuse)
+            yield
+
+    return forbidden
+
+
+def shards(store, part):
+    return sorted((Path(store) / part).glob("*.safetensors"))
+
+
+def all_of(encoded):
+    return [(s["latents"], s["prompt_embeds"]) for s in (encoded[i] for i in range(len(encoded)))]
+
+
+def equal(first, second):
+    pairs = zip(all_of(first), all_of(second), strict=True)
+    return all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in pairs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Right
+
+
+@pytest.mark.parametrize("instruction", [None, INSTRUCTION, "default", ["x"]], ids=["none", "own", "default", "short"])
+@pytest.mark.parametrize("length", [300, 16, 2])
+def test_prompts_are_encoded_as_by_the_pipeline(pipeline, instruction, length):
+    if instruction == "default":
+        instruction = inspect.signature(type(pipeline).__call__).parameters["complex_human_instruction"].default
+    reference, mask, _, _ = pipeline.encode_prompt(
+        CAPTIONS,
+        do_classifier_free_guidance=False,
+        max_sequence_length=length,
+        complex_human_instruction=instruction,
+    )
+    for batch in (16, 1):
+        ours = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, CAPTIONS, instruction, length, batch=batch)
+        for row, embeds in enumerate(ours):
+            expected = reference[row][mask[row].bool()]
+            assert embeds.shape == expected.shape and embeds.dtype == torch.bfloat16
+            assert (embeds.float() - expected.float()).norm() <= TEXT_TOLERANCE * expected.float().norm()
+        assert not batch == 16 or len({e.shape[0] for e in ours}) > 1 or length == 2
+
+
+def test_negative_prompt_is_encoded_as_by_the_pipeline(pipeline):
+    _, _, reference, mask = pipeline.encode_prompt(
+        "x", True, negative_prompt="Ugly, blurry", complex_human_instruction=INSTRUCTION
+    )
+    (ours,) = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, ["Ugly, blurry"], None)
+    expected = reference[0][mask[0].bool()]
+    assert ours.shape == expected.shape and (ours.float() - expected.float()).norm() <= TEXT_TOLERANCE * expected.float().norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_latents_are_the_vaes_times_the_scaling_factor(run, picture_folder, tiny_model, dtype):
+    from diffusers import AutoencoderDC
+
+    pictures = load_pictures(instance_data_dir=str(picture_folder))
+    encoded = run(pictures, vae_dtype=dtype, random_flip=True, seed=5)
+    vae = AutoencoderDC.from_pretrained(tiny_model, subfolder="vae").to(dtype)
+    for i in range(len(pictures)):
+        decisions = {"resolution": 64, "center_crop": False, "random_flip": True, "seed": 5, "index": i}
+        pixels = transform(pictures.load(i), **decisions)
+        with torch.no_grad():
+            expected = vae.encode(pixels[None].to(dtype)).latent[0] * vae.config.scaling_factor
+        latents = encoded.latents(i)
+        assert latents.dtype == dtype and latents.shape == (4, 8, 8)
+        # One picture here, a batch there: the convolutions may round otherwise.
+        assert (latents.float() - expected.float()).norm() < 2e-2 * expected.float().norm()
+    assert encoded.scaling_factor == vae.config.scaling_factor
+    assert vae_geometry(str(tiny_model)) == {"factor": 8, "latent_channels": 4, "scaling_factor": 0.41407}
+
+
+def test_each_picture_keeps_its_caption_and_each_distinct_thing_is_encoded_once(
+    run, picture_folder, parquet_dataset, pipeline
+):
+    folder = load_pictures(instance_data_dir=str(picture_folder), repeats=2)
+    table = load_pictures(dataset_name=str(parquet_dataset), instance_prompt="a dog")
+    pictures = concat(folder, table)
+    encoded = run(
+        pictures,
+        center_crop=True,
+        complex_human_instruction=INSTRUCTION,
+        extra_prompts=[("A red Square", INSTRUCTION), ("", None), ("a dog", None)],
+    )
+    assert encoded.encoded_pictures == len({pictures.source_hash(i) for i in range(len(pictures))}) == 6
+    assert encoded.encoded_prompts == 6 + 1 + 3 and encoded.reused_pictures == encoded.reused_prompts == 0
+    expected = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, pictures.captions, INSTRUCTION)
+    for i in range(len(pictures)):
+        embeds = encoded[i]["prompt_embeds"]
+        assert embeds.shape == expected[i].shape
+        assert (embeds.float() - expected[i].float()).norm() <= TEXT_TOLERANCE * expected[i].float().norm()
+        assert torch.equal(embeds, encoded.prompt(pictures.captions[i], INSTRUCTION))
+    assert encoded.prompt_tokens().tolist() == [e.shape[0] for e in expected]
+    assert torch.equal(encoded.latents(0), encoded.latents(1)) and not torch.equal(
+        encoded.latents(0), encoded.latents(2)
+    )
+    assert encoded.prompt("a red square", INSTRUCTION).shape[0] > encoded.prompt("").shape[0] == 1
+    with pytest.raises(KeyError, match="a red square"):
+        encoded.prompt("a red square", None)
+    assert encoded.bytes["latents"] == 6 * 4 * 8 * 8 * 2
+    assert encoded.bytes["prompts"] < 10 * 30 * 32 * 2  # valid tokens only, not 300
+
+
+def test_collate_pads_to_the_longest_rounded_up():
+    rows = [torch.randn(t, 3, dtype=torch.bfloat16) for t in (1, 17, 5)]
+    embeds, mask = collate_prompt_embeds(rows)
+    assert embeds.shape == (3, 32, 3) and embeds.dtype == torch.bfloat16 and mask.dtype == torch.bool
+    assert mask.sum(1).tolist() == [1, 17, 5] and embeds[~mask].abs().sum() == 0
+    assert all(torch.equal(embeds[k][mask[k]], row) for k, row in enumerate(rows))
+    assert collate_prompt_embeds(rows, multiple=1)[0].shape == (3, 17, 3)
+
+
+def test_result_does_not_depend_on_what_is_already_there(run, picture_folder, tmp_path):
+    pictures = load_pictures(instance_data_dir=str(picture_folder))
+    whole = run(pictures, store_dir=str(tmp_path / "whole"), vae_batch_size=4, text_batch_size=4)
+    part = pictures.without([0, 2, 3])
+    run(part, vae_batch_size=4, text_batch_size=4)
+    for path in shards(tmp_path / "store", "prompts"):
+        path.unlink()
+    rest = run(pictures, vae_batch_size=4, text_batch_size=4)
+    assert (rest.reused_pictures, rest.encoded_pictures, rest.encoded_prompts) == (3, 3, 6)
+    latents = [torch.equal(rest.latents(i), whole.latents(i)) for i in (0, 2, 3)]
+    assert all(latents) and all(torch.equal(rest.prompt_embeds(i), whole.prompt_embeds(i)) for i in range(6))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Found again, never stale
+
+
+def test_second_run_loads_no_model_and_serves_the_same(run, picture_folder, no_models):
+    pictures = load_pictures(instance_data_dir=str(picture_folder))
+    first = run(pictures, complex_human_instruction=INSTRUCTION)
+    with no_models():
+        second = run(pictures, complex_human_instruction=INSTRUCTION)
+    assert (second.encoded_pictures, second.reused_pictures) == (0, 6)
+    assert (second.encoded_prompts, second.reused_prompts) == (0, 6)
+    assert equal(first, second)
+
+
+def test_changed_picture_caption_flag_or_model_is_encoded_anew_and_the_old_stays(run, tmp_path, tiny_model):
+    folder = tiny.write_picture_folder(tmp_path / "set", count=3)
+
+    def now(**changes):
+        encoded = run(load_pictures(instance_data_dir=str(folder)), **changes)
+        return encoded.encoded_pictures, encoded.encoded_prompts
+
+    assert now() == (3, 3)
+    assert now() == (0, 0)
+    tiny.make_pictures(9)[8][0].save(folder / "picture_01.png")
+    assert now() == (1, 0)
+    (folder / "picture_02.txt").write_text("another caption")
+    assert now() == (0, 1)
+    assert now(resolution=48) == (3, 0)
+    assert now(vae_dtype=torch.float32) == (3, 0)
+    assert now(text_encoder_dtype=torch.float32) == (0, 3)
+    assert now(max_sequence_length=200) == (0, 3)
+    assert now(complex_human_instruction=INSTRUCTION) == (0, 3)
+    assert now(complex_human_instruction=INSTRUCTION[::-1]) == (0, 3)
+    assert sum(now(random_flip=True)) > 0  # those that are flipped
+    assert now(center_crop=True)[0] == 2  # one picture is square: nothing of it is cropped, so nothing changes
+    assert now(seed=1)[0] > 0
+    assert now() == (0, 0)  # the encodings of all these flags live beside each other
+    copy = shutil.copytree(tiny_model, tmp_path / "copy")
+    assert now(pretrained_model_name_or_path=str(copy)) == (0, 0)  # a copy is the same model
+    other = tiny.make_tiny_pipeline(tmp_path / "other", seed=1)
+    for part, expected in (("vae", (3, 0)), ("text_encoder", (0, 3))):
+        mixed = shutil.copytree(tiny_model, tmp_path / f"mixed-{part}")
+        shutil.rmtree(mixed / part)
+        shutil.copytree(other / part, mixed / part)
+        assert now(pretrained_model_name_or_path=str(mixed)) == expected
+    tokenizer = json.loads((copy / "tokenizer" / "tokenizer_config.json").read_text())
+    (copy / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "note": 1}))
+    assert now(pretrained_model_name_or_path=str(copy)) == (0, 3)
+
+
+def test_identity_of_large_weight_files_sees_a_change_in_any_tensor(tmp_path):
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "model" / "vae"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    tensors = {f"layer{k}": torch.zeros(2**20) for k in range(20)}  # 80 MiB: over the size that is hashed whole
+    seen = set()
+    for k in (None, 0, 7, 19):
+        changed = dict(tensors) if k is None else {**tensors, f"layer{k}": torch.ones(2**20)}
+        save_file(changed, folder / "diffusion_pytorch_model.safetensors")
+        seen.add(component_identity(str(tmp_path / "model"), "vae"))
+    assert len(seen) == 4
+
+
+def test_hub_models_count_by_commit(tmp_path, tiny_model, monkeypatch):
+    import huggingface_hub
+
+    def snapshot(commit):
+        folder = tmp_path / "models--a--b" / "snapshots" / commit
+        shutil.copytree(tiny_model, folder)
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name, **_: str(folder / name))
+        return component_identity("a/b", "vae")
+
+    assert snapshot("1" * 40) != snapshot("2" * 40)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damage
+
+
+@pytest.mark.parametrize("size", [0, 5, 40, -1])
+def test_cut_off_shard_is_named_set_aside_and_encoded_again(run, picture_folder, tmp_path, size):
+    pictures = load_pictures(instance_data_dir=str(picture_folder))
+    first = all_of(run(pictures))
+    (path,) = shards(tmp_path / "store", "latents")
+    data = path.read_bytes()
+    path.write_bytes(data[:size])
+    again = run(pictures)
+    assert (again.encoded_pictures, again.encoded_prompts) == (6, 0)
+    assert any(path.name in m and "damaged" in m for m in again.messages)
+    assert path.with_name(path.name + ".damaged").exists() and not path.exists()
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(first, all_of(again), strict=True))
+
+
+def test_foreign_and_garbage_files_in_the_store(run, picture_folder, tmp_path):
+    from safetensors.torch import save_file
+
+    pictures = load_pictures(instance_data_dir=str(picture_folder))
+    (tmp_path / "store" / "latents").mkdir(parents=True)
+    save_file({"x": torch.zeros(3)}, tmp_path / "store" / "latents" / "foreign.safetensors")
+    (tmp_path / "store" / "latents" / "garbage.safetensors").write_bytes(os.urandom(5000))
+    (tmp_path / "store" / "latents" / "notes.txt").write_text("mine")
+    encoded = run(pictures)
+    assert encoded.encoded_pictures == 6 and len(encoded.messages) == 2
+    assert (tmp_path / "store" / "latents" / "notes.txt").exists()
+
+
+def test_bytes_that_change_while_in_use_are_noticed(run, picture_folder, tmp_path):
+    encoded = run(load_pictures(instance_data_dir=str(picture_folder)))
+    (path,) = shards(tmp_path / "store", "latents")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StoreError, match=f"{path.name}: its bytes changed"):
+        all_of(encoded)
+    path.unlink()
+    again = pickle.loads(pickle.dumps(encoded))
+    with pytest.raises(StoreError, match="cannot be read"):
+        again.latents(0)
+
+
+def test_leftovers_of_a_killed_run_are_removed_when_old(run, picture_folder, tmp_path):
+    folder = tmp_path / "store" / "latents"
+    folder.mkdir(parents=True)
+    old, young = folder / ".unfinished-old", folder / ".unfinished-young"
+    for path in (old, young):
+        path.write_bytes(b"x")
+    os.utime(old, (time.time() - 7200,) * 2)
+    run(load_pictures(instance_data_dir=str(picture_folder)))
+    assert not old.exists() and young.exists()
+    assert [p.name for p in (tmp_path / "store").iterdir()] in (["latents", "prompts"], ["prompts", "latents"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors before weights load
+
+
+def test_corrupt_picture_is_an_error_before_any_weight_loads(run, tmp_path, no_models):
+    folder = tiny.write_picture_folder(tmp_path / "set", count=3)
+    tiny.make_pictures(1, size=300)[0][0].save(folder / "cut.jpg")
+    data = (folder / "cut.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(data[: len(data) * 3 // 4])
+    pictures = load_pictures(instance_data_dir=str(folder), instance_prompt="x")
+    with (
+        no_models(),
+        pytest.raises(ValueError, match=r"1 picture\(s\) cannot be used.*--skip_bad_images.*\n.*cut.jpg: corrupt"),
+    ):
+        run(pictures)
+    assert not shards(tmp_path / "store", "latents")
+    encoded = run(pictures, skip_bad_images=True)
+    assert len(encoded) == 3 and "cut.jpg" not in encoded.pictures.names
+    assert encoded.pictures.report["bad pictures skipped"] == 1 and any("cut.jpg" in m for m in encoded.messages)
+
+
+def test_wrong_flags_come_all_at_once(run, picture_folder, no_models):
+    pictures = load_pictures(instance_data_dir=str(picture_folder))
+    with no_models(), pytest.raises(ValueError) as caught:
+        run(
+            pictures,
+            resolution=100,
+            text_encoder_dtype=torch.float16,
+            vae_batch_size=0,
+            max_sequence_length=0,
+            text_batch_size=0,
+        )
+    text = str(caught.value)
+    for part in (
+        "--resolution=100: must be a multiple of 8",
+        "NaN in fp16",
+        "--vae_batch_size=0",
+        "--max_sequence_length=0",
+    ):
+        assert part in text
+    assert "--text_batch_size=0" in text
+
+
+def test_incomplete_model_folder(run, picture_folder, tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    shutil.rmtree(model / "text_encoder")
+    shutil.rmtree(model / "tokenizer")
+    with pytest.raises(
+        ValueError, match="text_encoder/config.json is missing(.*\n)*.*tokenizer_config.json is missing"
+    ):
+        run(load_pictures(instance_data_dir=str(picture_folder)), pretrained_model_name_or_path=str(model))
+
+
+def test_store_that_cannot_be_made(run, picture_folder, tmp_path, no_models):
+    (tmp_path / "file").write_text("x")
+    with no_models(), pytest.raises(StoreError, match="cannot be written"):
+        run(load_pictures(instance_data_dir=str(picture_folder)), store_dir=str(tmp_path / "file" / "store"))
+
+
+def test_full_disk_leaves_nothing_half_written(run, picture_folder, tmp_path, monkeypatch):
+    import safetensors.torch
+
+    def full(tensors, path, metadata=None):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.torch, "save_file", full)
+        with pytest.raises(StoreError, match="could not be written.*No space left"):
+            run(load_pictures(instance_data_dir=str(picture_folder)))
+    assert [p for p in (tmp_path / "store").rglob("*") if p.is_file()] == []
+    assert run(load_pictures(instance_data_dir=str(picture_folder))).encoded_pictures == 6
+
+
+def test_too_little_space_is_an_error_before_weights_load(run, picture_folder, no_models, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
+    with no_models(), pytest.raises(StoreError, match="6 latents need .* free"):
+        run(load_pictures(instance_data_dir=str(picture_folder)))
+
+
+def test_nan_latents_name_the_picture(run, picture_folder, monkeypatch):
+    real = encodings.encode_pixels
+
+    def broken(vae, pixels):
+        latents = real(vae, pixels)
+        latents[1] = float("nan")
+        return latents
+
+    monkeypatch.setattr(encodings, "encode_pixels", broken)
+    with pytest.raises(ValueError, match="NaN or infinite latents for picture_01.png"):
+        run(load_pictures(instance_data_dir=str(picture_folder)), vae_batch_size=6)
+
+
+def test_out_of_memory_halves_the_batch_and_ends_with_a_remedy(run, picture_folder, monkeypatch, tmp_path):
+    pictures = load_pictures(instance_data_dir=str(picture_folder))
+    real, sizes = encodings.encode_pixels, []
+
+    def small_device(limit):
+        def encode_pixels(vae, pixels):
+            sizes.append(len(pixels))
+            if len(pixels) > limit:
+                raise RuntimeError("NPU out of memory. Tried to allocate 20.00 MiB")
+            return real(vae, pixels)
+
+        return encode_pixels
+
+    monkeypatch.setattr(encodings, "encode_pixels", small_device(2))
+    encoded = run(pictures, vae_batch_size=6)
+    assert encoded.encoded_pictures == 6 and sizes == [6, 3, 1, 1, 1, 1, 1, 1]
+    assert sum("out of memory" in m for m in encoded.messages) == 2
+    monkeypatch.setattr(encodings, "encode_pixels", small_device(0))
+    with pytest.raises(RuntimeError, match="cannot encode one picture of 64 px.*--resolution"):
+        run(pictures, vae_batch_size=2, store_dir=str(tmp_path / "other"))
+
+
+def test_auto_batch_size_follows_the_free_memory(monkeypatch):
+    # Without torch_npu there is no torch.device("npu"); only the kind of device counts here.
+    cpu, npu = torch.device("cpu"), types.SimpleNamespace(type="npu")
+    assert encodings.group_size("auto", 1024, npu) == 8
+    assert encodings.group_size("auto", 512, npu) == 32
+    assert encodings.group_size("auto", 4096, npu) == 1
+    assert encodings.group_size(3, 1024, cpu) == 3
+    for free, expected in ((2**40, 8), (8 * 2**30, 2), (1, 1), (None, 8)):
+        monkeypatch.setattr(encodings.devices, "free_memory_bytes", lambda _, free=free: free)
+        assert encodings.pictures_that_fit(8, 1024, 128, torch.bfloat16, cpu) == expected
+
+
+def test_stop_on_request_keeps_what_is_done(run, picture_folder, tmp_path):
+    pictures = load_pictures(instance_data_dir=str(picture_folder))
+    asked = []
+
+    def stop_at_the_third_group():
+        asked.append(1)
+        return bool(shards(tmp_path / "store", "prompts")) and len(asked) > 6
+
+    with pytest.raises(EncodingStopped):
+        run(pictures, vae_batch_size=1, should_stop=stop_at_the_third_group)
+    rest = run(pictures, vae_batch_size=1)
+    assert rest.encoded_prompts == 0 and 0 < rest.encoded_pictures < 6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+def test_readable_from_forked_and_spawned_workers(run, picture_folder):
+    encoded = run(load_pictures(instance_data_dir=str(picture_folder)))
+    here = all_of(encoded)
+    loader = torch.utils.data.DataLoader(encoded, batch_size=None, num_workers=2, multiprocessing_context="fork")
+    for sample, (latents, embeds) in zip(loader, here, strict=True):
+        assert torch.equal(sample["latents"], latents) and torch.equal(sample["prompt_embeds"], embeds)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        again = pool.map(encoded.__getitem__, range(6))
+    assert all(torch.equal(a["latents"], b) for a, (b, _) in zip(again, here, strict=True))
+
+
+def test_reading_keeps_few_file_handles(run, picture_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(encodings, "SHARD_ITEMS", 1)
+    monkeypatch.setattr(encodings, "OPEN_SHARDS", 2)
+    encoded = run(load_pictures(instance_data_dir=str(picture_folder)), vae_batch_size=1, text_batch_size=1)
+    assert len(shards(tmp_path / "store", "latents")) == 6
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        all_of(encoded)
+    assert len(os.listdir("/proc/self/fd")) <= before + 4
+    del encoded
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+RANKS = """
+# Started by test_encodings.py: imports once, then forks groups of ranks, one group a scenario.
+import json, os, signal, socket, sys, time, traceback
+sys.path[:0] = [{kit!r}, {tests!r}]
+import torch
+torch.set_num_threads(1)
+from accelerate import PartialState
+from diffusers import AutoencoderDC
+from transformers import AutoModel, AutoTokenizer, Gemma2Model, GemmaTokenizerFast
+from sana_kit import devices, encodings
+from sana_kit.dataset import load_pictures
+model, work = sys.argv[1:3]
+
+def group(world, job, timeout=90):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0)); port = probe.getsockname()[1]
+    children = []
+    for rank in range(world):
+        pid = os.fork()
+        if pid == 0:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+                              LOCAL_WORLD_SIZE=str(world), MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+            try:
+                result = job(rank)
+            except Exception as error:
+                result = {{"error": type(error).__name__ + ": " + str(error)}}
+                if not isinstance(error, (ValueError, RuntimeError)): traceback.print_exc()
+            with open(f"{{work}}/result-{{rank}}.json", "w") as file:
+                json.dump(result, file)
+            os._exit(0)
+        children.append(pid)
+    limit, alive = time.time() + timeout, set(children)
+    while alive and time.time() < limit:
+        for pid in list(alive):
+            if os.waitpid(pid, os.WNOHANG)[0]: alive.discard(pid)
+        time.sleep(0.02)
+    for pid in alive:
+        os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
+    if alive: return "hung"
+    print(f"{{time.time() - limit + timeout:.1f}} s", file=sys.stderr)
+    results = [json.load(open(f"{{work}}/result-{{rank}}.json")) for rank in range(world)]
+    return results
+
+def digest(encoded):
+    import hashlib
+    whole = hashlib.sha256()
+    for i in range(len(encoded)):
+        for tensor in encoded[i].values(): whole.update(tensor.view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()
+
+def encode(folder, store, **changes):
+    state = PartialState(cpu=True)
+    assert state.num_processes == int(os.environ.get("WORLD_SIZE", 1))
+    encoded = encodings.encode(load_pictures(instance_data_dir=folder, instance_prompt="x"), accelerator=state,
+        pretrained_model_name_or_path=model, store_dir=store, num_workers=1,
+        **{{"resolution": 64, "vae_batch_size": 2, "text_batch_size": 2, **changes}})
+    return {{"digest": digest(encoded), "pictures": encoded.encoded_pictures, "prompts": encoded.encoded_prompts,
+             "samples": len(encoded)}}
+
+out = {{}}
+folder = work + "/pictures"
+out["one rank"] = group(1, lambda rank: encode(folder, work + "/store1"))
+out["two ranks"] = group(2, lambda rank: encode(folder, work + "/store2"))
+out["three ranks"] = group(3, lambda rank: encode(folder, work + "/store3"))
+out["again on two"] = group(2, lambda rank: encode(folder, work + "/store3"))
+out["idle ranks"] = group(3, lambda rank: encode(work + "/single", work + "/store4"))
+out["idle left"] = sorted(os.listdir(work + "/store4"))
+out["corrupt"] = group(3, lambda rank: encode(work + "/corrupt", work + "/store5"))
+out["corrupt left"] = sorted(os.listdir(work + "/store5"))
+out["skipped"] = group(3, lambda rank: encode(work + "/corrupt", work + "/store5", skip_bad_images=True))
+def alone_on_its_machine(rank):
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
+    encodings.SHARED_SECONDS = 1.0
+    return encode(folder, f"{{work}}/own{{rank}}")
+out["separate"] = group(2, alone_on_its_machine)
+
+def fails_in_the_model(rank):
+    real = encodings.encode_pixels
+    def broken(vae, pixels):
+        if rank == 1: raise RuntimeError("the device caught fire")
+        time.sleep(0.2)
+        return real(vae, pixels)
+    encodings.encode_pixels = broken
+    return encode(folder, work + "/store6")
+out["failure"] = group(3, fails_in_the_model)
+out["failure left"] = sorted(os.listdir(work + "/store6"))
+
+def disagrees(rank):
+    return encode(folder, work + "/store7", resolution=64 if rank else 63)
+out["flag error on one rank"] = group(2, disagrees)
+
+def slow(vae, pixels, real=encodings.encode_pixels):
+    time.sleep(0.05)
+    return real(vae, pixels)
+
+# Kills at random moments: the whole group of two dies, the next start goes on.
+import random
+random.seed(0)
+kills = 0
+encodings.SHARD_ITEMS = 1
+def killable(rank):
+    encodings.encode_pixels = slow
+    if rank == 0:
+        delay = random.uniform(0.1, 0.9)
+        parent_group = os.getpid()
+    return encode(folder, work + "/store8", vae_batch_size=1)
+store = work + "/store8"
+def count():
+    try: return len([n for n in os.listdir(store + "/latents") if n.endswith(".safetensors")])
+    except FileNotFoundError: return 0
+seen = []
+for attempt in range({kills}):
+    before = count()
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        group(2, killable)
+        os._exit(0)
+    time.sleep(random.uniform(0.2, 1.2))
+    try: os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError: pass
+    os.waitpid(pid, 0)
+    seen.append(count())
+out["kills"] = seen
+out["after kills"] = group(2, lambda rank: encode(folder, store, vae_batch_size=1))
+out["undisturbed"] = group(1, lambda rank: encode(folder, work + "/store9", vae_batch_size=1))
+
+def concurrent(rank):
+    # two runs of one rank each in one store at the same time
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        os.environ.pop(name)
+    return encode(folder, work + "/store10", vae_batch_size=1)
+out["concurrent"] = group(2, concurrent)
+print("RESULT " + json.dumps(out))
+"""
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory, tiny_model):
+    """The results of all scenarios with several ranks; one process imports torch for all of them."""
+    return run_ranks(tmp_path_factory.mktemp("ranks"), tiny_model, kills=6)
+
+
+def run_ranks(work, tiny_model, kills):
+    tiny.write_picture_folder(work / "pictures", count=7)
+    tiny.write_picture_folder(work / "single", count=1)
+    corrupt = tiny.write_picture_folder(work / "corrupt", count=5)
+    tiny.make_pictures(1, size=300)[0][0].save(corrupt / "cut.jpg")
+    data = (corrupt / "cut.jpg").read_bytes()
+    (corrupt / "cut.jpg").write_bytes(data[: len(data) * 3 // 4])
+    script = work / "ranks.py"
+    script.write_text(RANKS.format(kit=str(KIT), tests=str(KIT / "tests"), kills=kills))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tiny_model), str(work)],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env=environment,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(lines[-1][7:])
+
+
+def test_shares_of_any_number_of_ranks_give_the_same_bits(ranks):
+    assert all(len({r["digest"] for r in ranks[k]}) == 1 for k in ("one rank", "two ranks", "three ranks"))
+    assert ranks["one rank"][0]["digest"] == ranks["two ranks"][0]["digest"] == ranks["three ranks"][0]["digest"]
+    for name in ("one rank", "two ranks", "three ranks"):
+        assert all((r["pictures"], r["prompts"]) == (7, 7) for r in ranks[name])
+    assert all((r["pictures"], r["prompts"]) == (0, 0) for r in ranks["again on two"])
+    assert ranks["again on two"][0]["digest"] == ranks["one rank"][0]["digest"]
+
+
+def test_ranks_without_a_share_finish(ranks):
+    assert [r["pictures"] for r in ranks["idle ranks"]] == [1, 1, 1]
+    assert ranks["idle left"] == ["latents", "prompts"]
+
+
+def test_corrupt_picture_on_one_share_ends_all_ranks_with_its_name(ranks):
+    for result in ranks["corrupt"]:
+        assert result["error"].startswith("ValueError") and "cut.jpg" in result["error"]
+    assert ranks["corrupt left"] == ["latents", "prompts"]
+    assert all(r["samples"] == 5 and r["pictures"] == 5 for r in ranks["skipped"])
+
+
+def test_machines_with_folders_of_their_own_each_encode_all(ranks):
+    assert [r["samples"] for r in ranks["separate"]] == [7, 7]
+    assert {r["digest"] for r in ranks["separate"]} == {ranks["one rank"][0]["digest"]}
+
+
+def test_failure_of_one_rank_ends_all_with_its_text(ranks):
+    for result in ranks["failure"]:
+        assert "rank 1: the device caught fire" in result["error"]
+    assert ranks["failure left"] == ["latents", "prompts"]
+    for result in ranks["flag error on one rank"]:
+        assert result["error"].startswith("ValueError: rank 0:") and "--resolution=63" in result["error"]
+
+
+def test_killed_encoding_goes_on_and_ends_with_the_same_bits(ranks):
+    assert sorted(ranks["kills"]) == ranks["kills"]  # nothing that was written is lost
+    assert ranks["after kills"][0]["digest"] == ranks["undisturbed"][0]["digest"]
+    assert ranks["after kills"][0]["pictures"] <= 7 - ranks["kills"][-1]
+
+
+def test_concurrent_runs_in_one_store(ranks):
+    assert [r["digest"] for r in ranks["concurrent"]] == [ranks["undisturbed"][0]["digest"]] * 2
+
+
+@pytest.mark.slow
+def test_forty_kills(tmp_path, tiny_model):
+    results = run_ranks(tmp_path, tiny_model, kills=40)
+    assert len(results["kills"]) == 40 and results["after kills"][0]["digest"] == results["undisturbed"][0]["digest"]
+    assert signal.SIGKILL  # the whole process group each time
