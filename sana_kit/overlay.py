@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,6 @@ _SKIPPED_FOLDERS = {
 }
 _SKIPPED_TOP_FOLDERS = {"output", "infer_result", "quickstart_output", "logs", "runs"}
 _SKIPPED_SUFFIXES = {".pyc", ".pyo", ".log", ".tmp", ".swp"}
-_SKIPPED_TOP_FILES = {".gitignore", ".gitattributes"}
 # What marks a folder as the kit's, and one as diffusers'.
 _KIT_MARKS = ("train_dreambooth_lora_sana.py", "patch_sana.py", "sana_kit/devices.py")
 _DIFFUSERS_MARKS = ("src/diffusers/__init__.py", "setup.py", "examples/dreambooth")
@@ -58,6 +58,8 @@ def _is_the_users(folder: Path) -> bool:
 
 def kit_files(kit: str | os.PathLike = KIT) -> list[Path]:
     """The files of the kit, relative to its folder and sorted: without version control, environments, caches, outputs.
+
+    As `cp -r KIT/*` does, it takes no hidden file of the top folder; unlike it, nothing that git ignores.
 
     Links are followed where they stay inside the kit and left out elsewhere.
     """
@@ -73,12 +75,26 @@ def kit_files(kit: str | os.PathLike = KIT) -> list[Path]:
         )
         for name in files:
             path = here / name
-            if (here == kit and name in _SKIPPED_TOP_FILES) or path.suffix in _SKIPPED_SUFFIXES or not path.is_file():
+            if (here == kit and name.startswith(".")) or path.suffix in _SKIPPED_SUFFIXES or not path.is_file():
                 continue
             if path.is_symlink() and not path.resolve().is_relative_to(kit):
                 continue
             found.append(path.relative_to(kit))
-    return sorted(found)
+    ignored = _ignored_by_git(kit, found)
+    return sorted(name for name in found if name not in ignored)
+
+
+def _ignored_by_git(kit: Path, names: list[Path]) -> set[Path]:
+    """Those of `names` that the kit's own git checkout ignores (builds, downloads); none where it is no checkout."""
+    if not (kit / ".git").exists() or shutil.which("git") is None:
+        return set()
+    asked = "\0".join(map(str, names)).encode()
+    answer = subprocess.run(["git", "check-ignore", "--stdin", "-z"], cwd=kit, input=asked, capture_output=True)
+    if answer.returncode not in (0, 1):  # 1: none is ignored
+        reason = answer.stderr.decode(errors="replace").strip()
+        print(f"warning: git cannot say what {kit} ignores, so builds in it are copied too: {reason}", file=sys.stderr)
+        return set()
+    return {Path(name) for name in answer.stdout.decode().split("\0") if name}
 
 
 def _hash(path: Path) -> str:

@@ -94,7 +94,21 @@ def test_every_tracked_file_of_this_kit_is_copied():
     )
     tracked = {name for name in tracked if name and (ROOT / name).is_file()}
     missing = tracked - {str(name) for name in overlay.kit_files(ROOT)}
-    assert {name for name in missing if not name.startswith((".ci/", ".git"))} == set()
+    assert {name for name in missing if not name.startswith(".")} == set()
+
+
+def test_what_git_ignores_is_not_copied(kit):
+    shutil.rmtree(kit / ".git")
+    (kit / ".gitignore").write_text("*.bin\n")
+    (kit / "tests" / ".gitignore").write_text("/build/\n")
+    for name in ("sana_kit/a.bin", "tests/build/x.py"):
+        (kit / name).parent.mkdir(exist_ok=True)
+        (kit / name).write_text("")
+    names = {"sana_kit/a.bin", "tests/build/x.py"}
+    assert names <= {str(name) for name in overlay.kit_files(kit)}  # without git nobody says that they are ignored
+    subprocess.run(["git", "init", "-q"], cwd=kit, check=True)
+    found = {str(name) for name in overlay.kit_files(kit)}
+    assert not names & found and "sana_kit/devices.py" in found
 
 
 def test_lay_and_undo_leave_the_checkout_as_it_was(checkout, kit):
