@@ -1,8 +1,8 @@
-"""Build the emulated Ascend host: fetch the torch_npu wheel, compile the stand-in CANN runtime, print where they are.
+"""Build the emulated Ascend host: fetch the torch_npu wheel and compile the stand-in CANN runtime.
 
-Used by run.sh and tests/test_ascend.py; by hand: `python tests/ascend/build.py`. Prints the variables, one a line, that make a
-process run on the emulated host. Ends with code 77 and a reason where it cannot be built.
-Everything lies in tests/ascend/.build/ (ignored by git) and is made once per wheel version and once per content of runtime/.
+Used by run.sh and tests/test_ascend.py; by hand: `python tests/ascend/build.py`. Prints the variables, one a line,
+that make a process run on the emulated host. Ends with code 77 and a reason where it cannot be built.
+Everything lies in tests/ascend/.build/ (ignored by git), made once per wheel version and once per content of runtime/.
 """
 
 import hashlib
@@ -80,7 +80,7 @@ def fetch_wheel() -> Path:
 
 
 def compile_runtime(compiler: str, wheel: Path) -> Path:
-    """A folder laid out as a CANN toolkit: lib64/ with libascendcl, libopapi, libhccl and those that need only be there."""
+    """A folder laid out as a CANN toolkit; lib64/ has libascendcl, libopapi, libhccl and those only linked to."""
     sources = sorted((HERE / "runtime").iterdir())
     key = hashlib.sha256("".join([compiler, *FLAGS, *SUM_FLAGS, wheel.name, Path(__file__).read_text()]).encode())
     for source in sources:

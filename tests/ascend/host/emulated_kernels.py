@@ -1,20 +1,24 @@
 """CPU kernels under the real torch_npu: device memory is host memory, so an operator runs on a CPU view of its bytes.
 
 Loaded by sitecustomize.py right after torch_npu. torch_npu registers about 1,500 ATen operators for its device; those
-with a CPU kernel get that kernel here. Not replaced, so that torch_npu's own C++ runs down to the stand-in runtime: memory, views,
-copies and casts, scaled_dot_product_attention's choice of kernel, the fused attention, RMS norm and dropout, every
-derivative formula, generators, streams, events, and ProcessGroupHCCL.
+with a CPU kernel get that kernel here. Not replaced, so that torch_npu's own C++ runs down to the stand-in runtime:
+memory, views, copies and casts, scaled_dot_product_attention's choice of kernel, the fused attention, RMS norm and
+dropout, every derivative formula, generators, streams, events, and ProcessGroupHCCL.
 
-With ASCEND_EMULATED_COUNTERS=FILE each process writes FILE (%p becomes its process id) when it ends: a JSON object with the
-calls of the runtime's kernels ("kernels") and of the ATen operators by their dtypes ("operators").
+With ASCEND_EMULATED_COUNTERS=FILE each process writes FILE (%p becomes its process id) when it ends: a JSON object
+with the calls of the runtime's kernels ("kernels") and of the ATen operators by their dtypes ("operators").
+With ASCEND_EMULATED_NO_CUDA=FOLDER any call of a function of torch.cuda from code in that folder raises.
 """
 
 from __future__ import annotations
 
 import atexit
 import ctypes
+import functools
+import inspect
 import json
 import os
+import sys
 
 import torch
 
@@ -83,7 +87,7 @@ def _drain() -> None:
 
 
 def _host_generator(generator: torch.Generator | None, device: torch.device) -> torch.Generator:
-    """A CPU generator that stands for the next draw of the NPU generator, whose offset moves on as a real draw moves it."""
+    """A CPU generator for the next draw of the NPU generator, whose offset moves on as a real draw moves it."""
     if generator is None:
         index = torch.npu.current_device() if device.index is None else device.index
         generator = torch.npu.default_generators[index]
@@ -96,7 +100,7 @@ def _host_generator(generator: torch.Generator | None, device: torch.device) -> 
 
 
 class _Kernel:
-    """The kernel of one ATen operator on the emulated device: the same operator, on the host's view of the arguments."""
+    """The kernel of one ATen operator on the device: the same operator, on the host's view of the arguments."""
 
     def __init__(self, operator, name: str):
         self.operator, self.name = operator, name
@@ -174,7 +178,7 @@ class _Kernel:
         return value
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Operators of torch_npu without a namesake on the CPU
 
 
@@ -231,7 +235,7 @@ _OWN_KERNELS = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def install() -> None:
@@ -240,6 +244,8 @@ def install() -> None:
     _counting = "ASCEND_EMULATED_COUNTERS" in os.environ
     if _counting:
         atexit.register(_write_counters, os.environ["ASCEND_EMULATED_COUNTERS"])
+    if "ASCEND_EMULATED_NO_CUDA" in os.environ:
+        _forbid_cuda(os.environ["ASCEND_EMULATED_NO_CUDA"])
     libraries = {space: torch.library.Library(space, "IMPL") for space in ("aten", "npu")}
     _libraries.extend(libraries.values())
     registered = torch._C._dispatch_get_registrations_for_dispatch_key("PrivateUse1")
@@ -259,6 +265,24 @@ def install() -> None:
         libraries[space].impl(name, kernel, "PrivateUse1", allow_override=True)
 
 
+def _forbid_cuda(folder: str) -> None:
+    """Make every function of torch.cuda raise when code in `folder` calls it (not what is installed inside of it)."""
+
+    def guarded(name, function):
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            caller = sys._getframe(1).f_code.co_filename
+            if caller.startswith(folder) and "site-packages" not in caller and ".build" not in caller:
+                raise AssertionError(f"{caller} called torch.cuda.{name} on an Ascend host")
+            return function(*args, **kwargs)
+
+        return call
+
+    for name, value in list(vars(torch.cuda).items()):
+        if inspect.isfunction(value) and value.__module__.startswith("torch.cuda") and not name.startswith("_"):
+            setattr(torch.cuda, name, guarded(name, value))
+
+
 def kernel_calls() -> dict[str, int]:
     """How often each kernel of the runtime (aclnn… and Hccl…) was called in this process so far."""
     torch.npu.synchronize()
@@ -271,7 +295,7 @@ def kernel_calls() -> dict[str, int]:
 
 
 def operator_calls() -> dict[str, int]:
-    """How often each ATen operator was called in this process with which dtypes; empty unless counting was asked for."""
+    """How often each ATen operator was called in this process with which dtypes; empty unless counting is on."""
     return {f"{key[0]}({', '.join(key[1:])})": calls for key, calls in sorted(_operators.items())}
 
 

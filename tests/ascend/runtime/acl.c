@@ -434,6 +434,7 @@ aclError aclrtCreateStreamWithConfig(aclrtStream *stream, uint32_t priority, uin
 aclError aclrtDestroyStream(aclrtStream stream) { free(stream); return ACL_SUCCESS; }
 aclError aclrtDestroyStreamForce(aclrtStream stream) { free(stream); return ACL_SUCCESS; }
 aclError aclrtSetStreamFailureMode(aclrtStream stream, uint64_t mode) { (void)stream; (void)mode; return ACL_SUCCESS; }
+aclError aclrtSetStreamOverflowSwitch(aclrtStream stream, uint32_t flag) { (void)stream; (void)flag; return ACL_SUCCESS; }
 aclError aclrtStreamQuery(aclrtStream stream, aclrtStreamStatus *status) {
     (void)stream;
     *status = ACL_STREAM_STATUS_COMPLETE;
