@@ -28,26 +28,33 @@ _LADDER = ((512, 82), (384, 80), (320, 75), (256, 70), (192, 65), (128, 60))  # 
 
 
 class _Thumbnails:
-    """WebP thumbnails of pictures, kept in a hidden folder so that a page is rewritten in well under a second."""
+    """WebP thumbnails of pictures; kept in `folder`, if one is given, so that a page is rewritten in no time."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path | None = None):
         self.folder, self.used, self.unreadable = folder, set(), []
 
     def _bytes(self, path: Path, side: int, quality: int) -> bytes:
         import hashlib
+        import io
 
         from PIL import Image
 
-        status = path.stat()
-        key = f"{path.resolve()}|{status.st_mtime_ns}|{status.st_size}|{side}|{quality}"
-        cached = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.webp"
-        self.used.add(cached.name)
-        if not cached.exists():
-            with Image.open(path) as image:
-                image = image.convert("RGB")
-                image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0)
-                write_atomic(cached, lambda file: image.save(file, "WEBP", quality=quality, method=2))
-        return cached.read_bytes()
+        cached = None
+        if self.folder is not None:
+            status = path.stat()
+            key = f"{path.resolve()}|{status.st_mtime_ns}|{status.st_size}|{side}|{quality}"
+            cached = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.webp"
+            self.used.add(cached.name)
+            if cached.exists():
+                return cached.read_bytes()
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+            image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0)
+            buffer = io.BytesIO()
+            image.save(buffer, "WEBP", quality=quality, method=2)
+        if cached is not None:
+            write_atomic(cached, lambda file: file.write(buffer.getvalue()))
+        return buffer.getvalue()
 
     def embed(self, paths: Sequence[Path]) -> dict[Path, dict]:
         """{path: {"src": data URI, "width", "height"}}, as large as fits the page's budget together.
@@ -85,7 +92,7 @@ class _Thumbnails:
 
     def _prune(self) -> None:
         """Forget thumbnails that the page no longer shows."""
-        if self.folder.is_dir():
+        if self.folder is not None and self.folder.is_dir():
             for file in self.folder.iterdir():
                 if file.name not in self.used:
                     file.unlink(missing_ok=True)
@@ -454,7 +461,7 @@ def write_report(
     strips = {key: _spread(cells, 12) for key, cells in shown_rows.items() if cells}
     pairs, pairs_note = _pairs(output_dir, rows, Path(before) if before else None, Path(after) if after else None)
 
-    thumbnails = _Thumbnails(output_dir / ".report_cache" / "report")
+    thumbnails = _Thumbnails(output_dir / ".report_cache")
     paths = [path for pair in pairs for path in (pair["before_path"], pair["after_path"])]
     paths += [cell["path"] for cells in strips.values() for cell in cells]
     pictures = thumbnails.embed(paths)
@@ -574,7 +581,7 @@ def write_gallery(output_dir: str | os.PathLike, base_dir: str | os.PathLike | N
     base = _folder_pictures(Path(base_dir)) if base_dir else {}
     partners = {key: base[key]["path"] for key in found if key in base}
 
-    thumbnails = _Thumbnails(output_dir / ".report_cache" / "gallery")
+    thumbnails = _Thumbnails()  # written once, at the end of a run: nothing to keep
     paths = [path for key, item in found.items() for path in (item["path"], partners.get(key)) if path]
     pictures = thumbnails.embed(paths)
     alerts = []

@@ -454,10 +454,10 @@ def test_pictures_shrink_until_the_page_is_small_enough(tmp_path, monkeypatch):
     page = reports.write_report(tmp_path)
     assert 200_000 < page.stat().st_size - 70_000 < 800_000  # base64 of at most 600 kB, and the page itself
     assert "12 steps of each" in page.read_text()
-    cached = {file.name: file.stat().st_mtime_ns for file in (tmp_path / ".report_cache" / "report").iterdir()}
+    cached = {file.name: file.stat().st_mtime_ns for file in (tmp_path / ".report_cache").iterdir()}
     assert len(cached) == 3 * 12
     reports.write_report(tmp_path)
-    again = {file.name: file.stat().st_mtime_ns for file in (tmp_path / ".report_cache" / "report").iterdir()}
+    again = {file.name: file.stat().st_mtime_ns for file in (tmp_path / ".report_cache").iterdir()}
     assert cached == again  # thumbnails are made once
 
 
@@ -538,6 +538,7 @@ def test_gallery_pairs_by_prompt_and_seed(tmp_path):
     base = make_pictures(tmp_path / "base", prompts, [8, 23], skip={("a cat with a hat", 23)})
     lora = make_pictures(tmp_path / "lora", prompts, [8, 23], lora="x.safetensors")
     text = reports.write_gallery(lora).read_text()
+    assert {path.suffix for path in lora.iterdir()} == {".png", ".jsonl", ".html"}  # nothing else is left there
     assert text.count("<article") == 6 and "<i>owl" not in text and 'class="pair"' not in text
     assert "seed 23 · 96 × 64 · 28 steps · guidance 2 · 1.2 s" in text
     assert 'href="00%20lora%20%238.png"' in text
