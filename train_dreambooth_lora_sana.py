@@ -25,6 +25,7 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 from collections import deque
 from pathlib import Path
 
@@ -210,7 +211,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("validation")
     add = group.add_argument
-    add("--validation_prompt", help="Prompt of the pictures made during and after training; | separates several.")
+    add("--validation_prompt", action="append", help="Prompt of pictures made during and after training; repeatable.")
     add("--num_validation_images", type=int, default=4, help="Pictures per prompt and validation.")
     add("--validation_epochs", type=int, default=50, help="Validate every so many epochs.")
     add("--validation_steps", type=int, help="Validate every so many updates instead.")
@@ -909,8 +910,8 @@ class Validation:
 
 
 def validation_prompts(args) -> list[str]:
-    """The prompts of --validation_prompt, in which | separates several."""
-    return [part.strip() for part in (args.validation_prompt or "").split("|") if part.strip()]
+    """The prompts of --validation_prompt, each once."""
+    return list(dict.fromkeys(args.validation_prompt or []))
 
 
 # =================================================================================================================
@@ -1142,8 +1143,10 @@ def train(args, accelerator, base, output_dir: Path, started: float, stop: StopR
         if main_process and args.train_mode == "lora":  # the adapter file and the masters must say the same
             check_adapter(str(resume_folder), unwrap_model(model), same_weights=True)
         global_step, samples_seen = state["global_step"], state["samples_seen"]
-        for _ in range(global_step):
-            lr_scheduler.step()
+        with warnings.catch_warnings():  # torch warns that no optimizer step came before
+            warnings.simplefilter("ignore", UserWarning)
+            for _ in range(global_step):
+                lr_scheduler.step()
         for warning in differences(state["run"], run_identity(args, num_instance, world_size)):
             logger.warning(warning)
             log.write("warning", step=global_step, message=warning)

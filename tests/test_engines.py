@@ -1,0 +1,353 @@
+"""The trainer as its users start it: accelerate launch with DeepSpeed ZeRO-2, ZeRO-1 and DDP, the launcher, signals.
+
+Real processes, real engines, a tiny model. `-m "not slow"` leaves out the many-kills test.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import KIT, launch, script_environment
+from safetensors.torch import load_file
+
+from sana_kit import checkpoints
+
+TRAINER = "train_dreambooth_lora_sana.py"
+LAUNCHER = KIT / "finetune_sana_dreambooth_lora_deepspeed_bf16.sh"
+
+
+def weights(folder):
+    return load_file(Path(folder) / "pytorch_lora_weights.safetensors")
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def farthest(first, second):
+    """Largest difference of two sets of tensors, relative to the largest value."""
+    scale = max(value.float().abs().max().item() for value in first.values())
+    return max((first[k].float() - second[k].float()).abs().max().item() for k in first) / scale
+
+
+@pytest.fixture(scope="session")
+def flags(tiny_model, parquet_dataset):
+    """Two pictures per process, everything random on; a global batch of 4 on two processes."""
+    return [
+        f"--pretrained_model_name_or_path={tiny_model}",
+        f"--dataset_name={parquet_dataset}",
+        "--caption_column=text",
+        "--instance_prompt=x",
+        "--resolution=64",
+        "--gradient_accumulation_steps=2",
+        "--random_flip",
+        "--max_train_steps=6",
+        "--checkpointing_steps=3",
+        "--logging_steps=1",
+        "--lr_scheduler=linear",
+        "--lr_warmup_steps=0",
+        "--seed=5",
+        "--mixed_precision=bf16",
+        "--learning_rate=1e-2",
+        "--complex_human_instruction=none",
+        "--report_to=none",
+    ]
+
+
+def train(output, flags, *more, **how):
+    done = launch(TRAINER, *flags, f"--output_dir={output}", *more, **how)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return done
+
+
+def as_it_was_at(output, step, tmp_path):
+    """A copy of a run whose newest checkpoint is `step`."""
+    copy = tmp_path / "copy"
+    shutil.copytree(output, copy)
+    for number, folder in checkpoints.list_checkpoints(copy):
+        if number > step:
+            shutil.rmtree(folder)
+    return copy
+
+
+@pytest.fixture(scope="session")
+def zero2(flags, tmp_path_factory):
+    """ZeRO-2 on two processes, 6 steps, dropout on."""
+    output = tmp_path_factory.mktemp("zero2") / "out"
+    train(output, flags, "--lora_dropout=0.2", "--train_batch_size=1", processes=2, engine="zero")
+    return output
+
+
+@pytest.fixture(scope="session")
+def zero2_no_dropout(flags, tmp_path_factory):
+    """The same without dropout, whose masks depend on the rank."""
+    output = tmp_path_factory.mktemp("zero2n") / "out"
+    train(output, flags, "--train_batch_size=1", processes=2, engine="zero")
+    return output
+
+
+def test_zero2_resumes_to_the_bit(zero2, flags, tmp_path):
+    copy = as_it_was_at(zero2, 3, tmp_path)
+    more = ["--lora_dropout=0.2", "--train_batch_size=1", "--resume_from_checkpoint=latest"]
+    train(copy, flags, *more, processes=2, engine="zero")
+    assert same(weights(zero2), weights(copy))
+    before, after = (load_file(folder / "checkpoint-6" / "optimizer.safetensors") for folder in (zero2, copy))
+    assert same(before, after)
+    assert {key.split("|")[1] for key in before} == {"master", "exp_avg", "exp_avg_sq"}
+
+
+def test_zero2_keeps_float32_masters_of_its_bf16_adapter(zero2):
+    adapter = weights(zero2 / "checkpoint-6")
+    masters = load_file(zero2 / "checkpoint-6" / "optimizer.safetensors")
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.bfloat16}
+    finer = 0
+    for key, tensor in adapter.items():
+        master = masters[key.removeprefix("transformer.").replace(".weight", ".default.weight") + "|master"]
+        assert master.dtype == torch.float32 and torch.equal(master.bfloat16(), tensor)
+        finer += int((master != tensor.float()).sum())
+    assert finer > 100
+
+
+@pytest.mark.parametrize("processes, engine, batch", [(1, "zero", 2), (1, "single", 2), (2, "ddp", 1)])
+def test_a_zero2_checkpoint_resumes_on_other_processes_and_engines(
+    zero2_no_dropout, flags, tmp_path, processes, engine, batch
+):
+    """The global batch stays 4, so the curve must go on as it would have: bf16 and float32 LoRA weights differ by the
+    rounding of a bf16 number (2^-8), sums over ranks by their order."""
+    copy = as_it_was_at(zero2_no_dropout, 3, tmp_path)
+    more = [f"--train_batch_size={batch}", "--resume_from_checkpoint=latest"]
+    done = train(copy, flags, *more, processes=processes, engine=engine)
+    assert farthest(weights(zero2_no_dropout), weights(copy)) < 2**-7
+    old, new = (
+        [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+        for folder in (zero2_no_dropout, copy)
+    )
+    expected = {e["step"]: e["loss"] for e in old if e["event"] == "step"}
+    for entry in [e for e in new if e["event"] == "step"][-3:]:
+        assert entry["loss"] == pytest.approx(expected[entry["step"]], rel=2e-2)
+    moments, again = (
+        load_file(folder / "checkpoint-6" / "optimizer.safetensors") for folder in (zero2_no_dropout, copy)
+    )
+    pick = [key for key in moments if key.endswith("exp_avg_sq")]
+    assert farthest({k: moments[k] for k in pick}, {k: again[k] for k in pick}) < 0.05
+    if processes != 2:
+        assert f"world_size was 2 when the checkpoint was written and is {processes} now" in done.stderr
+
+
+def test_a_checkpoint_of_two_goes_on_with_three_and_back_to_zero2_from_one(zero2_no_dropout, flags, tmp_path):
+    copy = as_it_was_at(zero2_no_dropout, 3, tmp_path)
+    more = [
+        "--train_batch_size=1",
+        "--resume_from_checkpoint=latest",
+        "--max_train_steps=5",
+        "--checkpointing_steps=1",
+    ]
+    train(copy, flags, *more, processes=3, engine="zero")
+    state = json.loads((copy / "checkpoint-5" / "trainer_state.json").read_text())
+    assert state["samples_seen"] == 3 * 4 + 2 * 6  # 3 steps of 2 x 2, then 2 of 3 x 2: none twice, none skipped
+    assert state["optimizer"]["state"]["step"] == 5
+
+
+def test_zero1_and_ddp_train_the_same_adapter_as_zero2(zero2_no_dropout, flags, tmp_path):
+    config = tmp_path / "zero1.yaml"
+    text = (KIT / "bf16_accelerate_config.yaml").read_text()
+    assert "zero_stage: 2" in text
+    config.write_text(text.replace("zero_stage: 2", "zero_stage: 1"))
+    train(tmp_path / "one", flags, "--train_batch_size=1", processes=2, engine="zero", config=config)
+    assert farthest(weights(zero2_no_dropout), weights(tmp_path / "one")) < 2**-7
+    train(tmp_path / "ddp", flags, "--train_batch_size=1", processes=2, engine="ddp")
+    assert farthest(weights(zero2_no_dropout), weights(tmp_path / "ddp")) < 2**-6
+
+
+def test_full_fine_tuning_under_zero2_saves_a_model_folder(flags, tmp_path):
+    more = ["--train_mode=full", "--train_batch_size=1", "--max_train_steps=2", "--learning_rate=1e-3"]
+    train(tmp_path / "full", flags, *more, processes=2, engine="zero")
+    tensors = load_file(tmp_path / "full" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "full" / "sana_kit_base.json").read_text())["base_model"]
+
+
+def test_an_error_ends_all_ranks_with_one_message(flags, tmp_path):
+    done = launch(TRAINER, *flags, f"--output_dir={tmp_path}", "--resolution=65", processes=2, engine="zero")
+    assert done.returncode != 0
+    assert done.stderr.count("--resolution=65: must be a multiple of 8") == 1
+    assert "Traceback" not in done.stderr.split("ChildFailedError")[0].split("torch/distributed")[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The launcher
+
+
+def start_launcher(*arguments, **more):
+    return subprocess.run(
+        ["bash", str(LAUNCHER), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env={**script_environment(), "PYTHON": sys.executable},
+        **more,
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--batchsize=3"], "unknown flag --batchsize. Known: --model_name --dataset_name"),
+        (["--batch_size=0"], "--batch_size=0: must be a whole number"),
+        (["--max_train_steps", "many"], "--max_train_steps=many: must be a whole number"),
+        (["--config_file=/no/file.yaml"], "--config_file=/no/file.yaml: no such file"),
+        (["train"], "unexpected word 'train'"),
+        (["--resolution"], "--resolution needs a value"),
+    ],
+)
+def test_the_launcher_refuses_what_it_does_not_know(arguments, message, tmp_path):
+    done = start_launcher(*arguments, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_launcher_trains_and_prints_the_result_block(tiny_model, parquet_dataset, tmp_path):
+    output = tmp_path / "out put"  # a space, as user's folders have
+    done = start_launcher(
+        "--model_name", tiny_model, f"--dataset_name={parquet_dataset}", "--batch_size=1", "--num_processors=2",
+        "--max_train_steps=6", "--resolution=64", f"--output_dir={output}", "--", "--logging_steps=2", "--rank=2",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    for line in ("Average it/s", "Final Performance images/sec", "Final Train Loss", "E2E Training Duration"):
+        assert line in done.stdout
+    assert len(list(output.glob("*.log"))) == 1
+    assert weights(output)
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["world_size"] == 2 and summary["global_step"] == 6
+
+
+def test_the_launcher_returns_the_trainers_failure_and_shows_its_error_last(tiny_model, tmp_path):
+    done = start_launcher("--model_name", tiny_model, "--dataset_name=/no/such/data", "--resolution=64", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "/no/such/data" in done.stderr.strip().splitlines()[-1] or "/no/such/data" in done.stderr[-600:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Signals and kills
+
+
+def start_long_run(output, flags, *more, processes=2):
+    """The trainer under ZeRO-2 in a session of its own, with enough steps to be interrupted."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port)]
+    command += ["--config_file", str(KIT / "bf16_accelerate_config.yaml"), "--num_processes", str(processes)]
+    command += [str(KIT / TRAINER), *flags, f"--output_dir={output}", *more]
+    log = open(output.with_suffix(".log"), "ab")
+    return subprocess.Popen(command, stdout=log, stderr=log, env=script_environment(), start_new_session=True)
+
+
+def wait_for_step(output, step, process, timeout=120):
+    """Wait until the run has logged `step`; fails if it ends before."""
+    deadline = time.monotonic() + timeout
+    path = output / "train_log.jsonl"
+    while time.monotonic() < deadline:
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    continue
+                if entry["event"] == "step" and entry["step"] >= step:
+                    return
+        assert process.poll() is None, output.with_suffix(".log").read_text()[-3000:]
+        time.sleep(0.05)
+    raise AssertionError("timeout")
+
+
+def nobody_left(group):
+    """Whether no process of the session is alive."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_the_launcher_passes_sigterm_on_saves_and_resumes_to_the_bit(tiny_model, parquet_dataset, tmp_path):
+    arguments = [
+        "--model_name", str(tiny_model), f"--dataset_name={parquet_dataset}", "--batch_size=1", "--num_processors=2",
+        "--max_train_steps=120", "--resolution=64",
+    ]  # fmt: skip
+    more = ["--", "--logging_steps=1", "--lora_dropout=0.1", "--report_to=none", "--learning_rate=1e-3"]
+    whole = start_launcher(*arguments, f"--output_dir={tmp_path / 'whole'}", *more, cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr[-4000:]
+
+    output = tmp_path / "stopped"
+    process = subprocess.Popen(
+        ["bash", str(LAUNCHER), *arguments, f"--output_dir={output}", *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=tmp_path,
+        env={**script_environment(), "PYTHON": sys.executable},
+        start_new_session=True,
+    )
+    wait_for_step(output, 5, process)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, text[-4000:]
+    assert nobody_left(process.pid)
+    stopped_at = checkpoints.list_checkpoints(output)[-1][0]
+    assert 5 <= stopped_at < 120 and checkpoints.find_damage(output / f"checkpoint-{stopped_at}") is None
+    again = start_launcher(
+        *arguments, f"--output_dir={output}", *more, "--resume_from_checkpoint=latest", cwd=tmp_path
+    )
+    assert again.returncode == 0, again.stderr[-4000:]
+    assert same(weights(tmp_path / "whole"), weights(output))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_thirty_kills_at_random_moments_lose_nothing(flags, tmp_path):
+    """SIGKILL of one rank or of the whole tree while encoding, training and saving; the same command resumes each
+    time, and the finished adapter is that of an undisturbed run to the bit."""
+    more = ["--train_batch_size=1", "--max_train_steps=400", "--checkpointing_steps=8", "--checkpoints_total_limit=3"]
+    more += ["--lora_dropout=0.1"]
+    whole, output = tmp_path / "whole", tmp_path / "killed"
+    train(whole, flags, *more, processes=2, engine="zero", timeout=600)
+    generator = random.Random(0)
+    kills, moments = 0, []
+    while kills < 30:
+        process = start_long_run(output, flags, *more, "--resume_from_checkpoint=latest")
+        before = checkpoints.list_checkpoints(output)[-1][0] if checkpoints.list_checkpoints(output) else 0
+        if kills < 5:  # while starting and encoding
+            time.sleep(generator.uniform(4, 12))
+        else:
+            wait_for_step(output, before + 1, process)
+            time.sleep(generator.uniform(0, 0.8))
+        if process.poll() is not None:
+            break
+        ranks = subprocess.run(
+            ["pgrep", "-g", str(process.pid), "-f", TRAINER], capture_output=True, text=True
+        ).stdout.split()
+        workers = [pid for pid in map(int, ranks) if pid != process.pid]
+        if kills % 2 and workers:
+            os.kill(generator.choice(workers), signal.SIGKILL)
+            process.wait(timeout=120)  # the launcher notices and ends the other rank
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(timeout=60)
+        kills += 1
+        moments.append(before)
+    train(output, flags, *more, "--resume_from_checkpoint=latest", processes=2, engine="zero", timeout=600)
+    print(f"{kills} kills, from checkpoints {moments}")
+    assert kills >= 30 or moments[-1] > 300
+    assert same(weights(whole), weights(output))
