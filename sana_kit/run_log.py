@@ -364,7 +364,10 @@ def _bar_class():
             if rate is None and figures["elapsed"] > 0:
                 rate = (figures["n"] - figures["initial"]) / figures["elapsed"]
             images = rate * self.images_per_unit if rate and self.images_per_unit else None
-            return {**figures, "images": f", {images:.3g} images/s" if images else ""}
+            unit, speed = self.unit, "-"
+            if rate:
+                speed = f"{rate:.3g} {unit}s/s" if rate >= 1 else f"{1 / rate:.3g} s/{unit}"
+            return {**figures, "speed": speed, "images": f", {images:.3g} images/s" if images else ""}
 
         @staticmethod
         def status_printer(file):
@@ -380,6 +383,26 @@ def _bar_class():
                     file.flush()
 
             return print_line
+
+        @contextmanager
+        def paused(self):
+            """What happens inside (a validation, a checkpoint) counts neither in the rate nor in the time left."""
+            begin = time.time()  # the clock of tqdm itself
+            try:
+                yield
+            finally:
+                if not self.disable:
+                    self.start_t += time.time() - begin
+                    self.last_print_t += time.time() - begin
+
+        def set_postfix(self, ordered_dict=None, refresh=True, **kwargs):
+            # A refresh would write a line of its own each time; without a terminal the interval decides.
+            if not self.disable:
+                super().set_postfix(ordered_dict, refresh=refresh and self.fp.isatty(), **kwargs)
+
+        def moveto(self, n):
+            if self.fp.isatty():  # a bar inside another has its own line on a terminal; a log has no cursor to move
+                super().moveto(n)
 
         def close(self):
             if not self.disable and not self.fp.isatty():
@@ -409,7 +432,8 @@ def console_bar(
     plain_interval: float = 10.0,
     file=None,
 ):
-    """A tqdm bar for one phase (encoding, training, validation, saving): `.update(n)`, `.set_postfix()`, `.close()`.
+    """A tqdm bar for one phase (encoding, training, validation, saving): `.update(n)`, `.set_postfix()`, `.close()`;
+    `with bar.paused():` around what is no part of the phase.
 
     Silent on every process but the main one. On a terminal a redrawn bar; elsewhere (a log file, nohup) one whole
     line at most every `plain_interval` seconds, and one at the end.
@@ -423,12 +447,12 @@ def console_bar(
     file = sys.stderr if file is None else file
     plain = not file.isatty()
     count = "{desc}: {n_fmt}/{total_fmt} " + unit + "s" if total is not None else "{desc}: {n_fmt} " + unit + "s"
-    times = "[{elapsed}<{remaining}, {rate_fmt}{images}{postfix}]"
+    times = "[{elapsed}<{remaining}, {speed}{images}{postfix}]"
     bar_class = _bar_class()
     bar = bar_class(
         total=total,
         desc=description,
-        unit=unit if unit.startswith(" ") else " " + unit,
+        unit=unit,
         initial=initial,
         disable=not main_process,
         leave=leave,
