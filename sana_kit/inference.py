@@ -203,13 +203,17 @@ class Ranks:
     """
 
     def __init__(self, device_flag: str):
-        """Raises ValueError for a device that is not there, RuntimeError where ranks do not find one another."""
+        """RuntimeError where ranks do not find one another. A device that is not there becomes `device_problem`."""
         from sana_kit import devices
 
         self.world = devices.launched_world_size()
         self.rank, self.group, self.own = 0, None, False
+        self.device_problem: str | None = None
         if self.world == 1:
-            self.device = devices.pick_device(device_flag)
+            try:
+                self.device = devices.pick_device(device_flag)
+            except ValueError as error:
+                self.device, self.device_problem = devices.pick_device("cpu"), str(error)
         else:
             from datetime import timedelta
 
@@ -217,7 +221,7 @@ class Ranks:
 
             kind = devices.accelerator_type()
             if device_flag not in ("auto", kind):
-                raise ValueError(
+                self.device_problem = (
                     f"--device={device_flag}: with {self.world} processes each takes its own {kind} device. Leave"
                     " --device out, and hide devices by CUDA_VISIBLE_DEVICES or ASCEND_RT_VISIBLE_DEVICES."
                 )
@@ -292,8 +296,10 @@ class Plan:
     notes: list[str]
 
 
-def check(args, device) -> Plan:
+def check(args, device, device_problem: str | None = None) -> Plan:
     """Check all arguments, the model's and the adapter's files; plan the jobs. Loads nothing, writes nothing.
+
+    `device_problem`: what was wrong with --device, told with the rest.
 
     Raises:
         ValueError: every problem found, one a line.
@@ -302,7 +308,7 @@ def check(args, device) -> Plan:
 
     from sana_kit import devices, generation, models
 
-    problems: list[str] = []
+    problems: list[str] = [device_problem] if device_problem else []
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
     dtype = dtypes.get(args.dtype)
     if dtype is None:
@@ -335,6 +341,9 @@ def check(args, device) -> Plan:
     instruction = None
     try:
         instruction = generation.parse_instruction(args.complex_human_instruction)
+    except ValueError as error:
+        problems.append(str(error))
+    try:
         devices.resolve_attention(args.attention, device)
     except ValueError as error:
         problems.append(str(error))
@@ -629,7 +638,7 @@ def run(args) -> dict:
         RankFailed: on ranks that are well, when another one failed.
     """
     ranks = Ranks(args.device)
-    plan = ranks.together(lambda: check(args, ranks.device))
+    plan = ranks.together(lambda: check(args, ranks.device, ranks.device_problem))
     views = ranks.gather([job.file_name for job in plan.jobs])
     if any(view != views[0] for view in views):
         odd = [rank for rank, view in enumerate(views) if view != views[0]]

@@ -1,0 +1,410 @@
+"""The run of the inference scripts, in-process on a tiny real model: checks, resume, failures, the output folder.
+
+python -m pytest tests/test_inference.py
+"""
+
+import fcntl
+import json
+import os
+import re
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_generation import write_lora
+
+from sana_kit import generation, inference, models
+
+LORA_DEFAULT = "./output/pytorch_lora_weights.safetensors"
+
+
+def infer(model, output, *flags, lora_default=None):
+    """Exit code of a run with small pictures; flags given later count."""
+    argv = ["--model_path", model, "--output_path", output, "--height", "64", "--width", "96"]
+    argv += ["--num_inference_steps", "2", "--complex_human_instruction", "none", *flags]
+    return inference.main("test", [str(word) for word in argv], lora_default)
+
+
+def manifest(folder):
+    return {line["file"]: line for line in map(json.loads, (folder / "manifest.jsonl").read_text().splitlines())}
+
+
+def pictures(folder):
+    """file name -> bytes of the pictures of a run."""
+    return {path.name: path.read_bytes() for path in folder.glob("*-seed*.png")}
+
+
+TWO_BY_TWO = ("--prompt", "a red square", "--prompt", "a dog", "--seeds", "8", "23")
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model, tmp_path_factory):
+    """An undisturbed run of TWO_BY_TWO."""
+    folder = tmp_path_factory.mktemp("reference") / "out"
+    assert infer(tiny_model, folder, *TWO_BY_TWO) == 0
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run leaves
+
+
+def test_a_run_writes_pictures_manifest_sheet_gallery_and_summary(reference, tiny_model):
+    import hashlib
+
+    lines = manifest(reference)
+    assert len(lines) == 4 and set(lines) == set(pictures(reference))
+    assert [(line["prompt"], line["seed"]) for line in lines.values()] == [
+        (prompt, seed) for prompt in ("a red square", "a dog") for seed in (8, 23)
+    ]
+    for name, line in lines.items():
+        data = (reference / name).read_bytes()
+        assert line["sha256"] == hashlib.sha256(data).hexdigest() and line["seconds"] > 0
+        picture = Image.open(reference / name)
+        assert picture.size == (96, 64) and picture.mode == "RGB"
+        assert json.loads(picture.text["sana"])["prompt"] == line["prompt"]
+        assert (line["height"], line["width"], line["num_inference_steps"]) == (64, 96, 2)
+        assert (line["guidance_scale"], line["model"], line["lora_weights"]) == (2.0, str(tiny_model), None)
+    sheet = Image.open(reference / "contact_sheet.png")
+    assert sheet.size[0] > 2 * 96 and sheet.size[1] > 2 * 64
+    assert "a red square" in (reference / "gallery.html").read_text(encoding="utf-8")
+    summary = json.loads((reference / "summary.json").read_text())
+    assert (summary["made"], summary["kept"], summary["failed"]) == (4, 0, [])
+    elapsed = summary["encode_seconds"] + summary["generate_seconds"]
+    assert summary["images_per_second"] == pytest.approx(4 / elapsed, rel=0.01)
+    assert summary["iterations_per_second"] == pytest.approx(8 / elapsed, rel=0.01)
+    assert not list(reference.glob("*.tmp")) and not list(reference.glob(".manifest-rank*"))
+
+
+def test_the_rates_are_printed_with_loading_apart(tiny_model, tmp_path, capsys):
+    assert infer(tiny_model, tmp_path, "--prompt", "a dog", "--seeds", "8") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"Loading \d", said) and re.search(r"[\d.]+ images/s, [\d.]+ it/s", said)
+    assert "Resolution binning is off for 96x64" in said
+
+
+def test_default_prompts_and_seeds_are_the_kits(tiny_model, tmp_path):
+    args = inference.build_parser("test").parse_args(["--model_path", str(tiny_model), "--output_path", str(tmp_path)])
+    plan = inference.check(args, torch.device("cpu"))
+    prompts = {job.prompt for job in plan.jobs}
+    assert 8 <= len(prompts) <= 12 and len(plan.jobs) == 4 * len(prompts)
+    assert all(job.negative_prompt for job in plan.jobs)
+    assert [job.seed for job in plan.jobs[:4]] == [8, 23, 42, 1334]
+    first = plan.jobs[0]
+    assert (first.num_inference_steps, first.guidance_scale) == (28, 2.0)
+    assert (first.height, first.width) == (128, 128)  # the tiny model's native size: 16 latents of 8 px
+    assert args.model_path == str(tiny_model) and inference.build_parser("test").parse_args([]).model_path == (
+        "Efficient-Large-Model/Sana_1600M_4Kpx_BF16_diffusers"
+    )
+
+
+def test_pictures_are_those_of_load_pipeline_and_generate(reference, tiny_model):
+    cpu = torch.device("cpu")
+    pipeline = models.load_pipeline(str(tiny_model), device=cpu)
+    jobs = generation.plan_jobs(
+        ["a red square", "a dog"], [8, 23], height=64, width=96, num_inference_steps=2, guidance_scale=2.0
+    )
+    prompts, negatives = generation.encode_job_prompts(pipeline, jobs, None, device=cpu)
+    made = generation.generate_from_embeddings(
+        transformer=pipeline.transformer,
+        vae=pipeline.vae,
+        scheduler=pipeline.scheduler,
+        jobs=jobs,
+        prompt_embeds=prompts,
+        negative_prompt_embeds=negatives,
+        device=cpu,
+    )
+    for name, picture in zip(manifest(reference), made, strict=True):
+        assert np.array_equal(np.asarray(Image.open(reference / name)), np.asarray(picture))
+
+
+def test_instruction_reaches_the_pictures(reference, tiny_model, tmp_path):
+    flags = ("--complex_human_instruction", '["Draw well.", "User Prompt: "]')
+    assert infer(tiny_model, tmp_path, *TWO_BY_TWO, *flags) == 0
+    assert not set(pictures(tmp_path)) & set(pictures(reference))  # another picture has another name
+    assert not set(pictures(tmp_path).values()) & set(pictures(reference).values())
+
+
+def test_whole_groups_in_batches_of_two_differ_by_rounding_only(reference, tiny_model, tmp_path):
+    assert infer(tiny_model, tmp_path, *TWO_BY_TWO, "--batch_size", 3, "--dtype", "fp32") == 0
+    assert infer(tiny_model, tmp_path / "alone", *TWO_BY_TWO, "--dtype", "fp32") == 0
+    assert json.loads((tmp_path / "summary.json").read_text())["largest_group"] == 3
+    for name in pictures(tmp_path):
+        a, b = (np.asarray(Image.open(folder / name)).astype(int) for folder in (tmp_path, tmp_path / "alone"))
+        assert np.abs(a - b).max() <= 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA
+
+
+def test_lora_changes_pictures_and_stays_apart_in_the_same_folder(reference, tiny_model, tmp_path):
+    lora = write_lora(tiny_model, tmp_path / "lora")
+    out = tmp_path / "out"
+    assert infer(tiny_model, out, *TWO_BY_TWO) == 0
+    before = pictures(out)
+    assert before == pictures(reference)
+    assert infer(tiny_model, out, *TWO_BY_TWO, "--lora_weights", lora) == 0
+    after = pictures(out)
+    assert len(after) == 8 and all(after[name] == data for name, data in before.items())
+    assert len(set(after.values())) == 8
+    assert sum(line["lora_weights"] == str(lora) for line in manifest(out).values()) == 4
+    assert infer(tiny_model, out, *TWO_BY_TWO, "--lora_weights", tmp_path / "lora", "--no_fuse_lora") == 0
+    assert len(pictures(out)) == 12
+
+
+def test_lora_script_without_a_usable_adapter_is_an_error(tiny_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert infer(tiny_model, "out", lora_default=LORA_DEFAULT) == 2
+    assert f"--lora_weights={LORA_DEFAULT}: no such file" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    write_lora(tiny_model, tmp_path / "output")
+    assert infer(tiny_model, "out", "--prompt", "a dog", "--seeds", 8, lora_default=LORA_DEFAULT) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+def test_all_problems_are_told_at_once_before_anything_is_loaded_or_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(models, "load_text_encoder", None)
+    (tmp_path / "broken.jsonl").write_text('{"prompt": ""}\nnot json\n{"prompt": "a", "sede": 1}\n', encoding="utf-8")
+    (tmp_path / "file").touch()
+    code = infer(
+        tmp_path / "nowhere",
+        tmp_path / "file" / "out",
+        *("--dtype", "fp64", "--vae_dtype", "fp16", "--batch_size", "0", "--num_inference_steps", "0"),
+        *(
+            "--device",
+            "tpu",
+            "--guidance_scale",
+            "nan",
+            "--attention",
+            "npu_fusion",
+            "--complex_human_instruction",
+            "no/such/file",
+        ),
+        *(
+            "--prompts_file",
+            tmp_path / "broken.jsonl",
+            "--lora_weights",
+            tmp_path / "none.safetensors",
+            "--prompt",
+            " ",
+        ),
+    )
+    said = capsys.readouterr().err
+    assert code == 2
+    for part in (
+        "--device=tpu",
+        "--dtype=fp64",
+        "--vae_dtype=fp16",
+        "--batch_size=0",
+        "--num_inference_steps=0",
+        "--guidance_scale=nan",
+        "--attention=npu_fusion",
+        "--complex_human_instruction=no/such/file",
+        "line 1: prompt must be",
+        "line 2: ",
+        "line 3: unknown entries ['sede']",
+        "none.safetensors: no such file",
+        "--prompt: must not be empty",
+        "nowhere: no such folder",
+        "is a file. Name a folder",
+    ):
+        assert part in said, part
+    assert sorted(os.listdir(tmp_path)) == ["broken.jsonl", "file"]
+
+
+def test_size_that_the_model_cannot_make(tiny_model, tmp_path, capsys):
+    assert infer(tiny_model, tmp_path / "out", "--height", 100, "--width", 60) == 2
+    assert "must be multiples of 8 px for this model; the nearest is --height=96 --width=64" in capsys.readouterr().err
+    assert infer(tiny_model, tmp_path / "out", "--height", -8) == 2
+    assert "must be positive" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "hint"), [("--promt", "--prompt"), ("--lora_weight=x", "--lora_weights"), ("--seed", "--seeds")]
+)
+def test_misspelt_flags_are_errors_that_name_the_nearest(flag, hint, capsys):
+    with pytest.raises(SystemExit) as stop:
+        inference.main("test", [flag])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and flag.split("=")[0] in said
+    assert f"did you mean {hint}?" in said
+
+
+def test_lora_flags_without_lora_are_errors(tiny_model, tmp_path, capsys):
+    assert infer(tiny_model, tmp_path / "out", "--lora_scale", "0.5") == 2
+    assert "without --lora_weights" in capsys.readouterr().err
+
+
+def test_read_only_output_folder(tiny_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    assert infer(tiny_model, tmp_path / "out") == 2
+    assert "not writable" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "prompts"),
+    [
+        ("a.txt", "\ufeffone\n\n  two \n", [("one", None), ("two", None)]),
+        ("a.jsonl", '{"prompt": "one", "negative_prompt": "n"}\n"two"\n', [("one", "n"), ("two", None)]),
+    ],
+)
+def test_prompt_files(tmp_path, name, text, prompts):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    found, problems = inference.read_prompts(str(tmp_path / name))
+    assert problems == [] and [(p.prompt, p.negative_prompt) for p in found] == prompts
+
+
+@pytest.mark.parametrize(
+    "line", ['{"prompt": 3}', '["a"]', '{"prompt": "a", "seeds": ["8"]}', '{"prompt": "a", "height": "64"}', "{}"]
+)
+def test_bad_lines_of_a_prompt_file_are_named(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text(f'"good"\n{line}\n', encoding="utf-8")
+    assert "line 2" in inference.read_prompts(str(tmp_path / "a.jsonl"))[1][0]
+    (tmp_path / "empty.txt").write_text("\n\n")
+    assert "holds no prompt" in inference.read_prompts(str(tmp_path / "empty.txt"))[1][0]
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    assert "not UTF-8" in inference.read_prompts(str(tmp_path / "latin.txt"))[1][0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nothing lost
+
+
+def test_resume_keeps_whole_pictures_and_makes_the_others_again(reference, tiny_model, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert infer(tiny_model, out, *TWO_BY_TWO) == 0
+    names = sorted(pictures(out))
+    (out / names[0]).unlink()
+    (out / names[1]).write_bytes(b"damaged")
+    half = out / f".{names[2]}.123.tmp"
+    half.write_bytes(b"half a picture")
+    kept = {name: (out / name).stat().st_mtime_ns for name in names[2:]}
+    capsys.readouterr()
+    assert infer(tiny_model, out, *TWO_BY_TWO) == 0
+    said = capsys.readouterr().out
+    assert "2 of them finished before" in said and "2 finished picture(s) are missing or damaged" in said
+    assert pictures(out) == pictures(reference) and not half.exists()
+    assert {name: (out / name).stat().st_mtime_ns for name in names[2:]} == kept
+    assert len(manifest(out)) == 4
+
+
+def test_a_finished_run_loads_nothing_and_overwrite_makes_all_again(tiny_model, tmp_path, monkeypatch):
+    assert infer(tiny_model, tmp_path, *TWO_BY_TWO) == 0
+    first = pictures(tmp_path)
+    assert infer(tiny_model, tmp_path, *TWO_BY_TWO, "--overwrite") == 0
+    assert json.loads((tmp_path / "summary.json").read_text())["made"] == 4 and pictures(tmp_path) == first
+    monkeypatch.setattr(models, "load_text_encoder", None)
+    monkeypatch.setattr(models, "load_pipeline", None)
+    assert infer(tiny_model, tmp_path, *TWO_BY_TWO) == 0
+    assert json.loads((tmp_path / "summary.json").read_text())["kept"] == 4
+
+
+def test_resumed_groups_are_computed_whole(tiny_model, tmp_path):
+    """With several pictures per call the bytes of a missing one are those of the undisturbed run."""
+    flags = (*TWO_BY_TWO, "--batch_size", 3)
+    assert infer(tiny_model, tmp_path, *flags) == 0
+    first = pictures(tmp_path)
+    (tmp_path / sorted(first)[1]).unlink()
+    assert infer(tiny_model, tmp_path, *flags) == 0
+    assert pictures(tmp_path) == first
+
+
+def test_lines_of_a_killed_run_are_taken_over(reference, tiny_model, tmp_path):
+    """A kill leaves parts of the manifest, the last line perhaps cut off."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for name, data in pictures(reference).items():
+        (out / name).write_bytes(data)
+    lines = [json.dumps(line) for line in manifest(reference).values()]
+    (out / ".manifest-rank00000.jsonl").write_text("\n".join(lines[:2]) + "\n")
+    (out / ".manifest-rank00003.jsonl").write_text(lines[2] + "\n" + lines[3][:50])
+    assert infer(tiny_model, out, *TWO_BY_TWO) == 0
+    assert json.loads((out / "summary.json").read_text())["kept"] == 3
+    assert len(manifest(out)) == 4 and not list(out.glob(".manifest-rank*"))
+
+
+def test_failing_pictures_are_reported_with_the_others_done(reference, tiny_model, tmp_path, capsys):
+    names = sorted(pictures(reference))
+    out = tmp_path / "out"
+    (out / names[1]).mkdir(parents=True)  # this picture cannot be written
+    assert infer(tiny_model, out, *TWO_BY_TWO) == 1
+    said = capsys.readouterr().err
+    assert "1 of 4 pictures failed, the others are done" in said and names[1] in said
+    assert {name: (out / name).read_bytes() for name in names if name != names[1]} == {
+        name: data for name, data in pictures(reference).items() if name != names[1]
+    }
+    assert names[1] not in manifest(out) and (out / "contact_sheet.png").is_file()
+    (out / names[1]).rmdir()
+    assert infer(tiny_model, out, *TWO_BY_TWO) == 0
+    assert pictures(out) == pictures(reference)
+
+
+def test_one_bad_prompt_does_not_cost_the_others(tiny_model, tmp_path, capsys):
+    """Half of a UTF-16 pair is valid JSON, and no text that a tokenizer takes."""
+    (tmp_path / "p.jsonl").write_text('"a dog"\n"bad \\ud800 text"\n"a cat"\n', encoding="utf-8")
+    out = tmp_path / "out"
+    assert infer(tiny_model, out, "--prompts_file", tmp_path / "p.jsonl", "--seeds", 8, "--batch_size", 2) == 1
+    assert "1 of 3 pictures failed" in capsys.readouterr().err
+    assert {line["prompt"] for line in manifest(out).values()} == {"a dog", "a cat"}
+    failed = json.loads((out / "summary.json").read_text())["failed"]
+    assert len(failed) == 1 and failed[0]["error"]
+
+
+def test_out_of_memory_names_its_remedy(tiny_model, tmp_path, monkeypatch, capsys):
+    real = generation.denoise
+
+    def denoise(transformer, scheduler, latents, *args, **kwargs):
+        if latents.shape[0] > 1:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 8 GiB")
+        return real(transformer, scheduler, latents, *args, **kwargs)
+
+    monkeypatch.setattr(generation, "denoise", denoise)
+    assert infer(tiny_model, tmp_path, *TWO_BY_TWO, "--batch_size", 3) == 1
+    said = capsys.readouterr().err
+    assert "3 of 4 pictures failed" in said and "--batch_size" in said and len(pictures(tmp_path)) == 1
+
+
+def test_two_runs_in_one_folder_do_not_mix(reference, tiny_model, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    with open(out / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("process 1 on elsewhere")
+        lock.flush()
+        assert infer(tiny_model, out, *TWO_BY_TWO) == 2
+        assert f"--output_path={out}: another live run is writing there" in capsys.readouterr().err
+        assert os.listdir(out) == [".lock"]
+    assert infer(tiny_model, out, *TWO_BY_TWO) == 0  # a crash leaves the file, not the lock
+    assert pictures(out) == pictures(reference)
+
+
+def test_pictures_asked_for_twice_are_made_once(tiny_model, tmp_path, capsys):
+    assert infer(tiny_model, tmp_path, "--prompt", "a dog", "--prompt", "a dog", "--seeds", 8, 8, 23) == 0
+    assert len(pictures(tmp_path)) == 2 and "4 of 6 pictures were asked for twice" in capsys.readouterr().out
+
+
+def test_writing_overlaps_with_generation(tmp_path):
+    """The writer's thread keeps the order, bounds what waits, and names the picture that failed."""
+
+    class Slow:
+        def save(self, job, image, facts):
+            time.sleep(0.01)
+            if job == 3:
+                raise OSError(28, "No space left on device")
+            return {"file": job, **facts}
+
+    failed = []
+    writer = inference.Writer(Slow(), lambda jobs, error: failed.append((jobs, inference.explain(error))))
+    for job in range(12):
+        writer.submit(job, None, {"seconds": 1})
+        assert len(writer._waiting) <= 4
+    writer.close()
+    assert [line["file"] for line in writer.lines] == [job for job in range(12) if job != 3]
+    assert failed == [([3], "OSError: [Errno 28] No space left on device")]
