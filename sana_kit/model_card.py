@@ -237,7 +237,8 @@ def write_model_card(
         front = f"# {LICENSE_MARK}: replace this line by e.g. `license: apache-2.0` (see the section below)\n" + front
 
     repository = repo_id or PLACEHOLDER
-    shown_base = base or "BASE_MODEL (the training used a local copy)"
+    shown_base = base or "PATH_OR_NAME_OF_THE_BASE_MODEL"
+    variant = f", variant={settings['variant']!r}" if settings.get("variant") else ""
     what = (
         f"LoRA weights{f' of rank {rank}' if rank else ''}" if lora else "transformer weights (all parameters trained)"
     )
@@ -258,14 +259,14 @@ def write_model_card(
     ]
     if lora:
         load += [
-            f'pipeline = SanaPipeline.from_pretrained({shown_base!r}, variant="bf16", torch_dtype=torch.bfloat16)',
+            f"pipeline = SanaPipeline.from_pretrained({shown_base!r}{variant}, torch_dtype=torch.bfloat16)",
             f"pipeline.load_lora_weights({repository!r})",
         ]
     else:
         load += [
             f'transformer = SanaTransformer2DModel.from_pretrained({repository!r}, subfolder="transformer",'
             " torch_dtype=torch.bfloat16)",
-            f"pipeline = SanaPipeline.from_pretrained({shown_base!r}, transformer=transformer,"
+            f"pipeline = SanaPipeline.from_pretrained({shown_base!r}{variant}, transformer=transformer,"
             " torch_dtype=torch.bfloat16)",
         ]
     load += ['pipeline.to("cuda")  # or "npu", "cpu"', f"pipeline(prompt={example!r}).images[0].save('picture.png')"]

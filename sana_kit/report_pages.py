@@ -387,6 +387,7 @@ def _config_items(configs: list[dict]) -> list[dict]:
             else "",
         }
         for name in sorted(last)
+        if last[name] is not None or first.get(name) is not None
     ]
 
 
@@ -530,6 +531,7 @@ def write_report(
         events=events,
         events_left_out=events_left_out,
         config=_config_items(run.configs),
+        unset=", ".join(sorted(name for name, value in config.items() if value is None)),
         compared=False,
     )
     return write_atomic(output_dir / "report.html", lambda file: file.write(page))

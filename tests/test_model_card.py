@@ -43,6 +43,7 @@ def run_folder(tmp_path):
         "validation_prompt": prompts,
         "max_train_steps": 500,
         "learning_rate": 1e-4,
+        "variant": "bf16",
         "rank": 4,
         "lora_alpha": 4,
         "train_mode": "lora",
@@ -96,7 +97,7 @@ def test_card_in_the_hubs_format(run_folder):
     assert f"torch {model_card.package_versions()['torch']}" in text
     code = re.search(r"```python\n(.*?)\n```", text, re.S)[1]
     compile(code, "card", "exec")
-    assert "load_lora_weights(" in code
+    assert "load_lora_weights(" in code and ", variant='bf16', torch_dtype=" in code
     from huggingface_hub import ModelCard
 
     assert ModelCard(text).data.to_dict()["base_model"] == data["base_model"]  # the hub's own reader takes it

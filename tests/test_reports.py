@@ -331,6 +331,7 @@ def make_run(folder, steps=60, resume_at=None, validations=(0, 30, 60), finish=T
         "learning_rate": 1e-4,
         "max_train_steps": steps,
         "hub_token": "hf_verysecret",
+        "revision": None,
         "validation_prompt": prompts,
     }
     log = reports.JsonLinesLog(folder / "train_log.jsonl")
@@ -402,7 +403,7 @@ def test_a_new_start_forgets_the_run_before(tmp_path):
 def test_page_keeps_secrets_and_markup_out(tmp_path):
     make_run(tmp_path)
     text, data = page_data(reports.write_report(tmp_path))
-    assert "verysecret" not in text and "(removed)" in text
+    assert "verysecret" not in text and "(removed)" in text and "Not set: revision." in text
     assert "<b>square" not in text and "alert(1)</script>" not in text
     assert not re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', text)  # nothing is loaded from anywhere
     assert [chart["id"] for chart in data["charts"]] == [
