@@ -1,0 +1,352 @@
+"""The kit on an emulated Ascend host: the real torch_npu over a stand-in CANN runtime (tests/ascend/README.md).
+
+    python -m pytest tests/test_ascend.py      (about 3 minutes on 2 cores)
+
+Skipped with the reason where the host cannot be built; with ASCEND_EMULATION_REQUIRED=1 that is a failure instead.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import KIT, script_environment
+from PIL import Image
+
+sys.path.insert(0, str(KIT / "tests" / "ascend"))
+
+import build  # noqa: E402
+import device_checks  # noqa: E402
+
+LAUNCHER = "finetune_sana_dreambooth_lora_deepspeed_bf16.sh"
+DTYPES = ("float32", "bfloat16")
+STEPS = 4
+
+
+@pytest.fixture(scope="session")
+def ascend():
+    """A function: the environment of a process on an emulated host with so many devices."""
+    try:
+        build.environment()
+    except build.CannotBuild as reason:
+        if os.environ.get("ASCEND_EMULATION_REQUIRED") == "1":
+            raise
+        pytest.skip(f"no emulated Ascend host here: {reason}")
+
+    def environment(devices=2, **variables):
+        variables = {**script_environment(), **build.environment(devices), **variables}
+        variables["PYTHONPATH"] = os.pathsep.join([variables["PYTHONPATH"], str(KIT)])
+        return {**variables, "PYTHON": sys.executable, "ASCEND_EMULATED_NO_CUDA": str(KIT)}
+
+    return environment
+
+
+def run(command, environment, timeout=400):
+    """Run a command in the kit's folder; its output is shown when it fails."""
+    result = subprocess.run(
+        list(map(str, command)), env=environment, cwd=KIT, capture_output=True, text=True, timeout=timeout
+    )
+    assert result.returncode == 0, f"{command}\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
+    return result
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def assert_all_true(found):
+    wrong = [f"{group}: {name}" for group, checks in found.items() for name, good in checks.items() if not good]
+    assert not wrong, wrong
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The device
+
+
+@pytest.fixture(scope="session")
+def checks(ascend, tiny_model, tmp_path_factory):
+    """What tests/ascend/device_checks.py found, and the pictures that it drew."""
+    folder = tmp_path_factory.mktemp("ascend")
+    run([sys.executable, KIT / "tests/ascend/device_checks.py", folder, tiny_model], ascend())
+    return {**json.loads((folder / "checks.json").read_text()), "pictures": dict(np.load(folder / "pictures.npz"))}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_operators_equal_the_cpus(checks, dtype):
+    rows = [row for row in checks["operators"] if row["dtype"] == dtype]
+    assert len(rows) == len(device_checks.OPERATORS)
+    wrong = [row for row in rows if "failed" in row or max(row["forward"], row["backward"] or 0) > row["bound"]]
+    assert not wrong, json.dumps(wrong, indent=1)
+    with_gradient = [row for row in rows if row["backward"] is not None]
+    assert len(with_gradient) >= 85
+    print(dtype, len(rows), "operators, largest error", max(max(r["forward"], r["backward"] or 0) for r in rows))
+
+
+def test_fused_operators_ran(checks):
+    """The comparison above is worth something only if torch_npu really reached its fused kernels."""
+    calls = checks["kernels"]
+    per_dtype = sum(name.startswith(("attention", "npu_fusion")) for name, *_ in device_checks.OPERATORS)
+    not_fused = ("attention, additive mask", "attention, 3 dimensions")
+    assert (
+        calls["aclnnFlashAttentionScore"] == calls["aclnnFlashAttentionScoreGrad"] == 2 * (per_dtype - len(not_fused))
+    )
+    assert calls["aclnnRmsNorm"] == calls["aclnnRmsNormGrad"] == 4
+    assert calls["aclnnInplaceCopy"] > 100 and calls["aclnnDropoutDoMask"] > 0
+
+
+REASONS = {  # a part of each refusal
+    "CPU and NPU in one operator": "on the same device",
+    "a CPU weight": "on the same device",
+    "a CPU index for embedding": "on the same device",
+    "CPU key in fused attention": "on the same device",
+    "two NPUs in one operator": "on the same device",
+    "a device that is not there": "107001",
+    "a CPU generator": "'npu' device type",
+    "fused: unknown layout": "BSH/SBH/BNSD/BSND/TND",
+    "fused: wrong number of heads": "do not fit layout BNSD with 3 heads",
+    "fused: mask B11S": "attenMask [2, 1, 1, 5]",
+    "fused: mask per head but not per batch": "attenMask [1, 4, 7, 5]",
+    "fused: mask of another length": "attenMask [7, 6]",
+    "fused: additive mask": "must be BOOL or UINT8",
+    "fused: head dim above 768": "1 to 768",
+    "fused: float64": "DOUBLE",
+    "fused: key of another head dim": "head dims 16, 8",
+    "fused: keep_prob 0": "(0, 1]",
+    "rms norm: weight of another length": "gamma [4] is not the end of x [2, 8]",
+    "more memory than there is": "out of memory",
+}
+
+
+@pytest.mark.parametrize("case", REASONS)
+def test_refused_as_on_hardware(checks, case):
+    assert set(checks["refused"]) == set(REASONS)
+    assert REASONS[case] in (checks["refused"][case] or "not refused")
+
+
+def test_random_numbers(checks):
+    assert_all_true(checks["generators"])
+
+
+def test_copies(checks):
+    assert_all_true({"copies": checks["copies"]})
+
+
+def test_dtypes(checks):
+    """float64 becomes float32 on the device, as torch_npu says, and comes to the host as asked."""
+    assert checks["dtypes"] == {
+        "double() on the device": "torch.float32",
+        "to the host as float64": "torch.float64",
+        "complex comes back": True,
+        "item": 3.0,
+    }
+
+
+def test_memory_figures(checks):
+    memory = checks["memory"]
+    assert 8 * 2**20 <= memory["allocated"] <= 8 * 2**20 + 4096
+    assert memory["total"] == 64 * 2**30 and 0 < memory["total"] - memory["free"] < 2**30
+    assert memory["given back"] and memory["peak"] and memory["pinned"]
+
+
+@pytest.mark.parametrize("dtype, largest, mean", [("float32", 2e-5, 1e-6), ("bfloat16", 0.08, 0.004)])
+def test_pipeline_draws_the_cpus_pictures(checks, tiny_model, dtype, largest, mean):
+    """diffusers' attention, the kit's with torch's operator, and with Ascend's, against diffusers' on the CPU."""
+    from diffusers import SanaPipeline
+
+    pipeline = SanaPipeline.from_pretrained(tiny_model, torch_dtype=getattr(torch, dtype))
+    expected = device_checks.draw(pipeline)
+    for attention in ("diffusers", "sdpa", "npu_fusion"):
+        difference = np.abs(checks["pictures"][f"{attention}_{dtype}"] - expected)
+        assert difference.max() <= largest and difference.mean() <= mean, (attention, difference.max())
+    # 2 layers x 3 steps, guidance in one batch: for each dtype once by torch's operator, once by Ascend's
+    assert checks["pipeline_kernels"]["aclnnFlashAttentionScore"] == 2 * 2 * 2 * 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Collectives
+
+
+def test_collectives(ascend, tmp_path):
+    """ProcessGroupHCCL of torch_npu with 3 processes."""
+    script = KIT / "tests/ascend/collective_checks.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 3, "--master_port", free_port()]
+    run([*command, script, tmp_path], ascend(3))
+    ranks = [json.loads((tmp_path / f"rank-{r}.json").read_text()) for r in range(3)]
+    for rank, found in enumerate(ranks):
+        assert found["backend"] == "hccl" and found["device"] == f"npu:{rank}"
+        for dtype in ("float32", "bfloat16", "float16", "int64", "int32"):
+            assert found[f"all_reduce {dtype}"] == [30, 33, 36]
+        assert found["all_reduce MAX"] == [20, 21, 22]
+        assert found["all_reduce MIN"] == [0, 1, 2]
+        assert found["all_reduce AVG"] == [10, 11, 12]
+        assert found["all_reduce async"] == [30, 33, 36]
+        assert found["all_gather"] == [[0, 1], [10, 11], [20, 21]]
+        assert found["all_gather_into_tensor"] == [0, 1, 10, 11, 20, 21]
+        assert found["reduce_scatter_tensor"] == [[30, 33], [36, 39], [42, 45]][rank]
+        assert found["broadcast"] == [20, 21, 22]
+        assert found["scatter"] == [10 * rank, 10 * rank + 1]
+        assert found["all_to_all_single"] == [rank, rank + 10, rank + 20]
+        assert found["all_gather_object"] == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
+        assert found["broadcast_object_list"] == [{"from": 0}]
+        assert found["all_reduce of two"] == ([10, 11] if rank == 1 else [20, 22])
+        assert found["chain"] == [2**5 * 2]  # the mean of 1, 2 and 3, doubled five times
+        assert found["ddp weight"] == [0.5] and found["ddp gradient"] == [2]
+        assert found["calls"]["HcclAllReduce"] >= 10
+    assert ranks[2]["reduce"] == [30, 33, 36] and ranks[2]["recv"] == [70, 71, 72]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The real scripts
+
+
+def train(output, environment, model, data, *flags):
+    """The launcher with 2 processes, as a user calls it; returns the training steps of the log."""
+    command = ["bash", KIT / LAUNCHER, "--model_name", model, "--dataset_name", data, "--num_processors", 2]
+    command += ["--batch_size", 2, "--max_train_steps", STEPS, "--resolution", 64, "--output_dir", output, "--"]
+    command += ["--rank", 4, "--learning_rate", "1e-3", "--seed", 3, "--checkpointing_steps", 2, "--logging_steps", 1]
+    run([*command, "--encodings_dir", output.parent / "encodings", *flags], environment)
+    lines = [json.loads(line) for line in (output / "train_log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == "step"]
+
+
+def adapter(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "pytorch_lora_weights.safetensors")
+
+
+@pytest.fixture(scope="session")
+def trained(ascend, tiny_model, parquet_dataset, tmp_path_factory):
+    """A run of the launcher on 2 NPUs, fused attention and validation: its folder, steps, counters of both ranks."""
+    folder = tmp_path_factory.mktemp("npu")
+    environment = ascend(2, ASCEND_EMULATED_COUNTERS=str(folder / "counters-%p.json"))
+    validation = [
+        "--validation_prompt",
+        "a red square",
+        "--validation_steps",
+        STEPS,
+        "--validation_inference_steps",
+        2,
+    ]
+    flags = ["--enable_npu_flash_attention", *validation]
+    steps = train(folder / "output", environment, tiny_model, parquet_dataset, *flags)
+    counters = [json.loads(f.read_text()) for f in folder.glob("counters-*.json")]
+    ranks = [c for c in counters if "HcclAllReduce" in c["kernels"]]
+    return {"folder": folder / "output", "steps": steps, "ranks": ranks}
+
+
+def test_training_on_npus_equals_the_cpus(trained, tiny_model, parquet_dataset, tmp_path):
+    """ZeRO-2 in bf16, encoding included: the same pictures, noise and steps give the same adapter, up to rounding."""
+    environment = {**script_environment(), "PYTHON": sys.executable}
+    expected = train(tmp_path / "cpu", environment, tiny_model, parquet_dataset)
+    assert [s["step"] for s in trained["steps"]] == [s["step"] for s in expected] == list(range(1, STEPS + 1))
+    for found, reference in zip(trained["steps"], expected, strict=True):
+        assert found["loss"] == pytest.approx(reference["loss"], rel=0.01)
+    found, reference = adapter(trained["folder"]), adapter(tmp_path / "cpu")
+    assert found.keys() == reference.keys()
+    for name in reference:
+        # 4 steps of AdamW at 1e-3 move a weight by at most 4e-3; a gradient near 0 may take the other sign
+        assert (found[name].float() - reference[name].float()).abs().max() <= 8e-3, name
+    moved = [torch.cat([a[n].flatten().float() for n in sorted(a) if "lora_B" in n]) for a in (found, reference)]
+    assert torch.nn.functional.cosine_similarity(*moved, dim=0) > 0.97
+
+
+def test_training_used_the_fused_kernels(trained, tiny_model):
+    """Per rank: 2 layers x 4 steps forward and backward; no other kernel of attention; HCCL for the gradients."""
+    assert len(trained["ranks"]) == 2
+    for rank in trained["ranks"]:
+        calls = rank["kernels"]
+        assert calls["aclnnFlashAttentionScoreGrad"] == 2 * STEPS
+        assert calls["aclnnFlashAttentionScore"] >= 2 * STEPS
+        assert calls["aclnnRmsNorm"] > 0
+        assert calls["HcclAllReduce"] > 0 and calls["HcclAllGather"] > 0
+
+
+def test_training_dtypes(trained):
+    """Nothing in float64 or complex numbers reaches the device, and int64 only where indices are made and used."""
+    for rank in trained["ranks"]:
+        operators = rank["operators"]
+        assert sum(operators.values()) > 1000
+        assert not [name for name in operators if "float64" in name or "complex" in name]
+        whole_numbers = {name.partition(".")[0].partition("(")[0] for name in operators if "int64" in name}
+        assert whole_numbers <= {
+            *("add", "sub", "rsub", "mul", "clamp_", "cat", "unsqueeze", "arange"),
+            *("eq", "ne", "gt", "ge", "le", "lt", "index", "embedding", "sum", "cumsum", "masked_fill", "_to_copy"),
+        }, whole_numbers
+
+
+def test_validation_pictures(trained):
+    pictures = sorted((trained["folder"] / "validation").rglob("*.png"))
+    assert pictures
+    for picture in pictures:
+        assert Image.open(picture).size == (64, 64) and np.asarray(Image.open(picture)).std() > 1
+
+
+def test_resume_is_exact(ascend, trained, tiny_model, parquet_dataset, tmp_path):
+    """With dropout, whose masks the NPU's generator draws: 4 steps equal 2, a resume and 2 more, bit by bit."""
+    flags = ["--enable_npu_flash_attention", "--lora_dropout", "0.2"]
+    shutil.copytree(trained["folder"].parent / "encodings", tmp_path / "encodings")
+    whole = train(tmp_path / "whole", ascend(2), tiny_model, parquet_dataset, *flags)
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / f"checkpoint-{STEPS}")
+    for name in ("pytorch_lora_weights.safetensors", "train_log.jsonl", "summary.json"):
+        (tmp_path / "half" / name).unlink()
+    flags += ["--resume_from_checkpoint", "latest"]
+    resumed = train(tmp_path / "half", ascend(2), tiny_model, parquet_dataset, *flags)
+    assert [s["step"] for s in resumed] == [3, 4]
+    assert [s["loss"] for s in resumed] == [s["loss"] for s in whole[2:]]
+    assert [s["loss"] for s in whole] != [s["loss"] for s in trained["steps"]]  # the dropout was at work
+    expected, found = adapter(tmp_path / "whole"), adapter(tmp_path / "half")
+    assert expected.keys() == found.keys() and all(torch.equal(expected[k], found[k]) for k in expected)
+
+
+def generate(script, output, environment, model, processes, *flags):
+    """Pictures of one of the inference scripts as {name: array}."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "accelerate.commands.launch", "--num_processes", processes, "--num_machines", 1]
+        command += ["--main_process_port", free_port(), "--mixed_precision", "no", "--dynamo_backend", "no"]
+        command += ["--multi_gpu"]
+    command += [KIT / script, "--model_path", model, "--output_path", output, "--prompt", "a red square"]
+    command += ["--prompt", "a blue dog", "--seeds", 8, 23, "--num_inference_steps", 2, "--dtype", "fp32"]
+    run([*command, "--height", 64, "--width", 64, *flags], environment)
+    jobs = [json.loads(line) for line in (output / "manifest.jsonl").read_text().splitlines()]
+    assert len(jobs) == 4
+    return {job["file"]: np.asarray(Image.open(output / job["file"])) for job in jobs}
+
+
+def test_inference_scripts(ascend, trained, tiny_model, tmp_path):
+    """Distributed with LoRA on 2 and 3 NPUs, and the single-device script: the same bytes, and the CPU's pictures."""
+    lora = ["--lora_weights", trained["folder"]]
+    distributed, single = "infer_sana_text2img_distrib.py", "infer_sana_text2img_lora_bf16.py"
+    on_two = generate(distributed, tmp_path / "two", ascend(2), tiny_model, 2, *lora, "--attention", "npu_fusion")
+    on_three = generate(distributed, tmp_path / "three", ascend(3), tiny_model, 3, *lora, "--attention", "npu_fusion")
+    on_one = generate(single, tmp_path / "one", ascend(1), tiny_model, 1, *lora)
+    on_cpu = generate(single, tmp_path / "cpu", script_environment(), tiny_model, 1, *lora)
+    assert on_two.keys() == on_three.keys() == on_one.keys() == on_cpu.keys()
+    for name, expected in on_cpu.items():
+        assert np.array_equal(on_two[name], on_three[name]), name
+        assert np.abs(on_two[name].astype(int) - expected).max() <= 1, name
+        assert np.abs(on_one[name].astype(int) - expected).max() <= 1, name
+
+
+def test_doctor_names_the_devices(ascend):
+    result = run([sys.executable, "-m", "sana_kit.doctor"], ascend(3, ASCEND_RT_VISIBLE_DEVICES="0,2"))
+    assert result.stdout.splitlines()[-1] == "npu 2"
+    assert "Ascend910B2" in result.stdout and "torch_npu 2.13.0" in result.stdout
+
+
+def test_run_sh_passes_command_and_code_on(ascend):
+    environment = {**script_environment(), "ASCEND_EMULATED_DEVICES": "5"}
+    program = "import sys, torch; print(torch.npu.device_count()); sys.exit(torch.npu.device_count())"
+    command = ["bash", str(Path(build.HERE) / "run.sh"), "python", "-c", program]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert (result.stdout.strip(), result.returncode) == ("5", 5), result.stderr
