@@ -98,6 +98,21 @@ def _lora_config(model):
     return {key: value for key, value in plain.items() if key in always or value != defaults.get(key, value)}
 
 
+def _warn_of_unread_alpha(lora_config):
+    """diffusers before 0.34 reads no metadata when it loads a LoRA and takes alpha = rank, silently at another
+    strength."""
+    from diffusers.loaders import lora_base
+
+    rank, alpha = lora_config["r"], lora_config["lora_alpha"]
+    if rank != alpha and not hasattr(lora_base, "LORA_ADAPTER_METADATA_KEY"):
+        logger.warning(
+            f"This diffusers ignores lora_alpha {alpha} of a saved LoRA and takes the rank, {rank}. In a pipeline of "
+            "this "
+            f"version apply it with set_adapters(name, {alpha / rank:g}), or use --lora_alpha {rank}, or diffusers "
+            "0.34 or newer."
+        )
+
+
 def _plain(value):
     if isinstance(value, (set, frozenset)):
         return sorted(value)
@@ -360,10 +375,14 @@ def create_save_model_hook(accelerator, unwrap_model, transformer):
     ZeRO-3 only, where every rank must call `save_state`, as DeepSpeed needs anyway; elsewhere the main process may
     call it alone. No barrier follows: wait for everyone before moving the checkpoint.
 
+    The adapter of the finished run is written by the same hook: `hook([transformer], [], output_dir)`, on every rank.
+
     Raises ValueError for FSDP and Megatron-LM and for prepared models other than the one transformer, OSError when the
     disk is full.
     """
     base_model = base_model_fingerprint(_bare(transformer, unwrap_model))
+    if accelerator.is_main_process:
+        _warn_of_unread_alpha(_lora_config(_bare(transformer, unwrap_model)))
 
     def save_model_hook(models, weights, output_dir):
         _engine_name(accelerator)
@@ -434,11 +453,12 @@ def create_load_model_hook(accelerator, unwrap_model, transformer, args):
 
 
 def check_adapter(folder, transformer, same_weights):
-    """Raise one ValueError with every reason why the adapter in `folder` is not that of `transformer`, changing nothing.
+    """Raise one ValueError with every reason why the adapter in `folder` is not that of `transformer`, changing
+    nothing.
 
-    For trainers that keep optimizer and masters in files of their own, as this kit's does: it calls this before they are
-    read (`same_weights` False: base model, rank, alpha, keys, shapes) and after (True: the weights too, compared in the
-    coarser of both dtypes, since one engine keeps float32 weights where another keeps bfloat16).
+    For trainers that keep optimizer and masters in files of their own, as this kit's does: it calls this before they
+    are read (`same_weights` False: base model, rank, alpha, keys, shapes) and after (True: the weights too, compared
+    in the coarser of both dtypes, since one engine keeps float32 weights where another keeps bfloat16).
     """
     import torch
 
