@@ -110,19 +110,13 @@ if [ "$device_kind" = npu ]; then
 fi
 
 # -------------------------------------------------------------------------------------------------------- quick start
-trainer_flags=()
+quickstart_item() { "$python" -m sana_kit.quickstart --print "$1"; }
 if [ "$quickstart" = yes ]; then
   is_given output_dir || output_dir="./quickstart_output"
-  mkdir -p "$output_dir" || exit 1
-  # NAME=VALUE lines for this script, then the trainer's flags, one a line.
-  plan=$("$python" -m sana_kit.quickstart --print-flags) || exit 1
-  while IFS= read -r line; do
-    case "$line" in
-      --*) trainer_flags+=("$line") ;;
-      *=*) name=${line%%=*}; is_given "$name" || printf -v "$name" '%s' "${line#*=}" ;;
-    esac
-  done <<<"$plan"
-  [ "$device_kind" = cpu ] && [ -z "$num_processors" ] && num_processors=2
+  is_given model_name || model_name=$(quickstart_item model_path) || exit 1
+  is_given dataset_name || dataset_name=$(quickstart_item dataset_path) || exit 1
+  quickstart_flags=$(quickstart_item training_flags) || exit 1
+  if [ "$device_kind" = cpu ] && [ -z "$num_processors" ]; then num_processors=2; fi
 fi
 
 # ---------------------------------------------------------------------------------------------------------- processes
@@ -159,23 +153,32 @@ if [ "$device_kind" = cpu ]; then
 fi
 
 # --------------------------------------------------------------------------------------------------------------- train
-trainer=(
-  --pretrained_model_name_or_path "$model_name"
-  --instance_prompt "$instance_prompt"
-  --output_dir "$output_dir"
-  --mixed_precision "$mixed_precision"
-  --resolution "$resolution"
-  --train_batch_size "$batch_size"
-  --gradient_accumulation_steps "$gradient_accumulation_steps"
-  --max_train_steps "$max_train_steps"
-)
+trainer=(--pretrained_model_name_or_path "$model_name" --output_dir "$output_dir")
+if [ "$quickstart" = yes ]; then
+  while IFS= read -r flag; do trainer+=("$flag"); done <<<"$quickstart_flags"
+  # What was given on this command line comes after the quick start's own flags and so counts.
+  is_given mixed_precision && trainer+=(--mixed_precision "$mixed_precision")
+  is_given resolution && trainer+=(--resolution "$resolution")
+  is_given batch_size && trainer+=(--train_batch_size "$batch_size")
+  is_given gradient_accumulation_steps && trainer+=(--gradient_accumulation_steps "$gradient_accumulation_steps")
+  is_given max_train_steps && trainer+=(--max_train_steps "$max_train_steps")
+else
+  trainer+=(
+    --mixed_precision "$mixed_precision"
+    --resolution "$resolution"
+    --train_batch_size "$batch_size"
+    --gradient_accumulation_steps "$gradient_accumulation_steps"
+    --max_train_steps "$max_train_steps"
+    --learning_rate 1e-4 --lr_scheduler constant --lr_warmup_steps 0 --seed 0
+    --checkpointing_steps 1000 --checkpoints_total_limit 3 --dataloader_num_workers 2
+  )
+fi
+trainer+=(--instance_prompt "$instance_prompt")
 case " ${extra[*]-} " in
   *" --instance_data_dir"*) is_given dataset_name && trainer+=(--dataset_name "$dataset_name") ;;
   *) trainer+=(--dataset_name "$dataset_name" --caption_column "${caption_column:-text}") ;;
 esac
-[ "$quickstart" = yes ] || trainer+=(--learning_rate 1e-4 --lr_scheduler constant --lr_warmup_steps 0 --seed 0
-  --checkpointing_steps 1000 --dataloader_num_workers 2)
-trainer+=(${trainer_flags[@]+"${trainer_flags[@]}"} ${extra[@]+"${extra[@]}"})
+trainer+=(${extra[@]+"${extra[@]}"})
 
 error_file=$(mktemp) || exit 1
 export SANA_ERROR_FILE=$error_file
@@ -211,6 +214,18 @@ fi
 # -------------------------------------------------------------------------------------------------------------- result
 "$python" -m sana_kit.reports --result-block "$output_dir" || exit $?
 if [ "$quickstart" = yes ]; then
-  "$python" -m sana_kit.quickstart --draw "$output_dir" || exit $?
+  # The same prompts and seeds without and with the LoRA, by the kit's own inference scripts.
+  printf '\ndrawing without and with the LoRA\n'
+  prompts_file=$(quickstart_item prompts_file) || exit 1
+  drawing=()
+  while IFS= read -r flag; do drawing+=("$flag"); done <<<"$(quickstart_item inference_flags)"
+  "$python" "$here/infer_sana_text2img_bf16.py" --model_path "$model_name" --output_path "$output_dir/before" \
+    --prompts_file "$prompts_file" --overwrite "${drawing[@]}" || exit $?
+  "$python" "$here/infer_sana_text2img_lora_bf16.py" --model_path "$model_name" --output_path "$output_dir/after" \
+    --lora_weights "$output_dir" --prompts_file "$prompts_file" --overwrite "${drawing[@]}" || exit $?
+  "$python" -m sana_kit.quickstart --compare "$output_dir/before" "$output_dir/after" "$output_dir/before_after.png" \
+    --json "$output_dir/before_after.json" || exit $?
+  "$python" -m sana_kit.reports "$output_dir" || exit $?
+  "$python" -m sana_kit.reports "$output_dir/after" --gallery --base "$output_dir/before" || exit $?
 fi
 exit 0

@@ -27,6 +27,7 @@ import sys
 import time
 import warnings
 from collections import deque
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -761,15 +762,17 @@ class StopRequest:
 
     def __init__(self, accelerator):
         self.accelerator = accelerator
-        self.signal = None
+        self.signal, self.signalled_at = None, 0.0
         self.pending = deque()
         for number in EXIT_INTERRUPTED:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number, frame):
         if self.signal is not None:
-            os._exit(EXIT_INTERRUPTED[number])
-        self.signal = number
+            if time.monotonic() - self.signalled_at > 1.0:
+                os._exit(EXIT_INTERRUPTED[number])
+            return
+        self.signal, self.signalled_at = number, time.monotonic()
         sys.stderr.write(f"\nsignal {number}: finishing this step, then saving; once more to end at once\n")
 
     def agreed(self) -> bool:
@@ -922,11 +925,16 @@ def write_transformer(accelerator, model, args, folder: Path) -> None:
     """Write a full fine-tuned transformer as a diffusers folder below `folder`; every rank calls it (ZeRO-3
     gathers).
     """
+    from huggingface_hub import save_torch_state_dict
+
     state = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         transformer = accelerator.unwrap_model(model)
         state = {k: v.to(torch.bfloat16) if args.mixed_precision == "bf16" else v for k, v in state.items()}
-        transformer.save_pretrained(folder / "transformer", state_dict=state)
+        transformer.save_config(folder / "transformer")
+        save_torch_state_dict(
+            state, folder / "transformer", filename_pattern="diffusion_pytorch_model{suffix}.safetensors"
+        )
         base = {"base_model": args.pretrained_model_name_or_path, "revision": args.revision}
         (folder / "sana_kit_base.json").write_text(json.dumps(base), encoding="utf-8")
 
@@ -986,11 +994,11 @@ def train(args, accelerator, base, output_dir: Path, started: float, stop: StopR
     main_process, world_size, device = accelerator.is_main_process, accelerator.num_processes, accelerator.device
     from accelerate.utils import broadcast_object_list
     from diffusers.optimization import get_scheduler
-    from sana_kit.flops import training_flops_per_image
 
     from patch_sana import check_adapter, create_load_model_hook, create_save_model_hook
     from sana_kit import encodings
     from sana_kit.dataset import concat, load_class_pictures, load_pictures
+    from sana_kit.flops import training_flops_per_image
     from sana_kit.generation import parse_instruction
     from sana_kit.models import load_scheduler
 
@@ -1038,7 +1046,8 @@ def train(args, accelerator, base, output_dir: Path, started: float, stop: StopR
     num_instance = len(pictures)
     if main_process:
         for note in pictures.notes:
-            logger.info("data: %s", note)
+            logger.warning("data: %s", note)
+            log.write("warning", step=0, message=note)
     instruction = parse_instruction(args.complex_human_instruction)
     extra_prompts = []
     if validation_prompts(args):
@@ -1275,26 +1284,28 @@ def train(args, accelerator, base, output_dir: Path, started: float, stop: StopR
     )
     devices.reset_peak_memory(device)
     interval = []  # losses since the last report, on the device: reading them would wait for it
-    skipped_updates = torch.zeros((), device=device)
+    trained, skipped_updates = [p for _, p in named_parameters], 0
     last_saved, final_loss, interrupted, grad_norm = global_step, None, False, None
     batch_iterator = iter(loader)
     meter.start()  # once more: the first validation does not count
     while global_step < args.max_train_steps:
-        step_loss = torch.zeros((), dtype=torch.float32, device=device)
+        step_loss, skip_update = torch.zeros((), dtype=torch.float32, device=device), False
         for _ in range(args.gradient_accumulation_steps):
             batch = {k: v.to(device, non_blocking=True) for k, v in next(batch_iterator).items()}
             with accelerator.accumulate(model):
                 loss = flow_matching_loss(model, batch, args, num_class > 0)
                 step_loss += loss.detach() / args.gradient_accumulation_steps
                 if args.on_nan == "skip":
-                    loss, bad = finite_or_zero(loss, accelerator)
-                    skipped_updates += bad
-                accelerator.backward(loss)
-                if accelerator.sync_gradients and not devices.under_deepspeed() and args.max_grad_norm > 0:
-                    # Under DeepSpeed the engine clips: gradient_clipping in its config comes from --max_grad_norm.
-                    grad_norm = accelerator.clip_grad_norm_([p for _, p in named_parameters], args.max_grad_norm)
-                optimizer.step()
+                    loss, bad = leave_out_if_not_finite(loss, trained, accelerator)
+                    skip_update = skip_update or bad
+                with frozen_weights(optimizer, skip_update):  # DeepSpeed's engine steps inside backward
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients and not devices.under_deepspeed() and args.max_grad_norm > 0:
+                        # Under DeepSpeed the engine clips: its gradient_clipping comes from --max_grad_norm.
+                        grad_norm = accelerator.clip_grad_norm_(trained, args.max_grad_norm)
+                    optimizer.step()
                 optimizer.zero_grad()
+        skipped_updates += skip_update
         lr_scheduler.step()
         global_step += 1
         samples_seen += samples_per_step
@@ -1367,7 +1378,7 @@ def train(args, accelerator, base, output_dir: Path, started: float, stop: StopR
         "device_type": device.type,
         "peak_memory_bytes": devices.peak_memory_bytes(device),
         "flops_per_image": flops_per_image,
-        "skipped_updates": int(skipped_updates.item()),
+        "skipped_updates": skipped_updates,
         "interrupted_by_signal": stop.signal if interrupted else None,
     }
     if main_process:
@@ -1411,12 +1422,30 @@ def compute_dtype(args) -> torch.dtype:
     return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
 
 
-def finite_or_zero(loss: torch.Tensor, accelerator) -> tuple[torch.Tensor, torch.Tensor]:
-    """For --on_nan=skip: the loss, or a zero that carries no gradient if it is not finite on any rank; and 0 or 1."""
+def leave_out_if_not_finite(loss: torch.Tensor, parameters: list, accelerator) -> tuple[torch.Tensor, bool]:
+    """For --on_nan=skip: (loss, False), or, if the loss is not finite on any rank, (a zero in its place, True).
+
+    The zero hangs on the parameters themselves: a gradient through the forward pass would be 0 * NaN. Every rank gets
+    the same answer, which costs one wait for the device per micro-step; without the flag there is none.
+    """
     bad = (~torch.isfinite(loss.detach())).to(torch.float32)
     if accelerator.num_processes > 1:
         torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
-    return (torch.nan_to_num(loss, 0.0, 0.0, 0.0) * 0.0 if bad.item() else loss), bad
+    if not bad.item():
+        return loss, False
+    return sum((parameter.float() * 0.0).sum() for parameter in parameters), True
+
+
+@contextmanager
+def frozen_weights(optimizer, frozen: bool):
+    """While inside, updates leave the weights as they are: the learning rate, and with it weight decay, is zero."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    if frozen:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+    yield
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def check_finite(losses, first, args, stream, samples_seen, samples_per_step, last_saved, log, main_process) -> None:
