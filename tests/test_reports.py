@@ -393,6 +393,17 @@ def test_a_resumed_run_counts_where_steps_overlap(tmp_path):
     assert "before: 0.0001" in text and "20 logged step(s) were made again" in text
 
 
+def test_steps_after_the_resumed_one_are_taken_back_until_made_again(tmp_path):
+    make_run(tmp_path, finish=False)
+    with reports.JsonLinesLog(tmp_path / "train_log.jsonl") as log:
+        log.write("resume", step=20, world_size=1, config={})
+        log.write("step", step=21, loss=7.0)
+    run = reports.load_run(tmp_path / "train_log.jsonl")
+    assert [line["step"] for line in run.steps] == list(range(1, 22)) and run.steps[-1]["loss"] == 7.0
+    assert [line["step"] for line in run.validations] == [0] and run.checkpoints == []
+    assert run.repeated_steps == 40
+
+
 def test_a_new_start_forgets_the_run_before(tmp_path):
     make_run(tmp_path, steps=60)
     make_run(tmp_path, steps=10, validations=(), finish=False)
