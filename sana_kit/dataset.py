@@ -150,7 +150,7 @@ def to_rgb(image: Image.Image, png: bool = False) -> Image.Image:
         return image
     if image.mode.startswith("I;16") or (image.mode == "I" and png):
         pixels = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((pixels + 128) // 257).astype(np.uint8), mode=None).convert("RGB")
+        return Image.fromarray(((pixels + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError("its pixels have no known range; save it with 8 or 16 bits a channel")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -329,7 +329,8 @@ class _ParquetSource:
             number, inner = self.groups[group]
             key = (os.getpid(), number)  # a forked worker must not share the parent's file position
             if key not in self._readers:
-                self._readers = {key: pq.ParquetFile(self.files[number])}
+                # With a buffer the pages are streamed; without, the row group would be in memory twice.
+                self._readers = {key: pq.ParquetFile(self.files[number], buffer_size=2**20)}
             while len(self._held) >= 2:
                 self._held.popitem(last=False)
             self._held[group] = self._readers[key].read_row_group(inner, columns=[self.column]).column(0)
@@ -337,17 +338,27 @@ class _ParquetSource:
         return self._held[group]
 
     def release(self):
-        """Give the row groups in memory back."""
+        """Give the row groups in memory back, to the system as well."""
+        import pyarrow as pa
+
         with self._lock:
             self._held.clear()
+        pa.default_memory_pool().release_unused()
 
 
 class _DatasetSource:
-    """A `datasets.Dataset` whose image column is kept encoded. Rows are memory-mapped from its Arrow files."""
+    """A `datasets.Dataset` whose image column is kept encoded.
+
+    Its rows lie in uncompressed Arrow files. They are read by offset where possible: read through the memory map,
+    every picture ever touched would count as resident memory of the process.
+    """
 
     def __init__(self, dataset, column: str, split: str, root: Path | None):
         self.dataset, self.column, self.split = dataset.select_columns([column]), column, split
         self.root = None if root is None else str(root)
+        plain = dataset._indices is None  # otherwise rows were selected or shuffled
+        self.files = [entry["filename"] for entry in dataset.cache_files] if plain else []
+        self.spans = _arrow_spans(self.files, column, len(dataset))
 
     def __len__(self):
         return len(self.dataset)
@@ -356,7 +367,57 @@ class _DatasetSource:
         return f"{self.split}[{row}]"
 
     def read(self, row: int) -> bytes:
+        if self.spans is not None and self.spans[row, 2] >= 0:
+            number, offset, length = (int(v) for v in self.spans[row])
+            with open(self.files[number], "rb") as file:
+                file.seek(offset)
+                return file.read(length)
         return _cell_bytes(self.dataset[row][self.column], self.name(row), self.root)
+
+
+def _arrow_spans(files: list[str], column: str, rows: int) -> np.ndarray | None:
+    """(rows, 3) int64: file number, offset and length of each picture's bytes in Arrow files; length -1: null.
+
+    None where the files are not what is expected (compressed, other types, more rows): they are then read as tables.
+    """
+    import pyarrow as pa
+
+    parts = []
+    for number, name in enumerate(files):
+        with pa.memory_map(name) as mapped:
+            base = mapped.read_buffer(mapped.size()).address
+            end = base + mapped.size()
+            mapped.seek(0)
+            try:
+                batches = pa.ipc.open_stream(mapped)
+            except pa.ArrowInvalid:
+                return None
+            for batch in batches:
+                if column not in batch.schema.names:
+                    return None
+                cells = batch.column(column)
+                valid = np.asarray(cells.is_valid())
+                if pa.types.is_struct(cells.type):
+                    cells = cells.field("bytes") if cells.type.get_field_index("bytes") >= 0 else None
+                if cells is None or not (pa.types.is_binary(cells.type) or pa.types.is_large_binary(cells.type)):
+                    return None
+                valid &= np.asarray(cells.is_valid())
+                kind = np.int64 if pa.types.is_large_binary(cells.type) else np.int32
+                _, offsets, data = cells.buffers()
+                spans = np.full((len(cells), 3), -1, np.int64)
+                if data is not None and len(cells):
+                    if not base <= data.address < end:  # decompressed into other memory
+                        return None
+                    bounds = np.frombuffer(offsets, kind)[cells.offset : cells.offset + len(cells) + 1].astype(
+                        np.int64
+                    )
+                    spans[valid, 0] = number
+                    spans[valid, 1] = (data.address - base + bounds[:-1])[valid]
+                    spans[valid, 2] = np.diff(bounds)[valid]
+                parts.append(spans)
+                del batch, cells, data, offsets
+    spans = np.concatenate(parts) if parts else np.zeros((0, 3), np.int64)
+    return spans if len(spans) == rows else None
 
 
 class _JoinedSource:
@@ -378,6 +439,11 @@ class _JoinedSource:
     def read(self, row: int) -> bytes:
         part, row = self._part(row)
         return part.read(row)
+
+    def release(self):
+        for part in (self.first, self.second):
+            if hasattr(part, "release"):
+                part.release()
 
 
 def _cell_bytes(value, name: str, root: str | None) -> bytes:

@@ -718,6 +718,7 @@ def encode(
     finally:
         team.part()
     pictures.release()
+    _tell_of_losses(todo, resolution, max_sequence_length, tell)
     facts = {
         "seconds": time.monotonic() - started,
         "encoded_pictures": encoded["pictures"],
@@ -733,6 +734,19 @@ def encode(
         "messages": messages,
     }
     return EncodedPictures(todo, make_key, facts)
+
+
+def _tell_of_losses(todo, resolution, max_sequence_length, tell):
+    """Say how many captions were cut and how many pictures had to be enlarged."""
+    cut = int((todo.texts.tokens[np.unique(todo.caption_rows)] >= max_sequence_length).sum())
+    if cut:
+        tell(
+            f"{cut} caption(s) reach --max_sequence_length={max_sequence_length} tokens; the rest is cut off, as by"
+            " SanaPipeline."
+        )
+    small = sum(min(todo.pictures.size(i)) < resolution for i in todo.first_sample)
+    if small:
+        tell(f"{small} picture(s) are smaller than --resolution={resolution} and were enlarged.")
 
 
 def _default_log(text: str):

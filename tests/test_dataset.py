@@ -164,6 +164,29 @@ def test_table_that_names_files_and_may_not_lead_out(tmp_path):
         load_pictures(dataset_name=str(tmp_path / "set"), caption_column="caption")
 
 
+def test_arrow_rows_are_read_by_offset_and_nulls_are_named(tmp_path):
+    import datasets
+
+    cells = [{"bytes": encoded(photo(seed=k)), "path": None} for k in range(7)]
+    cells[3] = None
+    cells[5] = {"bytes": None, "path": None}
+    dataset = datasets.Dataset(pa.table({"text": list("abcdefg"), "image": cells}))
+    dataset.save_to_disk(str(tmp_path / "saved"), num_shards=3)
+    pictures = load_pictures(dataset_name=str(tmp_path / "saved"), caption_column="text", skip_bad_images=True)
+    assert pictures.captions == list("abceg") and pictures.report["bad pictures skipped"] == 2
+    assert pictures._source.spans is not None
+    assert [pictures.read(i) for i in range(5)] == [cells[k]["bytes"] for k in (0, 1, 2, 4, 6)]
+    with pytest.raises(ValueError, match=r"train\[3\]: the picture is null(.*\n)*.*train\[5\]: the picture is null"):
+        load_pictures(dataset_name=str(tmp_path / "saved"), caption_column="text")
+    shuffled = load_pictures_of(dataset.select([6, 0]), tmp_path / "chosen")
+    assert [shuffled.read(i) for i in range(2)] == [cells[6]["bytes"], cells[0]["bytes"]]
+
+
+def load_pictures_of(dataset, folder):
+    dataset.save_to_disk(str(folder))
+    return load_pictures(dataset_name=str(folder), caption_column="text")
+
+
 @pytest.mark.parametrize("form", ["dataset", "dict"])
 def test_save_to_disk_folder(tmp_path, form):
     import datasets
