@@ -45,9 +45,9 @@ __all__ = [
 
 # A whole decode of 4096 x 4096 px peaks at 28 GB in bf16 and holds a tensor of more than 2**31 elements (calculated on
 # meta tensors for the DC-AE f32c32 of SANA). Tiles up to these many pixels stay under 10 GB, by bytes per element.
-MAX_TILE_PIXELS = {2: 2176 * 2176, 4: 1792 * 1792}
+MAX_TILE_PIXELS = {2: 2176 * 2176, 4: 2176 * 1536}
 MAX_TILES = 32  # along an axis
-TILE_OVERLAP = 128  # pixels in which two neighbours are blended
+TILE_OVERLAP = 256  # pixels in which two neighbours are blended: 8 latents, about as far as a tile's edge is felt
 AUTO_BATCH_TOKENS = 8192  # image tokens per call (twice that with guidance) that keep a big matrix unit busy
 
 

@@ -321,10 +321,10 @@ def test_tiles_cover_the_picture_with_the_overlap_and_little_waste(height, width
         assert tiles[0][0] == 0 and tiles[-1][1] == size
         assert len({stop - start for start, stop in tiles}) == 1  # one shape
         for before, after in zip(tiles, tiles[1:], strict=False):
-            assert 4 <= before[1] - after[0] <= 8  # 128 px shared, at most twice that
+            assert 8 <= before[1] - after[0] <= 16  # 256 px shared, at most twice that
     pixels = (rows[0][1] * columns[0][1]) * 32**2
     assert pixels <= limit
-    assert pixels * len(rows) * len(columns) <= 1.25 * height * width
+    assert pixels * len(rows) * len(columns) <= 1.4 * height * width
 
 
 @pytest.mark.parametrize("size", [(1024, 1024), (2048, 2048), (1536, 2560)])
@@ -410,7 +410,7 @@ def test_decoding_4096_px_takes_under_10_gb_and_little_more_than_the_whole(dc_ae
     assert whole <= flops(lambda: generation.decode_latents(vae, latents)) <= 1.2 * whole
 
 
-def test_the_reference_tiling_costs_four_times_as_much(dc_ae):
+def test_the_reference_tiling_costs_nearly_four_times_as_much(dc_ae):
     """What the kit's tiles are measured against: tile 1024 with diffusers' stride of 448 at 4096 px."""
     vae = dc_ae.to(torch.bfloat16)
     latents = torch.empty(1, 32, 128, 128, device="meta", dtype=torch.bfloat16)
@@ -419,7 +419,7 @@ def test_the_reference_tiling_costs_four_times_as_much(dc_ae):
         count_h * count_w * flops(lambda h=h, w=w: vae.decoder(latents[:, :, :h, :w]))
         for (h, count_h), (w, count_w) in itertools.product(lengths.items(), repeat=2)
     )
-    assert reference > 4 * flops(lambda: generation.decode_latents(vae, latents))
+    assert reference > 3.9 * flops(lambda: generation.decode_latents(vae, latents))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
