@@ -17,6 +17,7 @@ report.html.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import math
@@ -27,13 +28,13 @@ import sys
 import time
 import warnings
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 
 from sana_kit import checkpoints, devices, flow_matching
-from sana_kit.reports import JsonLinesLog, ThroughputMeter, console_bar, write_atomic, write_report
+from sana_kit.reports import JsonLinesLog, ThroughputMeter, console_bar, refresh_report, write_atomic
 
 logger = logging.getLogger("sana")
 
@@ -487,6 +488,10 @@ def create_accelerator(args):
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is not None:
         _configure_deepspeed(args, accelerator, plugin.deepspeed_config)
+        # transformers would load the text encoder partitioned under ZeRO-3, for an engine that it never gets.
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
     elif args.train_mode == "lora" and args.mixed_precision == "bf16":
         # The frozen base runs in bf16 as it is and LoRA layers cast for themselves (see run_lora_in_bf16): no global
         # autocast, which would run every norm in float32.
@@ -520,6 +525,8 @@ def _configure_deepspeed(args, accelerator, config: dict) -> None:
             " partitioned"
             " parameters, and every step would gather the frozen base. Use zero_stage: 2 (or 1)."
         )
+    if stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
     if stage == 0:
         problems.append("zero_stage: 0 in the accelerate config: use 1 or 2, or no DeepSpeed at all.")
     values = {
@@ -729,6 +736,14 @@ class StreamBatches(torch.utils.data.Sampler):
             yield list(range(first, first + self.batch_size))
 
 
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """For the loader's processes: a SIGTERM to the whole group must not end them while the trainer finishes its
+    step.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def collate(samples: list[list[dict]]) -> dict:
     """Stack samples; instance samples come first, then their class samples.
 
@@ -855,6 +870,11 @@ class Validation:
             self.vae = models.load_vae(self.base, device=accelerator.device, dtype=dtype)
         self.vae.to(accelerator.device)
         mine = jobs[accelerator.process_index :: accelerator.num_processes]
+        partitioned = any(hasattr(parameter, "ds_id") for parameter in transformer.parameters())
+        if (
+            partitioned
+        ):  # ZeRO-3: each forward is a collective, so all ranks draw all pictures, and the first keeps them
+            mine = jobs
         bar = console_bar(
             len(mine) * args.validation_inference_steps,
             "validation",
@@ -864,10 +884,11 @@ class Validation:
         done = []
 
         def keep(job, image, seconds):
-            path = folder / job.file_name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, lambda target: image.save(target, format="PNG"))
-            done.append({"file": str(path.relative_to(args.output_dir)), "prompt": job.prompt, "seed": job.seed})
+            if partitioned and not accelerator.is_main_process:
+                return
+            png = io.BytesIO()
+            image.save(png, format="PNG")
+            done.append(({"file": job.file_name, "prompt": job.prompt, "seed": job.seed}, png.getvalue()))
 
         try:
             generate_from_embeddings(
@@ -887,7 +908,14 @@ class Validation:
             bar.close()
             self.vae.to("cpu")
             devices.empty_cache(accelerator.device)
-        pictures = sorted(gather_object(done), key=lambda entry: entry["file"])
+        # Gathered as PNG: the main process writes them all, whether or not machines share the output folder.
+        pictures = []
+        for entry, png in sorted(gather_object(done), key=lambda pair: pair[0]["file"]):
+            path = folder / entry["file"]
+            pictures.append({**entry, "file": str(path.relative_to(args.output_dir))})
+            if accelerator.is_main_process:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(path, lambda handle, png=png: handle.write(png))
         if accelerator.is_main_process:
             self._track(pictures, step)
         return pictures
@@ -897,7 +925,6 @@ class Validation:
         from PIL import Image
 
         paths = [Path(self.args.output_dir, entry["file"]) for entry in pictures]
-        paths = [path for path in paths if path.exists()]
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard" and paths:
                 stacked = np.stack([np.asarray(Image.open(path)) for path in paths])
@@ -905,7 +932,7 @@ class Validation:
             elif tracker.name == "wandb":
                 import wandb
 
-                shown = [wandb.Image(str(p), caption=e["prompt"]) for p, e in zip(paths, pictures, strict=False)]
+                shown = [wandb.Image(str(p), caption=e["prompt"]) for p, e in zip(paths, pictures, strict=True)]
                 tracker.log({"validation": shown}, step=step)
             elif tracker.name == "comet_ml":
                 for path in paths:
@@ -1193,11 +1220,17 @@ def train(args, accelerator, base, output_dir: Path, started: float, stop: StopR
         prefetch_factor=4 if workers else None,
         persistent_workers=workers > 0,
         pin_memory=device.type != "cpu",
+        worker_init_fn=leave_signals_to_the_trainer,
         generator=torch.Generator(),  # the loader's own draw must not move the state that dropout continues from
     )
 
     # ----------------------------------------------------------------------------------------------------- reporting
-    config = {**public_config(args), "device": devices.device_name(device), "world_size": world_size}
+    config = {
+        **public_config(args),
+        "command": redacted_command(args),
+        "device": devices.device_name(device),
+        "world_size": world_size,
+    }
     log.write("resume" if state else "start", step=global_step, world_size=world_size, config=config)
     if args.report_to != "none":
         trackable = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config.items()}
@@ -1228,14 +1261,10 @@ def train(args, accelerator, base, output_dir: Path, started: float, stop: StopR
 
     def report_page() -> None:
         if main_process:
-            try:
-                write_report(output_dir)
-            except Exception as error:  # noqa: BLE001  a page must never end a training; its failure is logged
-                logger.warning("report.html could not be written: %s", error)
-                log.write("warning", step=global_step, message=f"report.html could not be written: {error}")
+            refresh_report(output_dir, log, global_step)
 
     def validate() -> None:
-        with meter.paused():
+        with meter.paused(), bar.paused() if bar is not None else nullcontext():
             shown = validation.run(unwrap_model(model), global_step)
             log.write(
                 "validation",
@@ -1247,7 +1276,7 @@ def train(args, accelerator, base, output_dir: Path, started: float, stop: StopR
             report_page()
 
     def save() -> Path:
-        with meter.paused():
+        with meter.paused(), bar.paused():
             folder, seconds = checkpoints.save_checkpoint(
                 output_dir,
                 accelerator=accelerator,
@@ -1271,7 +1300,7 @@ def train(args, accelerator, base, output_dir: Path, started: float, stop: StopR
         return folder
 
     # -------------------------------------------------------------------------------------------------------- train
-    meter = ThroughputMeter(samples_per_step)
+    meter, bar = ThroughputMeter(samples_per_step), None
     meter.start()
     if validation is not None and global_step == 0:
         validate()  # what the model draws before it has learnt anything: the first row of the report
@@ -1594,6 +1623,12 @@ def generate_class_pictures(args, accelerator, base) -> None:
     del pipeline
     devices.empty_cache(accelerator.device)
     accelerator.wait_for_everyone()
+    there = len([path for path in folder.iterdir() if path.suffix.lower() in suffixes])
+    if there < args.num_class_images:
+        raise ValueError(
+            f"--class_data_dir={folder}: holds {there} of {args.num_class_images} class pictures on this machine. The"
+            " machines of a run must share this folder, or each must have all class pictures beforehand."
+        )
 
 
 def finish_outputs(args, output_dir: Path, validation) -> None:
@@ -1609,6 +1644,7 @@ def finish_outputs(args, output_dir: Path, validation) -> None:
         command=redacted_command(args),
         train_mode=args.train_mode,
         rank=args.rank if args.train_mode == "lora" else None,
+        lora_alpha=args.lora_alpha if args.train_mode == "lora" else None,
     )
     if args.push_to_hub:
         model_card.push(output_dir, args.hub_model_id or output_dir.name, args.hub_token)

@@ -258,12 +258,13 @@ def collect_optimizer_state(model, optimizer, named_parameters, keep: bool):
 
 
 def _first_flat_state(base) -> dict:
-    """The state of the first parameter that has one: under ZeRO all flat partitions have the same keys."""
-    for group in base.param_groups:
-        for parameter in group["params"]:
-            if base.state.get(parameter):
-                return base.state[parameter]
-    return {}
+    """The state of the first parameter that has one: all parameters, or flat partitions, have the same keys."""
+    return next((state for state in base.state.values() if state), {})
+
+
+def optimizer_family(class_name: str) -> str:
+    """'Adam' for every implementation whose state is Adam's (fused, CPU-offloaded, ...), else the class's own name."""
+    return "Adam" if class_name in ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam", "NpuFusedAdamW") else class_name
 
 
 def optimizer_scalars(optimizer) -> dict:
@@ -296,7 +297,7 @@ def restore_optimizer_state(model, optimizer, named_parameters, scalars: dict, r
         CheckpointError: the checkpoint was written with another optimizer, or lacks a parameter.
     """
     base = _base_optimizer(optimizer)
-    if scalars["class"] != type(base).__name__:
+    if optimizer_family(scalars["class"]) != optimizer_family(type(base).__name__):
         raise CheckpointError(
             f"The checkpoint was written with optimizer {scalars['class']}, this run uses {type(base).__name__}."
             f" Resume with"
@@ -305,22 +306,34 @@ def restore_optimizer_state(model, optimizer, named_parameters, scalars: dict, r
     zero = _deepspeed_zero_optimizer(model)
     stepped = bool(scalars["state"])
     if zero is None:
+        # torch keeps a fused optimizer's step count on the device, others' on the host.
+        fused = any(group.get("fused") or group.get("capturable") for group in base.param_groups)
+        step_device = str(named_parameters[0][1].device) if fused else "cpu"
         with torch.no_grad():
             for name, parameter in named_parameters:
                 parameter.copy_(_required(read, f"{name}|master").to(parameter.device))
                 if stepped:
-                    base.state[parameter] = _fresh_state(read, name, parameter, scalars["state"])
+                    base.state[parameter] = _fresh_state(read, name, parameter, scalars["state"], step_device)
     else:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
+        flats = _flat_partitions(zero, base)
+        device = flats[0].device
         if stepped:
             keys = [k for k in ("exp_avg", "exp_avg_sq") if read(f"{named_parameters[0][0]}|{k}") is not None]
-            _create_flat_states(zero, base, keys, scalars["state"])
+            _create_flat_states(zero, base, flats, keys, scalars["state"])
         with torch.no_grad():
             for name, parameter in named_parameters:
-                master = _required(read, f"{name}|master").to(base.param_groups[0]["params"][0].device)
+                master = _required(read, f"{name}|master").to(device)
                 safe_set_full_fp32_param(parameter, master)
-                if not hasattr(parameter, "ds_id"):  # ZeRO-3 gathers its bf16 copy from the masters itself
+                if hasattr(
+                    parameter, "ds_id"
+                ):  # ZeRO-3 keeps a part of the bf16 copy: gathered, set, partitioned again
+                    import deepspeed
+
+                    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                        parameter.data.copy_(master)
+                else:
                     parameter.copy_(master.to(parameter.device))
                 for key in keys if stepped else ():
                     safe_set_full_optimizer_state(parameter, _required(read, f"{name}|{key}").to(master.device), key)
@@ -337,13 +350,13 @@ def _required(read, key: str) -> torch.Tensor:
     return value
 
 
-def _fresh_state(read, name: str, parameter: torch.nn.Parameter, numbers: dict) -> dict:
+def _fresh_state(read, name: str, parameter: torch.nn.Parameter, numbers: dict, step_device: str) -> dict:
     """An optimizer state for one parameter, single process or DDP: tensors from the file, numbers as torch keeps
     them.
     """
     state = {}
     for key, number in numbers.items():
-        state[key] = torch.tensor(float(number)) if key == "step" else number
+        state[key] = torch.tensor(float(number), device=step_device) if key == "step" else number
     for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "s", "p0", "exp_avg_sq_diff"):
         value = read(f"{name}|{key}")
         if value is not None:
@@ -351,19 +364,25 @@ def _fresh_state(read, name: str, parameter: torch.nn.Parameter, numbers: dict) 
     return state
 
 
-def _create_flat_states(zero, base, keys: list[str], numbers: dict) -> None:
+def _flat_partitions(zero, base) -> list:
+    """This rank's flat float32 partitions, the parameters that the torch optimizer below ZeRO steps."""
+    if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3 shows them to the optimizer only while it steps
+        return list(zero.fp32_partitioned_groups_flat)
+    return [flat for group in base.param_groups for flat in group["params"]]
+
+
+def _create_flat_states(zero, base, flats: list, keys: list[str], numbers: dict) -> None:
     """Give each flat ZeRO partition the state that the first step would create, so that it can be filled.
 
     DeepSpeed creates optimizer states lazily at the first step (0.15 to 0.19); `_lazy_init_hp_params_optimizer_state`
     then links each parameter's fragment of them.
     """
-    for group in base.param_groups:
-        for flat in group["params"]:
-            state = base.state[flat]
-            for key, number in numbers.items():
-                state[key] = torch.tensor(float(number)) if key == "step" else number
-            for key in keys:
-                state[key] = torch.zeros_like(flat)
+    for flat in flats:
+        state = base.state[flat]
+        for key, number in numbers.items():
+            state[key] = torch.tensor(float(number)) if key == "step" else number
+        for key in keys:
+            state[key] = torch.zeros_like(flat)
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._lazy_init_hp_params_optimizer_state()
 
