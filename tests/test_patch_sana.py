@@ -299,6 +299,26 @@ def test_every_misfit_is_named_at_once(tiny_model, tmp_path):
     assert "transformer.transformer_blocks.{0-1}.attn1.to_q.lora_A.weight (4, 32) in the file, (8, 32) here" in message
 
 
+def test_check_adapter_changes_nothing_and_compares_weights_when_asked(tiny_model, tmp_path):
+    import torch
+
+    first = Run(tiny_model).train(range(2))
+    checkpoint = first.save(tmp_path / "c")
+    patch_sana.check_adapter(checkpoint, first.bare, same_weights=True)
+    rounded = renew(tiny_model, dtype=torch.bfloat16)
+    rounded.load_hook([rounded.transformer], str(checkpoint))
+    patch_sana.check_adapter(checkpoint, rounded.bare, same_weights=True)
+
+    other = renew(tiny_model, seed=1)
+    before = other.weights()
+    patch_sana.check_adapter(checkpoint, other.bare, same_weights=False)
+    with pytest.raises(ValueError, match="24 of 24 tensors differ from the float32 masters"):
+        patch_sana.check_adapter(checkpoint, other.bare, same_weights=True)
+    with pytest.raises(ValueError, match="r 4 in the file, 8 here(.|\n)*tensors of another shape"):
+        patch_sana.check_adapter(checkpoint, renew(tiny_model, rank=8).bare, same_weights=False)
+    assert same(other.weights(), before)
+
+
 def test_another_base_model_is_told_by_its_weights_but_not_by_its_dtype(tiny_model, tmp_path):
     import torch
 
