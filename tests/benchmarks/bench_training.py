@@ -1,0 +1,340 @@
+"""Training speed: the kit beside a bare loop and beside diffusers' own trainer, in turn on one machine.
+
+    OMP_NUM_THREADS=1 python tests/benchmarks/bench_training.py --diffusers PATH_OF_A_CHECKOUT
+    OMP_NUM_THREADS=1 python tests/benchmarks/bench_training.py --diffusers PATH --processes 2      with ZeRO-2
+    python tests/benchmarks/bench_training.py --config 1600M --resolution 1024 --batch_size 8      on a GPU or an NPU
+
+`bare` is the least that a step can be: the same transformer with the same LoRA and engine, forward, backward and
+optimizer step on tensors that stay on the device, of the shapes that the kit's batches have. `diffusers` is its own
+train_dreambooth_lora_sana.py from a checkout's HEAD, with the reference kit's edits (made by patch_sana.py: bf16 VAE)
+and `--gradient_checkpointing`, as the reference kit starts it. On a CPU a scaled model keeps the real proportions:
+VAE encode : text encode : transformer forward = 5.2 : 1.2 : 3.0 FLOPs per picture. Each figure is the median over the
+rounds.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+KIT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(KIT), str(KIT / "tests")]
+
+WORDS = (
+    "a drawing of the small large red green blue yellow square circle dog cat tree house with on under near".split()
+)
+
+
+def write_scaled_model(folder: Path) -> Path:
+    """A random SanaPipeline whose parts cost 5.2 : 1.2 : 3.0 per 256 px picture, in bf16."""
+    import torch
+    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+    from tiny import make_tokenizer
+    from transformers import Gemma2Config, Gemma2Model
+
+    torch.manual_seed(0)
+    channels = (64, 64, 128, 128)
+    vae = AutoencoderDC(
+        in_channels=3,
+        latent_channels=8,
+        attention_head_dim=32,
+        encoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",),
+        decoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",),
+        encoder_block_out_channels=channels,
+        decoder_block_out_channels=channels,
+        encoder_qkv_multiscales=((), (), (), (5,)),
+        decoder_qkv_multiscales=((), (), (), (5,)),
+        encoder_layers_per_block=(2, 2, 2, 2),
+        decoder_layers_per_block=(2, 2, 2, 2),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.41407,
+    )
+    text_encoder = Gemma2Model(
+        Gemma2Config(
+            vocab_size=600,
+            hidden_size=256,
+            intermediate_size=1024,
+            num_hidden_layers=10,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=64,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=2,
+        )
+    )
+    transformer = SanaTransformer2DModel(
+        in_channels=8,
+        out_channels=8,
+        num_layers=6,
+        num_attention_heads=10,
+        attention_head_dim=32,
+        num_cross_attention_heads=5,
+        cross_attention_head_dim=64,
+        cross_attention_dim=320,
+        caption_channels=256,
+        sample_size=32,
+    )
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, final_sigmas_type="zero"
+    )
+    SanaPipeline(make_tokenizer(WORDS), text_encoder, vae, transformer, scheduler).to(torch.bfloat16).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def write_real_model(folder: Path, name: str, resolution: int) -> Path:
+    """The real transformer's config with random weights, beside the scaled VAE and text encoder's interfaces."""
+    import torch
+    from diffusers import SanaTransformer2DModel
+
+    from sana_kit import flops
+
+    write_scaled_model(folder)
+    config = dict(flops.TRANSFORMERS[name])
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = SanaTransformer2DModel.from_config({**config, "sample_size": resolution // 32}).to(torch.bfloat16)
+    shutil.rmtree(folder / "transformer")
+    model.save_pretrained(folder / "transformer")
+    return folder
+
+
+def write_pictures(folder: Path, count: int, pixels: int) -> Path:
+    """A parquet data set of noise pictures with captions of 12 to 24 words."""
+    import numpy as np
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    images = [Image.fromarray(generator.integers(0, 256, (pixels, pixels, 3), dtype=np.uint8)) for _ in range(count)]
+    texts = [" ".join(generator.choice(WORDS, int(generator.integers(12, 25)))) for _ in range(count)]
+    (folder / "data").mkdir(parents=True)
+    features = Features({"image": ImageFeature(), "text": Value("string")})
+    Dataset.from_dict({"image": images, "text": texts}, features=features).to_parquet(
+        str(folder / "data" / "train-001.parquet")
+    )
+    return folder
+
+
+def command_prefix(processes: int) -> list[str]:
+    """Plain Python for one process, accelerate with the kit's ZeRO-2 config for several."""
+    if processes == 1:
+        return [sys.executable]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port)]
+    return [*launch, "--num_processes", str(processes), "--config_file", str(KIT / "bf16_accelerate_config.yaml")]
+
+
+def run(command, environment=None) -> str:
+    done = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(KIT), **(environment or {})},
+    )
+    if done.returncode:
+        sys.exit(f"failed: {' '.join(map(str, command))}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return done.stdout
+
+
+def trainer_flags(options, model: Path, data: Path, output: Path) -> list[str]:
+    return [
+        f"--pretrained_model_name_or_path={model}",
+        f"--dataset_name={data}",
+        "--caption_column=text",
+        "--instance_prompt=x",
+        f"--resolution={options.resolution}",
+        f"--train_batch_size={options.batch_size}",
+        f"--max_train_steps={options.steps}",
+        "--checkpointing_steps=100000",
+        "--mixed_precision=bf16",
+        "--seed=0",
+        f"--output_dir={output}",
+    ]
+
+
+def measure_kit(options, model, data, work) -> float:
+    """Steady-state images/s from the trainer's own summary; encodings are made in the first round and then found."""
+    output = work / "kit"
+    flags = trainer_flags(options, model, data, output)
+    flags += ["--complex_human_instruction=none", "--report_to=none", "--logging_steps=2"]
+    run([*command_prefix(options.processes), KIT / "train_dreambooth_lora_sana.py", *flags])
+    return json.loads((output / "summary.json").read_text())["images_per_second"]
+
+
+def measure_bare(options, model, data, work) -> float:
+    """Images/s of the bare loop, as its rank 0 prints it."""
+    arguments = ["--role=bare", f"--model={model}", f"--batch_size={options.batch_size}", f"--steps={options.steps}"]
+    arguments += [f"--resolution={options.resolution}", f"--tokens={options.tokens}"]
+    out = run([*command_prefix(options.processes), Path(__file__).resolve(), *arguments])
+    return float(out.strip().splitlines()[-1].split()[-1])
+
+
+def bare(options) -> None:
+    """Forward, backward and optimizer step on resident tensors, under the engine that the launcher chose."""
+    import torch
+
+    import train_dreambooth_lora_sana as trainer
+    from sana_kit.models import find_model
+
+    args = trainer.parse_args(
+        [f"--pretrained_model_name_or_path={options.model}", "--mixed_precision=bf16", "--report_to=none"]
+        + [f"--train_batch_size={options.batch_size}"]
+    )
+    model_found, problems = find_model(str(options.model))
+    assert not problems, problems
+    accelerator = trainer.create_accelerator(args)
+    device = accelerator.device
+    transformer = trainer.load_transformer(args, accelerator, model_found)
+    trained = [p for p in transformer.parameters() if p.requires_grad]
+    trainer.fit_buckets(accelerator, sum(p.numel() for p in trained))
+    optimizer = trainer.create_optimizer(args, trained, device)
+    transformer.train()
+    model, optimizer = accelerator.prepare(transformer, optimizer)
+    config = transformer.config
+    side = options.resolution // model_found.vae_factor
+    batch, generator = options.batch_size, torch.Generator().manual_seed(0)
+
+    def resident(*shape):
+        return torch.randn(*shape, generator=generator).to(device, torch.bfloat16)
+
+    latents, target = resident(batch, config.in_channels, side, side), resident(batch, config.in_channels, side, side)
+    embeds = resident(batch, options.tokens, config.caption_channels)
+    mask = torch.ones(batch, options.tokens, dtype=torch.bool, device=device)
+    timestep = torch.full((batch,), 500.0, device=device)
+    times = []
+    for _ in range(options.steps):
+        start = time.perf_counter()
+        prediction = model(
+            hidden_states=latents,
+            encoder_hidden_states=embeds,
+            encoder_attention_mask=mask,
+            timestep=timestep,
+            return_dict=False,
+        )[0]
+        loss = torch.nn.functional.mse_loss(prediction.float(), target.float())
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        times.append(time.perf_counter() - start)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        print("images/s", batch * accelerator.num_processes / statistics.median(times[2:]), flush=True)
+    accelerator.end_training()
+
+
+def prepare_upstream(options, work: Path) -> list:
+    """diffusers' trainer from the checkout, patched, and the command that runs it and times its steps."""
+    from test_patch_sana import GLOO_RUNNER, STAND_IN_TRANSFORMS
+
+    name = "train_dreambooth_lora_sana.py"
+    shown = subprocess.run(
+        ["git", "-C", options.diffusers, "show", f"HEAD:examples/dreambooth/{name}"], capture_output=True
+    )
+    source = shown.stdout or (Path(options.diffusers) / "examples" / "dreambooth" / name).read_bytes()
+    folder = work / "upstream"
+    folder.mkdir()
+    (folder / name).write_bytes(source)
+    run([sys.executable, KIT / "patch_sana.py", folder / name])
+    transforms = work / "stand_in" / "torchvision" / "transforms"
+    transforms.mkdir(parents=True)
+    (transforms.parent / "__init__.py").write_text("")
+    (transforms / "__init__.py").write_text(STAND_IN_TRANSFORMS)
+    (transforms / "functional.py").write_text(
+        "def crop(image, top, left, height, width):\n    return image.crop((left, top, left + width, top + height))\n"
+    )
+    timing = (
+        "import time\n"
+        "def log(self, values, step=None, **rest):\n"
+        "    if self.is_main_process:\n"
+        "        open(os.environ['BENCH_TIMES'], 'a').write(f'{time.perf_counter()}\\n')\n"
+        "accelerate.Accelerator.log = log\n"
+    )
+    gloo = "accelerate.Accelerator.__init__ = with_gloo\n"
+    if options.processes == 1:  # one process needs no group
+        patched = GLOO_RUNNER.replace(gloo, timing)
+    else:
+        patched = GLOO_RUNNER.replace(gloo, gloo + timing)
+    assert "BENCH_TIMES" in patched
+    runner = work / "run_upstream.py"
+    runner.write_text(patched)
+    return [runner, folder / name]
+
+
+def measure_upstream(options, model, data, work, script) -> float:
+    """Images/s of diffusers' trainer: median step after the first two."""
+    output, times_file = work / "upstream_out", work / "times.txt"
+    shutil.rmtree(output, ignore_errors=True)
+    times_file.unlink(missing_ok=True)
+    flags = trainer_flags(options, model, data, output) + ["--gradient_checkpointing", "--report_to=tensorboard"]
+    command = [*command_prefix(options.processes), *script, *flags]
+    run(command, {"BENCH_TIMES": str(times_file)})
+    marks = [float(line) for line in times_file.read_text().split()]
+    steps = [after - before for before, after in zip(marks, marks[1:], strict=False)][1:]
+    return options.batch_size * options.processes / statistics.median(steps)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--diffusers", help="a checkout (or bare git folder) of diffusers")
+    parser.add_argument("--config", choices=("scaled", "1600M", "600M"), default="scaled")
+    parser.add_argument("--resolution", type=int, default=256)
+    parser.add_argument("--batch_size", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=32, help="caption tokens of the bare loop's batches")
+    parser.add_argument("--role", choices=("compare", "bare"), default="compare", help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.role == "bare":
+        bare(options)
+        return
+
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        model = work / "model"
+        if options.config == "scaled":
+            write_scaled_model(model)
+        else:
+            write_real_model(model, options.config, options.resolution)
+        data = write_pictures(work / "data", 16, options.resolution)
+        upstream = prepare_upstream(options, work) if options.diffusers else None
+        figures = {"bare": [], "kit": [], "diffusers": []}
+        for number in range(options.rounds):
+            figures["bare"].append(measure_bare(options, model, data, work))
+            figures["kit"].append(measure_kit(options, model, data, work))
+            if upstream:
+                figures["diffusers"].append(measure_upstream(options, model, data, work, upstream))
+            print(f"round {number + 1}: " + ", ".join(f"{k} {v[-1]:.3f}" for k, v in figures.items() if v), flush=True)
+        engine = "one process" if options.processes == 1 else f"ZeRO-2, {options.processes} processes"
+        print(
+            f"\n{options.config} model, {options.resolution} px, batch {options.batch_size} per process, bf16,"
+            f" {engine},"
+            f" {os.environ.get('OMP_NUM_THREADS', 'all')} thread(s) per process, median of {options.rounds} rounds"
+        )
+        kit = statistics.median(figures["kit"])
+        print(f"{'':12}{'images/s':>10}{'min':>9}{'max':>9}{'kit / it':>10}")
+        for name, values in figures.items():
+            if values:
+                middle = statistics.median(values)
+                print(f"{name:12}{middle:10.3f}{min(values):9.3f}{max(values):9.3f}{kit / middle:10.2f}")
+
+
+if __name__ == "__main__":
+    main()

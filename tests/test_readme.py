@@ -1,0 +1,179 @@
+"""Every command of README.md, replayed in a copy of the kit on a tiny model; README_zh.md has the same commands.
+
+What cannot run on this machine is listed in NOT_HERE, with the reason. `bash tests/run.sh` is the run that this test
+is part of.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import KIT, script_environment
+
+NOT_HERE = {
+    "source /usr/local/Ascend/ascend-toolkit/set_env.sh": "needs CANN",
+    "pip install torch==2.13.0 torch_npu==2.13.0": "breaks torch where CANN is missing",
+    "bash tests/run.sh": "is this run",
+    "bash finetune_sana_dreambooth_lora_deepspeed_bf16.sh --quickstart": "has a test of its own below",
+}
+
+
+def commands(readme):
+    """The command lines of the ```bash blocks, continued lines joined."""
+    found = []
+    for block in re.findall(r"^[ ]*```bash\n(.*?)^[ ]*```", (KIT / readme).read_text(encoding="utf-8"), re.S | re.M):
+        for line in re.sub(r"\\\n\s*", " ", block).splitlines():
+            if line.strip():
+                found.append(line.strip())
+    return found
+
+
+def test_readme_zh_has_the_same_commands():
+    english = commands("README.md")
+    assert len(english) > 15
+    assert commands("README_zh.md") == english
+
+
+def test_what_is_not_run_here_is_still_in_the_readme():
+    assert set(NOT_HERE) <= set(commands("README.md"))
+
+
+def test_every_file_of_the_tree_is_there_and_every_link_leads_somewhere():
+    for readme in ("README.md", "README_zh.md"):
+        text = (KIT / readme).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+            assert target.startswith("https://") or (KIT / target).exists(), (readme, target)
+        tree = re.search(r"^```\nREADME.*?^```", text, re.S | re.M).group(0)
+        for name in re.findall(r"[\w./]+\.(?:py|sh|yaml|txt|md)\b", tree):
+            assert (KIT / name).exists() or (KIT / "sana_kit" / name).exists(), (readme, name)
+
+
+def test_the_environment_variables_of_the_readme_are_those_of_the_launcher():
+    text = (KIT / "README.md").read_text(encoding="utf-8")
+    launcher = (KIT / "finetune_sana_dreambooth_lora_deepspeed_bf16.sh").read_text()
+    exported = dict(re.findall(r"export ([A-Z_]+)=\$\{\w+:-([^}]*)\}", launcher))
+    assert len(exported) >= 13
+    for name, value in exported.items():
+        row = re.search(rf"^\| {name} \| ([^|]*) \|", text, re.M)
+        assert row, name
+        assert value.startswith("$") or row.group(1).split(" ")[0] == value, (name, row.group(1), value)
+
+
+@pytest.fixture(scope="module")
+def kit_copy(tmp_path_factory):
+    """The kit as git has it (with what is not yet committed), in a folder of its own."""
+    target = tmp_path_factory.mktemp("copy") / "kit"
+    listing = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=KIT, capture_output=True, text=True
+    ).stdout.split("\n")
+    if not any(listing):  # unpacked without git
+        shutil.copytree(KIT, target, ignore=shutil.ignore_patterns(".venv", "__pycache__", "output", ".git"))
+        return target
+    for name in filter(None, listing):
+        if (KIT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(KIT / name, target / name)
+    return target
+
+
+def on_tiny_things(line, model, data, pictures):
+    """A command of the README with names, sizes and counts that this machine can do."""
+    words = shlex.split(line)
+    out = []
+    for word in words:
+        word = re.sub(r"Efficient-Large-Model/\w+", str(model), word)
+        word = re.sub(r"(?<![\w/])pokemon-blip-captions", str(data), word)
+        word = word.replace("my_pictures", str(pictures))
+        for old, new in {
+            r"max_train_steps=\d+": "max_train_steps=3",
+            r"resolution=1024": "resolution=64",
+            r"batch_size=8": "batch_size=1",
+            r"num_processes=4": "num_processes=1",
+        }.items():
+            word = re.sub(old, new, word)
+        out.append(word)
+    while "--num_processes" in out:
+        at = out.index("--num_processes")
+        out[at : at + 2] = ["--num_processes=2"]
+    if out[0] == "bash":  # the launcher, whose defaults are the real model and data
+        extra = [f"--model_name={model}", f"--dataset_name={data}", "--resolution=64", "--batch_size=1"]
+        extra += ["--max_train_steps=3", "--num_processors=1"]
+        given = {word.split("=")[0] for word in out}
+        alone = any("instance_data_dir" in word for word in out)
+        extra = [e for e in extra if e.split("=")[0] not in given and not (alone and "dataset" in e)]
+        out[2:2] = extra
+    elif out[:2] == ["accelerate", "launch"]:
+        out[:2] = [sys.executable, "-m", "accelerate.commands.launch"]
+    elif out[0] == "python":
+        out[0] = sys.executable
+    elif out[0] == "pip":
+        out[:1] = [sys.executable, "-m", "pip"]
+    script = next((word for word in out if word.startswith("infer_")), None)
+    if script:
+        if not any(word.startswith("--model_path") for word in out):
+            out.append(f"--model_path={model}")
+        out += ["--num_inference_steps=2", "--height=64", "--width=64", "--complex_human_instruction=none"]
+        if "--seeds" not in out:
+            out += ["--seeds", "8"]
+    if any(word.endswith("train_dreambooth_lora_sana.py") for word in out) and "patch_sana.py" not in out:
+        out.append("--complex_human_instruction=none")
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_every_command_of_the_readme_runs(kit_copy, tiny_model, parquet_dataset, picture_folder):
+    dreambooth = kit_copy / "diffusers" / "examples" / "dreambooth"
+    dreambooth.mkdir(parents=True)
+    (kit_copy / "diffusers" / "src" / "diffusers").mkdir(parents=True)
+    (kit_copy / "diffusers" / "src" / "diffusers" / "__init__.py").write_text('__version__ = "0.0.0"\n')
+    (kit_copy / "diffusers" / "setup.py").write_text("")
+    shutil.copy(KIT / "tests" / "fake_upstream_trainer.py", dreambooth / "train_dreambooth_lora_sana.py")
+    environment = {**script_environment(threads=2), "PYTHON": sys.executable, "PYTHONPATH": ""}
+    ran = 0
+    for line in commands("README.md"):
+        if line in NOT_HERE:
+            continue
+        if line.startswith("cp -r"):  # over diffusers, from where the scripts must run as well
+            # test_overlay.py runs the scripts from such a copy; here the copy itself
+            words = ["bash", "-c", "cd .. && " + line.replace("sana_finetune", "kit").replace(" diffusers", " over")]
+            (kit_copy.parent / "over" / "examples" / "dreambooth").mkdir(parents=True)
+        else:
+            words = on_tiny_things(line, tiny_model, parquet_dataset, picture_folder)
+        done = subprocess.run(words, cwd=kit_copy, capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == 0, f"{line}\n{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        ran += 1
+    assert ran >= 14
+    assert (kit_copy / "output" / "pytorch_lora_weights.safetensors").exists()
+    assert (kit_copy / "output_full" / "transformer").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_quick_start_changes_the_pictures(kit_copy):
+    """The first of the README's two commands, whole. The measured distance to the fine-tuning set must fall as
+    stated.
+    """
+    import json
+
+    environment = {k: v for k, v in script_environment(threads=1).items() if k != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        ["bash", "finetune_sana_dreambooth_lora_deepspeed_bf16.sh", "--quickstart"],
+        cwd=kit_copy,
+        capture_output=True,
+        text=True,
+        timeout=1400,
+        env={**environment, "PYTHON": sys.executable, "PYTHONPATH": ""},
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    output = kit_copy / "quickstart_output"
+    for name in ("before_after.png", "report.html", "pytorch_lora_weights.safetensors", "after/gallery.html"):
+        assert (output / name).stat().st_size > 1000, name
+    assert json.loads((output / "summary.json").read_text())["world_size"] == (2 if not os.environ.get("CUDA") else 1)
+    print(done.stdout[-1500:])
+    return_value = json.loads((output / "before_after.json").read_text())
+    assert return_value
