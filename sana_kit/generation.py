@@ -9,6 +9,7 @@ gives the same picture on every rank, with every number of processes. Jobs that 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -25,7 +26,7 @@ from pathlib import Path
 import torch
 
 from sana_kit import devices
-from sana_kit.encodings import collate_prompt_embeds, encode_prompts
+from sana_kit.encodings import collate_prompt_embeds, encode_prompts, tokenize_prompts
 from sana_kit.models import load_pipeline
 
 __all__ = [
@@ -254,13 +255,13 @@ def axis_tiles(size: int, count: int, overlap: int) -> list[tuple[int, int]]:
     return [(start, start + length) for start in starts]
 
 
-def plan_tiles(height: int, width: int, factor: int, max_pixels: int, overlap: int = TILE_OVERLAP):
+def plan_tiles(height: int, width: int, factor: int, max_pixels: int):
     """(rows, columns) of tiles, each a list of (start, stop) in latents, for a picture of height x width px.
 
     Of all grids whose tiles have at most `max_pixels`, the one that decodes the fewest pixels: a single tile where the
     whole picture fits.
     """
-    shared = max(1, overlap // factor)
+    shared = max(1, TILE_OVERLAP // factor)
     h, w = height // factor, width // factor
     best = None
     for count_h, count_w in itertools.product(range(1, MAX_TILES + 1), repeat=2):
@@ -374,6 +375,16 @@ def job_texts(jobs: Iterable[Job]) -> list[tuple[str, bool]]:
     return list(texts)
 
 
+def texts_cut(tokenizer, texts: Sequence[tuple[str, bool]], max_sequence_length: int) -> list[str]:
+    """The texts that have more tokens than count; what a tokenizer cannot read is left to `encode_texts`."""
+    cut = []
+    for text, _ in texts:
+        with contextlib.suppress(Exception):
+            if len(tokenize_prompts(tokenizer, [text], None, 100_000)[0][0]) > max_sequence_length:
+                cut.append(text)
+    return cut
+
+
 def encode_texts(
     tokenizer,
     text_encoder,
@@ -479,7 +490,7 @@ def denoise(
     for t in scheduler.timesteps:
         model_input = torch.cat([latents] * 2) if guided else latents
         model_input = scheduler.scale_model_input(model_input, t)
-        timestep = t.expand(model_input.shape[0]) * transformer.config.timestep_scale
+        timestep = t.expand(model_input.shape[0]) * getattr(transformer.config, "timestep_scale", 1.0)
         prediction = transformer(
             model_input.to(dtype),
             encoder_hidden_states=prompt_embeds,

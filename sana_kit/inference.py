@@ -51,9 +51,16 @@ class Parser(argparse.ArgumentParser):
         return known
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults behind the help of flags that have a value."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None or action.const is not None else super()._get_help_string(action)
+
+
 def build_parser(description: str, lora_default: str | None = None) -> argparse.ArgumentParser:
     """The flags of the inference scripts. `lora_default`: an adapter that the script takes if none is named."""
-    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=description, formatter_class=_Help)
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model_path",
@@ -191,8 +198,21 @@ def _prompt_of(entry):
 # Ranks
 
 
+class InputError(ValueError):
+    """Problems that the user can mend, one a line."""
+
+
 class RankFailed(RuntimeError):
     """Another rank failed; that rank shows the whole error."""
+
+
+def _hide_progress_bars() -> None:
+    """Loading bars of the libraries: the main process shows them for all."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 class Ranks:
@@ -230,6 +250,8 @@ class Ranks:
             self.rank, self.device = state.process_index, state.device
             self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
         devices.prepare_backend(self.device)
+        if not self.main:
+            _hide_progress_bars()
 
     @property
     def main(self) -> bool:
@@ -245,12 +267,15 @@ class Ranks:
         torch.distributed.all_gather_object(values, value, group=self.group)
         return values
 
-    def together(self, action: Callable):
-        """Run `action` on every rank; if it fails anywhere, it fails everywhere: returns this rank's result.
+    def together(self, action: Callable, checks_input: bool = False):
+        """Run `action` on every rank; if it fails anywhere, it fails everywhere. Returns this rank's result.
+
+        Args:
+            checks_input: a ValueError is the user's to mend: every rank raises all ranks' messages, each once.
 
         Raises:
-            ValueError: any rank raised one: all ranks' messages, each once.
-            the rank's own exception: on a rank that failed otherwise.
+            InputError: with `checks_input`, where no rank failed in another way.
+            the rank's own exception: on a rank that failed.
             RankFailed: on the others.
         """
         result = failure = None
@@ -258,11 +283,13 @@ class Ranks:
             result = action()
         except Exception as error:
             failure = error
-        kind = None if failure is None else ("value" if isinstance(failure, ValueError) else "other")
-        reports = self.gather((kind, str(failure)))
-        messages = list(dict.fromkeys(text for kind, text in reports if kind == "value"))
-        if messages and all(kind != "other" for kind, _ in reports):
-            raise ValueError("\n".join(messages)) from failure
+        kind = None
+        if failure is not None:
+            kind = "input" if checks_input and isinstance(failure, ValueError) else "failure"
+        reports = self.gather((kind, f"{type(failure).__name__}: {failure}" if kind == "failure" else str(failure)))
+        kinds = {kind for kind, _ in reports}
+        if "input" in kinds and "failure" not in kinds:
+            raise InputError("\n".join(dict.fromkeys(text for kind, text in reports if kind))) from failure
         if failure is not None:
             raise failure
         for rank, (kind, text) in enumerate(reports):
@@ -634,21 +661,21 @@ def run(args) -> dict:
     """Make the pictures that `args` ask for; returns the summary, whose "failed" lists the jobs that failed.
 
     Raises:
-        ValueError: problems that the user can mend, all at once, before weights are loaded.
+        InputError: problems that the user can mend, all at once, before weights are loaded.
         RankFailed: on ranks that are well, when another one failed.
     """
     ranks = Ranks(args.device)
-    plan = ranks.together(lambda: check(args, ranks.device, ranks.device_problem))
+    plan = ranks.together(lambda: check(args, ranks.device, ranks.device_problem), checks_input=True)
     views = ranks.gather([job.file_name for job in plan.jobs])
     if any(view != views[0] for view in views):
         odd = [rank for rank, view in enumerate(views) if view != views[0]]
-        raise ValueError(
+        raise InputError(
             f"--model_path={args.model_path}: ranks {odd} see other model or adapter files, or other prompts, than"
             " rank 0. Give every machine the same ones."
         )
     with contextlib.ExitStack() as stack:
         folder = OutputFolder(args.output_path, ranks.rank)
-        ranks.together(lambda: _take_folder(args.output_path, folder, ranks, stack))
+        ranks.together(lambda: _take_folder(args.output_path, folder, ranks, stack), checks_input=True)
         summary = _run_in_folder(args, ranks, plan, folder)
     ranks.close()
     return summary
@@ -670,7 +697,7 @@ def _take_folder(path: str, folder: OutputFolder, ranks: Ranks, stack: contextli
 
 
 def _check_shared(path: str, ranks: Ranks) -> None:
-    """Raise ValueError unless all ranks see one output folder."""
+    """Raise InputError unless all ranks see one output folder."""
     if ranks.world == 1:
         return
     token = Path(path) / f".run-{ranks.gather(os.urandom(8).hex())[0]}"
@@ -683,7 +710,7 @@ def _check_shared(path: str, ranks: Ranks) -> None:
         token.unlink(missing_ok=True)
     if not all(seen):
         blind = [rank for rank, sees in enumerate(seen) if not sees]
-        raise ValueError(
+        raise InputError(
             f"--output_path={path}: ranks {blind} do not see rank 0's folder of that name. With several machines it"
             " must lie on a file system that they share."
         )
@@ -747,6 +774,7 @@ def _encode(args, ranks: Ranks, plan: Plan, pending: list, seconds: dict):
     per_rank = 4 if ranks.device.type == "cpu" else 64  # texts that are worth loading the encoder on one more rank
     encoders = min(ranks.world, -(-len(texts) // per_rank))
     errors: dict[tuple[str, bool], str] = {}
+    cut: list[str] = []
 
     def encode():
         if ranks.rank >= encoders:
@@ -756,6 +784,7 @@ def _encode(args, ranks: Ranks, plan: Plan, pending: list, seconds: dict):
             plan.model, device=ranks.device, dtype=models.text_dtype(plan.dtype)
         )
         seconds["load"] += time.perf_counter() - start
+        cut.extend(generation.texts_cut(tokenizer, texts[ranks.rank :: encoders], args.max_sequence_length))
         return generation.encode_texts(
             tokenizer,
             encoder,
@@ -770,9 +799,16 @@ def _encode(args, ranks: Ranks, plan: Plan, pending: list, seconds: dict):
     encoded = ranks.together(encode)
     devices.empty_cache(ranks.device)
     merged: dict[tuple[str, bool], torch.Tensor] = {}
-    for part, part_errors in ranks.gather((encoded, errors)):
+    too_long = []
+    for part, part_errors, part_cut in ranks.gather((encoded, errors, cut)):
         merged.update(part)
         errors.update(part_errors)
+        too_long += part_cut
+    if too_long and ranks.main:
+        print(
+            f"{len(too_long)} prompt(s) have more than --max_sequence_length={args.max_sequence_length} tokens; the"
+            f" rest of them is not seen: {too_long[0][:60]} ..."
+        )
     seconds["encode"] += time.perf_counter() - start - seconds["load"]
     return *generation.split_texts(merged), errors
 
@@ -904,7 +940,7 @@ def main(description: str, argv: Sequence[str] | None = None, lora_default: str 
     args = build_parser(description, lora_default).parse_args(argv)
     try:
         summary = run(args)
-    except ValueError as error:
+    except InputError as error:
         if rank == 0:
             print("error:\n  " + str(error).replace("\n", "\n  "), file=sys.stderr, flush=True)
         return 2

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from conftest import KIT
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -420,6 +421,44 @@ def test_the_reference_tiling_costs_nearly_four_times_as_much(dc_ae):
         for (h, count_h), (w, count_w) in itertools.product(lengths.items(), repeat=2)
     )
     assert reference > 3.9 * flops(lambda: generation.decode_latents(vae, latents))
+
+
+QUICKSTART = KIT / "sana_kit" / "quickstart_assets"
+
+
+@pytest.mark.skipif(not (QUICKSTART / "model/vae").is_dir(), reason="the quick start's trained model is not here")
+def test_seams_are_invisible_and_bf16_is_as_good_on_a_trained_vae(monkeypatch):
+    """512 px of drawings through the quick start's DC-AE: tiles and bf16 against a whole float32 decode."""
+    from diffusers import AutoencoderDC
+    from PIL import Image
+
+    from sana_kit.dataset import load_pictures
+
+    drawings = load_pictures(dataset_name=str(QUICKSTART / "style_dataset"), caption_column="text")
+    mosaic = Image.new("RGB", (512, 512))
+    for place in range(64):
+        mosaic.paste(drawings.load(place % len(drawings)).resize((64, 64)), (place % 8 * 64, place // 8 * 64))
+    pixels = torch.from_numpy(np.asarray(mosaic).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+    vae = AutoencoderDC.from_pretrained(QUICKSTART / "model/vae", torch_dtype=torch.float32).eval()
+    half = AutoencoderDC.from_pretrained(QUICKSTART / "model/vae", torch_dtype=torch.bfloat16).eval()
+
+    def steps(picture):  # 8-bit steps, unrounded
+        return (picture.clamp(-1, 1) + 1) * 127.5
+
+    with torch.no_grad():
+        latents = vae.encode(pixels).latent * vae.config.scaling_factor
+        whole = steps(generation.decode_latents(vae, latents))
+        rounded = steps(generation.decode_latents(half, latents))
+        monkeypatch.setattr(generation, "MAX_TILE_PIXELS", {2: 320 * 320, 4: 320 * 320})
+        monkeypatch.setattr(generation, "TILE_OVERLAP", 8 * 8)  # in latents as at 4096 px
+        rows, columns = generation.plan_tiles(512, 512, 8, 320 * 320)
+        tiled = steps(generation.decode_latents(vae, latents))
+    assert len(rows) == len(columns) == 2
+    assert (rounded - whole).abs().mean() < 1.0
+    assert (tiled - whole).abs().mean() < 0.5
+    slope, wanted = tiled.diff(dim=-1), whole.diff(dim=-1)
+    for edge in (columns[1][0] * 8, columns[0][1] * 8):  # where a tile begins and ends
+        assert (slope - wanted)[..., edge - 1].abs().mean() < 0.15 * wanted.abs().mean()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -385,6 +385,13 @@ def test_two_runs_in_one_folder_do_not_mix(reference, tiny_model, tmp_path, caps
     assert pictures(out) == pictures(reference)
 
 
+def test_prompts_that_are_cut_are_told(tiny_model, tmp_path, capsys):
+    flags = ("--prompt", "a red square on white", "--prompt", "a", "--seeds", 8, "--max_sequence_length", 4)
+    assert infer(tiny_model, tmp_path, *flags) == 0
+    said = capsys.readouterr().out
+    assert "1 prompt(s) have more than --max_sequence_length=4 tokens" in said and "a red square on white" in said
+
+
 def test_pictures_asked_for_twice_are_made_once(tiny_model, tmp_path, capsys):
     assert infer(tiny_model, tmp_path, "--prompt", "a dog", "--prompt", "a dog", "--seeds", 8, 8, 23) == 0
     assert len(pictures(tmp_path)) == 2 and "4 of 6 pictures were asked for twice" in capsys.readouterr().out
