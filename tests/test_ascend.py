@@ -203,6 +203,7 @@ def test_collectives(ascend, tmp_path):
         assert found["chain"] == [2**5 * 2]  # the mean of 1, 2 and 3, doubled five times
         assert found["ddp weight"] == [0.5] and found["ddp gradient"] == [2]
         assert found["calls"]["HcclAllReduce"] >= 10
+        assert rank == 2 or "another rank ended" in found["after a rank ended"]
     assert ranks[2]["reduce"] == [30, 33, 36] and ranks[2]["recv"] == [70, 71, 72]
 
 
@@ -355,6 +356,58 @@ def test_inference_scripts(ascend, trained, tiny_model, tmp_path):
         assert np.array_equal(on_two[name], on_three[name]), name
         assert np.abs(on_two[name].astype(int) - expected).max() <= 1, name
         assert np.abs(on_one[name].astype(int) - expected).max() <= 1, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["reference", "today"])
+def test_patched_upstream_trainer(ascend, tiny_model, picture_folder, tmp_path, version):
+    """diffusers' own trainer after `python patch_sana.py`: trains on 2 NPUs under ZeRO-2, saves, resumes."""
+    from test_patch_sana import REFERENCE_COMMIT, STAND_IN_TRANSFORMS
+
+    checkout = os.environ.get("SANA_DIFFUSERS_CHECKOUT")
+    if not checkout:
+        pytest.skip("SANA_DIFFUSERS_CHECKOUT is not set: give the path of a git checkout of huggingface/diffusers")
+    commit = {"reference": REFERENCE_COMMIT, "today": "HEAD"}[version]
+    source = run(["git", "-C", checkout, "show", f"{commit}:examples/dreambooth/{TRAINER}"], os.environ).stdout
+    (tmp_path / TRAINER).write_text(source)
+    run([sys.executable, KIT / "patch_sana.py", tmp_path / TRAINER], script_environment())
+    transforms = tmp_path / "stand_in" / "torchvision" / "transforms"
+    transforms.mkdir(parents=True)
+    (transforms.parent / "__init__.py").write_text("")
+    (transforms / "__init__.py").write_text(STAND_IN_TRANSFORMS)
+    (transforms / "functional.py").write_text("def crop(i, t, l, h, w):\n    return i.crop((l, t, l + w, t + h))\n")
+    runner = tmp_path / "runner.py"
+    runner.write_text(
+        "import os, runpy, sys\n"
+        "sys.argv = sys.argv[1:]\n"
+        "sys.path[0] = os.path.dirname(sys.argv[0])\n"
+        "import diffusers, transformers.image_utils  # these look for the real torchvision\n"
+        f"sys.path.append({str(tmp_path / 'stand_in')!r})\n"
+        'runpy.run_path(sys.argv[0], run_name="__main__")\n'
+    )
+    config = tmp_path / "zero2.yaml"
+    config.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nmixed_precision: bf16\nnum_machines: 1\n"
+        "num_processes: 2\nuse_cpu: false\ndeepspeed_config:\n  gradient_accumulation_steps: 1\n"
+        "  gradient_clipping: 1.0\n  zero_stage: 2\n"
+    )
+    environment = ascend(2, ASCEND_EMULATED_COUNTERS=str(tmp_path / "counters-%p.json"))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+    command += ["--main_process_port", free_port(), runner, tmp_path / TRAINER]
+    command += ["--pretrained_model_name_or_path", tiny_model, "--instance_data_dir", tmp_path / "pictures"]
+    command += ["--instance_prompt", "a square", "--resolution", 64, "--train_batch_size", 1, "--seed", 0]
+    command += ["--mixed_precision", "bf16", "--checkpointing_steps", 2, "--output_dir", tmp_path / "out"]
+    command += ["--learning_rate", "1e-3", "--enable_npu_flash_attention"]
+    (tmp_path / "pictures").mkdir()
+    for picture in picture_folder.glob("*.png"):  # upstream opens every file of the folder
+        shutil.copy(picture, tmp_path / "pictures")
+    run([*command, "--max_train_steps", 2], environment)
+    run([*command, "--max_train_steps", 4, "--resume_from_checkpoint", "latest"], environment)
+    second, fourth = adapter(tmp_path / "out" / "checkpoint-2"), adapter(tmp_path / "out" / "checkpoint-4")
+    assert second.keys() == fourth.keys() == adapter(tmp_path / "out").keys() and len(second) == 24
+    change = max((second[k].float() - fourth[k].float()).abs().max().item() for k in second)
+    assert 0 < change < 5e-3  # 2 steps of AdamW at 1e-3 from where it stopped
+    assert all(c["kernels"]["aclnnFlashAttentionScoreGrad"] > 0 for c in counters_of_ranks(tmp_path))
 
 
 def test_doctor_names_the_devices(ascend):

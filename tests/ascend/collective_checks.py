@@ -99,8 +99,18 @@ def main(output):
     found["ddp gradient"] = model.weight.grad.unique().tolist()
 
     found["calls"] = {k: v for k, v in emulated_kernels.kernel_calls().items() if k.startswith("Hccl")}
+    # the last rank ends without a word: the others' next collective must fail, not wait for ever
+    dist.barrier()
+    torch.npu.synchronize()
+    if rank < size - 1:
+        try:
+            dist.all_reduce(x)
+            torch.npu.synchronize()
+            found["after a rank ended"] = None
+        except RuntimeError as problem:
+            found["after a rank ended"] = str(problem)
     Path(output, f"rank-{rank}.json").write_text(json.dumps(found, indent=1))
-    dist.destroy_process_group()
+    os._exit(0)  # the group is broken; taking it down in order would wait for the rank that is gone
 
 
 if __name__ == "__main__":
