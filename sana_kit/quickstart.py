@@ -8,7 +8,7 @@ Used by finetune_sana_dreambooth_lora_deepspeed_bf16.sh --quickstart; by hand:
 
 What it ships is in sana_kit/quickstart_assets (OpenMoji drawings, CC BY-SA 4.0, see ATTRIBUTION.md there) and was made
 by sana_kit/make_quickstart_model.py. The model draws OpenMoji's coloured pictures at 64 px; the set shows a part of
-the same subjects as gold lines on midnight blue, which the model has never drawn.
+the same subjects as gold cut-outs on midnight blue, which the model has never drawn.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ Real processes, real engines, a tiny model. `-m "not slow"` leaves out the many-
 """
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -13,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import KIT, launch, script_environment
@@ -272,13 +272,25 @@ def wait_for_step(output, step, process, timeout=120):
     raise AssertionError("timeout")
 
 
-def nobody_left(group):
-    """Whether no process of the session is alive."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return True
-    return False
+def tree(pid):
+    """A process and all its descendants: torch's launcher gives each rank a session of its own."""
+    parent = psutil.Process(pid)
+    return [parent, *parent.children(recursive=True)]
+
+
+def nobody_left(processes, seconds=10):
+    """Whether all of them end within some seconds."""
+    return not psutil.wait_procs(processes, timeout=seconds)[1]
+
+
+def kill(processes):
+    """SIGKILL all of them at once, as a lost machine or an out-of-memory killer does."""
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            pass
+    psutil.wait_procs(processes, timeout=30)
 
 
 def test_the_launcher_passes_sigterm_on_saves_and_resumes_to_the_bit(tiny_model, parquet_dataset, tmp_path):
@@ -301,10 +313,12 @@ def test_the_launcher_passes_sigterm_on_saves_and_resumes_to_the_bit(tiny_model,
         start_new_session=True,
     )
     wait_for_step(output, 5, process)
+    family = tree(process.pid)
+    assert len(family) > 4
     process.send_signal(signal.SIGTERM)
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 143, text[-4000:]
-    assert nobody_left(process.pid)
+    assert nobody_left(family)
     stopped_at = checkpoints.list_checkpoints(output)[-1][0]
     assert 5 <= stopped_at < 120 and checkpoints.find_damage(output / f"checkpoint-{stopped_at}") is None
     again = start_launcher(
@@ -335,15 +349,14 @@ def test_thirty_kills_at_random_moments_lose_nothing(flags, tmp_path):
             time.sleep(generator.uniform(0, 0.8))
         if process.poll() is not None:
             break
-        ranks = subprocess.run(
-            ["pgrep", "-g", str(process.pid), "-f", TRAINER], capture_output=True, text=True
-        ).stdout.split()
-        workers = [pid for pid in map(int, ranks) if pid != process.pid]
-        if kills % 2 and workers:
-            os.kill(generator.choice(workers), signal.SIGKILL)
+        family = tree(process.pid)
+        ranks = [member for member in family if TRAINER in " ".join(member.cmdline()) and member.pid != process.pid]
+        if kills % 2 and ranks:
+            kill([generator.choice(ranks)])
             process.wait(timeout=120)  # the launcher notices and ends the other rank
+            assert nobody_left(family)
         else:
-            os.killpg(process.pid, signal.SIGKILL)
+            kill(family)
             process.wait(timeout=60)
         kills += 1
         moments.append(before)
@@ -351,3 +364,133 @@ def test_thirty_kills_at_random_moments_lose_nothing(flags, tmp_path):
     print(f"{kills} kills, from checkpoints {moments}")
     assert kills >= 30 or moments[-1] > 300
     assert same(weights(whole), weights(output))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several machines: two launchers on one host, as two machines would start them
+
+
+def machine_config(folder, rank, port):
+    """The kit's yaml edited as README.md says: three lines uncommented, numbers set."""
+    text = (KIT / "bf16_accelerate_config.yaml").read_text()
+    for old, new in {
+        "  # deepspeed_multinode_launcher: standard": "  deepspeed_multinode_launcher: standard",
+        "# main_process_ip: localhost": "main_process_ip: 127.0.0.1",
+        "# main_process_port: 6000": f"main_process_port: {port}",
+        "machine_rank: 0": f"machine_rank: {rank}",
+        "num_machines: 1": "num_machines: 2",
+        "num_processes: 8": "num_processes: 2",
+    }.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    path = folder / f"machine{rank}.yaml"
+    path.write_text(text)
+    return path
+
+
+def start_machines(tmp_path, outputs, flags, *more, script=TRAINER):
+    """One launcher per "machine"; returns the processes."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank, output in enumerate(outputs):
+        command = [sys.executable, "-m", "accelerate.commands.launch"]
+        command += ["--config_file", str(machine_config(tmp_path, rank, port)), str(KIT / script)]
+        command += [*flags, f"--output_dir={output}", *more]
+        log = open(tmp_path / f"machine{rank}.log", "ab")
+        processes.append(
+            subprocess.Popen(command, stdout=log, stderr=log, env=script_environment(), start_new_session=True)
+        )
+    return processes
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared folder", "separate folders"])
+def test_two_machines_train_save_and_resume(flags, zero2_no_dropout, tmp_path, shared):
+    """Training, checkpoint and resume on two machines give what two processes on one machine give, to the bit."""
+    outputs = [tmp_path / "out", tmp_path / ("out" if shared else "other")]
+    for more in ([], ["--resume_from_checkpoint=latest"]):
+        for process in start_machines(tmp_path, outputs, flags, "--train_batch_size=1", *more):
+            assert process.wait(timeout=240) == 0, (tmp_path / "machine0.log").read_text()[-4000:]
+        shutil.rmtree(outputs[0] / "checkpoint-6")  # the second time it must come from checkpoint-3
+    assert same(weights(zero2_no_dropout), weights(outputs[0]))
+    if not shared:
+        assert not list(outputs[1].glob("checkpoint-*")) and (outputs[1] / "encodings").is_dir()
+
+
+def test_a_lost_machine_ends_the_other_and_the_run_resumes(flags, tmp_path):
+    output = tmp_path / "out"
+    more = ["--train_batch_size=1", "--max_train_steps=400", "--checkpointing_steps=5"]
+    first, second = start_machines(tmp_path, [output, output], flags, *more)
+    wait_for_step(output, 6, first)
+    family = tree(first.pid)
+    kill(tree(second.pid))
+    started = time.monotonic()
+    assert first.wait(timeout=90) != 0
+    assert time.monotonic() - started < 60  # the stated time
+    assert nobody_left(family)
+    step = checkpoints.list_checkpoints(output)[-1][0]
+    train(
+        output, flags, "--train_batch_size=1", f"--max_train_steps={step + 1}", "--resume_from_checkpoint=latest",
+        processes=2, engine="zero",
+    )  # fmt: skip
+
+
+def test_a_port_in_use_is_an_error_that_names_it(tiny_model, parquet_dataset, tmp_path):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        config = tmp_path / "config.yaml"
+        text = (KIT / "bf16_accelerate_config.yaml").read_text()
+        config.write_text(text.replace("# main_process_port: 6000", f"main_process_port: {port}"))
+        done = start_launcher(
+            f"--model_name={tiny_model}", f"--dataset_name={parquet_dataset}", f"--config_file={config}", cwd=tmp_path
+        )
+    assert done.returncode != 0 and f"main_process_port: {port} is in use" in done.stderr
+    assert not (tmp_path / "output").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Disks
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole_and_the_run_goes_on_once_there_is_room(
+    flags, small_disk, tmp_path
+):
+    more = ["--train_batch_size=1", "--gradient_accumulation_steps=1", "--rank=8", "--max_train_steps=40"]
+    more += ["--checkpointing_steps=2", f"--encodings_dir={tmp_path / 'encodings'}"]
+    done = launch(TRAINER, *flags, f"--output_dir={small_disk}", *more, engine="python")
+    assert done.returncode == 1 and "No space left" in done.stderr and "Traceback" not in done.stderr
+    whole = checkpoints.list_checkpoints(small_disk)
+    assert whole and all(checkpoints.find_damage(folder) is None for _, folder in whole)
+    assert not [path for path in small_disk.iterdir() if "partial" in path.name]
+    for _, folder in whole[:-1]:
+        shutil.rmtree(folder)
+    more += ["--resume_from_checkpoint=latest", "--checkpoints_total_limit=1"]
+    train(small_disk, flags, *more, engine="python")
+    assert weights(small_disk)
+
+
+def test_a_read_only_output_folder_is_an_error_before_anything_is_loaded(flags, small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    done = launch(TRAINER, *flags, f"--output_dir={small_disk}/out", engine="python")
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    assert done.returncode == 1 and "cannot be written to (Read-only file system)" in done.stderr
+    assert "Loading weights" not in done.stderr and not list(small_disk.iterdir())
