@@ -124,6 +124,7 @@ REASONS = {  # a part of each refusal
     "fused: key of another head dim": "head dims 16, 8",
     "fused: keep_prob 0": "(0, 1]",
     "rms norm: weight of another length": "gamma [4] is not the end of x [2, 8]",
+    "torch.cuda from the kit's code": "called torch.cuda.is_available on an Ascend host",
     "more memory than there is": "out of memory",
 }
 
@@ -332,9 +333,8 @@ def generate(script, output, environment, model, processes, *flags):
     """Pictures of one of the inference scripts as {name: array}."""
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "accelerate.commands.launch", "--num_processes", processes, "--num_machines", 1]
-        command += ["--main_process_port", free_port(), "--mixed_precision", "no", "--dynamo_backend", "no"]
-        command += ["--multi_gpu"]
+        command += ["-m", "accelerate.commands.launch", "--num_processes", processes]
+        command += ["--main_process_port", free_port()]
     command += [KIT / script, "--model_path", model, "--output_path", output, "--prompt", "a red square"]
     command += ["--prompt", "a blue dog", "--seeds", 8, 23, "--num_inference_steps", 2, "--dtype", "fp32"]
     run([*command, "--height", 64, "--width", 64, *flags], environment)

@@ -299,6 +299,7 @@ REFUSED = {
     "fused: key of another head dim": lambda: fused(k=(2, 4, 5, 8)),
     "fused: keep_prob 0": lambda: fused(keep_prob=0.0),
     "rms norm: weight of another length": lambda: rms_norm(npu(2, 8), npu(4)) and torch.npu.synchronize(),
+    "torch.cuda from the kit's code": lambda: torch.cuda.is_available(),
     "more memory than there is": lambda: torch.empty(70 * 2**30, dtype=torch.uint8, device="npu"),
 }
 
@@ -410,13 +411,27 @@ def saved_and_loaded(tensor):
     return all(results)
 
 
+def arrives_late(tensor):
+    """Whether an asynchronous copy to the host is there after a wait, and not before."""
+    target = torch.zeros(tensor.shape).pin_memory()
+    torch.npu.synchronize()
+    target.copy_(tensor, non_blocking=True)
+    early = target.abs().sum().item()
+    torch.npu.synchronize()
+    by_device = torch.equal(target, tensor.cpu())
+    target.zero_().copy_(tensor, non_blocking=True)
+    torch.npu.current_stream().record_event().synchronize()
+    return early == 0 and by_device and torch.equal(target, tensor.cpu())
+
+
 def copy_checks():
     x = torch.arange(24.0).reshape(2, 3, 4)
     y = x.npu()
     return {
         "there and back": torch.equal(y.cpu(), x),
         "a view comes back": torch.equal(y.permute(2, 0, 1)[1:].cpu(), x.permute(2, 0, 1)[1:]),
-        "without waiting": torch.equal(x.pin_memory().to("npu", non_blocking=True).to("cpu"), x),
+        "to the device without waiting": torch.equal(x.pin_memory().to("npu", non_blocking=True).to("cpu"), x),
+        "not before one waits": arrives_late(y),
         "from one device to another": torch.equal(y.to("npu:1").cpu(), x) and y.to("npu:1").device.index == 1,
         "saved and loaded": saved_and_loaded(y),
         "deepcopy": torch.equal(copy.deepcopy(y).cpu(), x),

@@ -198,6 +198,8 @@ static aclOpExecutor *new_executor(const char *name, uint64_t *workspace, aclOpE
     return *executor;
 }
 
+#define BEGIN_TASK (void)workspace, (void)bytes, (void)stream, emulated_flush();
+
 static int finish(aclOpExecutor *executor) {
     emulated_count(executor->name);
     free(executor);
@@ -252,7 +254,7 @@ int aclnnInplaceCopyGetWorkspaceSize(aclTensor *dst, const aclTensor *src, uint6
     return 0;
 }
 int aclnnInplaceCopy(void *workspace, uint64_t bytes, aclOpExecutor *e, aclrtStream stream) {
-    (void)workspace; (void)bytes; (void)stream;
+    BEGIN_TASK
     copy_tensor(e->tensor[0], e->tensor[1]);
     return finish(e);
 }
@@ -280,7 +282,7 @@ int aclnnInplaceZeroGetWorkspaceSize(aclTensor *self, uint64_t *workspace, aclOp
     return 0;
 }
 int aclnnInplaceZero(void *workspace, uint64_t bytes, aclOpExecutor *e, aclrtStream stream) {
-    (void)workspace; (void)bytes; (void)stream;
+    BEGIN_TASK
     fill_tensor(e->tensor[0], 0);
     return finish(e);
 }
@@ -301,7 +303,7 @@ int aclnnConstantPadNdGetWorkspaceSize(const aclTensor *self, const aclIntArray 
     return 0;
 }
 int aclnnConstantPadNd(void *workspace, uint64_t bytes, aclOpExecutor *e, aclrtStream stream) {
-    (void)workspace; (void)bytes; (void)stream;
+    BEGIN_TASK
     const aclTensor *self = e->tensor[0];
     aclTensor inner = *e->tensor[1];
     fill_tensor(&inner, e->real[0]);
@@ -438,7 +440,7 @@ int aclnnFlashAttentionScoreGetWorkspaceSize(
 }
 
 int aclnnFlashAttentionScore(void *workspace, uint64_t bytes, aclOpExecutor *e, aclrtStream stream) {
-    (void)workspace; (void)bytes; (void)stream;
+    BEGIN_TASK
     const aclTensor *drop = e->tensor[3], *mask = e->tensor[4], *maximum = e->tensor[5], *sum = e->tensor[6], *out = e->tensor[7];
     int64_t heads = e->integer[0], key_heads = e->integer[1], sparse = e->integer[2];
     char *layout = (char *)(intptr_t)e->integer[3];
@@ -502,7 +504,7 @@ int aclnnFlashAttentionScoreGradGetWorkspaceSize(
 }
 
 int aclnnFlashAttentionScoreGrad(void *workspace, uint64_t bytes, aclOpExecutor *e, aclrtStream stream) {
-    (void)workspace; (void)bytes; (void)stream;
+    BEGIN_TASK
     const aclTensor *drop = e->tensor[3], *mask = e->tensor[4], *maximum = e->tensor[5], *sum = e->tensor[6];
     int64_t heads = e->integer[0], key_heads = e->integer[1], sparse = e->integer[2], group = heads / key_heads;
     char *layout = (char *)(intptr_t)e->integer[3];
@@ -597,7 +599,7 @@ int aclnnRmsNormGetWorkspaceSize(const aclTensor *x, const aclTensor *gamma, dou
 }
 
 int aclnnRmsNorm(void *workspace, uint64_t bytes, aclOpExecutor *e, aclrtStream stream) {
-    (void)workspace; (void)bytes; (void)stream;
+    BEGIN_TASK
     float *x = as_floats(e->tensor[0]), *gamma = as_floats(e->tensor[1]);
     int64_t width = elements(e->tensor[1]), rows = width ? elements(e->tensor[0]) / width : 0;
     for (int64_t r = 0; r < rows; r++) {
@@ -624,7 +626,7 @@ int aclnnRmsNormGradGetWorkspaceSize(const aclTensor *dy, const aclTensor *x, co
 }
 
 int aclnnRmsNormGrad(void *workspace, uint64_t bytes, aclOpExecutor *e, aclrtStream stream) {
-    (void)workspace; (void)bytes; (void)stream;
+    BEGIN_TASK
     float *dy = as_floats(e->tensor[0]), *x = as_floats(e->tensor[1]), *gamma = as_floats(e->tensor[3]);
     int64_t width = elements(e->tensor[3]), rows = width ? elements(e->tensor[1]) / width : 0;
     float *dgamma = calloc(width + 1, sizeof *dgamma);
@@ -665,7 +667,7 @@ int aclnnDropoutGenMaskV2GetWorkspaceSize(const aclIntArray *shape, double proba
 }
 
 int aclnnDropoutGenMaskV2(void *workspace, uint64_t bytes, aclOpExecutor *e, aclrtStream stream) {
-    (void)workspace; (void)bytes; (void)stream;
+    BEGIN_TASK
     uint8_t *mask = (uint8_t *)e->tensor[0]->data;
     uint64_t start = mix(mix((uint64_t)e->integer[1] + 0x9e3779b97f4a7c15ull) + (uint64_t)e->integer[2]);
     memset(mask, 0, elements(e->tensor[0]));
@@ -685,7 +687,7 @@ int aclnnDropoutDoMaskGetWorkspaceSize(const aclTensor *x, const aclTensor *mask
 }
 
 int aclnnDropoutDoMask(void *workspace, uint64_t bytes, aclOpExecutor *e, aclrtStream stream) {
-    (void)workspace; (void)bytes; (void)stream;
+    BEGIN_TASK
     float *x = as_floats(e->tensor[0]), factor = e->real[0] < 1 ? 1 / (1 - e->real[0]) : 0;
     for (int64_t i = 0; i < elements(e->tensor[0]); i++) x[i] = kept(e->tensor[1], i) ? x[i] * factor : 0;
     from_floats(e->tensor[2], x);

@@ -3,4 +3,5 @@
 #define EMULATED_H
 int emulated_fail(int code, const char *format, ...) __attribute__((format(printf, 2, 3)));
 void emulated_count(const char *name);
+void emulated_flush(void); /* carry out the copies to the host that were put off; before anything else touches memory */
 #endif

@@ -260,6 +260,7 @@ static Result give_from_first(Comm *comm, const char *all, size_t each, size_t s
 }
 
 static Result check(const char *name, Type type) {
+    emulated_flush();
     emulated_count(name);
     return type_bytes(type) ? OK : emulated_fail(NOT_SUPPORTED, "%s: data type %d is not emulated", name, type);
 }
