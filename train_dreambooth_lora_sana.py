@@ -46,7 +46,6 @@ LR_SCHEDULERS = (
     "polynomial",
     "constant",
     "constant_with_warmup",
-    "piecewise_constant",
 )
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
 DEFAULT_LORA_LAYERS = ("to_k", "to_q", "to_v")
@@ -455,8 +454,7 @@ def create_accelerator(args):
     elif devices.under_deepspeed() and launched not in ("no", args.mixed_precision):
         problems.append(
             f"--mixed_precision={args.mixed_precision}: the accelerate config says mixed_precision: {launched}. Make"
-            f" both the"
-            " same, or leave the flag out."
+            " both the same, or leave the flag out."
         )
     steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto")
     if steps not in ("auto", "None", ""):
@@ -522,8 +520,7 @@ def _configure_deepspeed(args, accelerator, config: dict) -> None:
     if args.train_mode == "lora" and stage == 3:
         problems.append(
             "zero_stage: 3 in the accelerate config: a LoRA's few million trainable weights gain nothing from"
-            " partitioned"
-            " parameters, and every step would gather the frozen base. Use zero_stage: 2 (or 1)."
+            " partitioned parameters, and every step would gather the frozen base. Use zero_stage: 2 (or 1)."
         )
     if stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
@@ -1031,7 +1028,13 @@ def train(args, accelerator, base, output_dir: Path, started: float, stop: StopR
 
     from patch_sana import check_adapter, create_load_model_hook, create_save_model_hook
     from sana_kit import encodings
-    from sana_kit.dataset import concat, load_class_pictures, load_pictures
+    from sana_kit.dataset import (
+        bad_picture_problems,
+        check_pictures,
+        concat,
+        load_class_pictures,
+        load_pictures,
+    )
     from sana_kit.flops import training_flops_per_image
     from sana_kit.generation import parse_instruction
     from sana_kit.models import load_scheduler
@@ -1059,8 +1062,7 @@ def train(args, accelerator, base, output_dir: Path, started: float, stop: StopR
     if args.resume_from_checkpoint == "latest" and resume_folder is None:
         logger.info("no checkpoint in %s yet: starting at step 0", output_dir)
 
-    # ------------------------------------------------------------------------------------- pictures, captions,
-    # encodings
+    # ------------------------------------------------------------------------------------- pictures and captions
     pictures = load_pictures(
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
@@ -1074,6 +1076,10 @@ def train(args, accelerator, base, output_dir: Path, started: float, stop: StopR
     )
     num_class = 0
     if args.with_prior_preservation:
+        if not args.skip_bad_images and (
+            bad := check_pictures(pictures)
+        ):  # before weights load for the class pictures
+            raise ValueError("The training pictures cannot be used:\n- " + bad_picture_problems([m for _, m in bad]))
         generate_class_pictures(args, accelerator, base)
         classes = load_class_pictures(args.class_data_dir, args.class_prompt, args.num_class_images)
         num_class = len(classes)
@@ -1353,9 +1359,8 @@ def train(args, accelerator, base, output_dir: Path, started: float, stop: StopR
         # The only place where the host waits for the device.
         if global_step % args.logging_steps == 0 or global_step == args.max_train_steps or interrupted:
             losses = accelerator.reduce(torch.stack(interval), reduction="mean").tolist()
-            first = global_step - len(losses)
             interval.clear()
-            check_finite(losses, first, args, stream, samples_seen, samples_per_step, last_saved, log, main_process)
+            check_finite(losses, samples_seen, stream, samples_per_step, global_step, last_saved, args, log)
             finite = [value for value in losses if math.isfinite(value)]
             final_loss = sum(finite) / len(finite) if finite else float("nan")
             rate = meter.lap()
@@ -1376,6 +1381,11 @@ def train(args, accelerator, base, output_dir: Path, started: float, stop: StopR
         if interrupted:
             break
         if global_step % args.checkpointing_steps == 0:
+            if (
+                interval and args.on_nan == "stop"
+            ):  # between two reports: nothing that is not a number may get into a checkpoint
+                losses = accelerator.reduce(torch.stack(interval), reduction="mean").tolist()
+                check_finite(losses, samples_seen, stream, samples_per_step, global_step, last_saved, args, log)
             save()
             last_saved = global_step
         if validation is not None and validation_due(args, global_step, samples_seen, samples_per_step, num_instance):
@@ -1484,7 +1494,7 @@ def frozen_weights(optimizer, frozen: bool):
         group["lr"] = rate
 
 
-def check_finite(losses, first, args, stream, samples_seen, samples_per_step, last_saved, log, main_process) -> None:
+def check_finite(losses, samples_seen, stream, samples_per_step, global_step, last_saved, args, log) -> None:
     """Stop on a loss that is not finite: names the step, its pictures and the last good checkpoint.
 
     Raises:
@@ -1493,7 +1503,7 @@ def check_finite(losses, first, args, stream, samples_seen, samples_per_step, la
     for offset, value in enumerate(losses):
         if math.isfinite(value):
             continue
-        step = first + offset + 1
+        step = global_step - len(losses) + offset + 1
         start = samples_seen - (len(losses) - offset) * samples_per_step
         indices = [stream.picture_index(position) for position in range(start, start + samples_per_step)]
         message = f"loss {value} at step {step}, pictures {indices[:64]}"
@@ -1505,7 +1515,7 @@ def check_finite(losses, first, args, stream, samples_seen, samples_per_step, la
         log.write("warning", step=step, message=f"{message}; last good checkpoint: {good}")
         raise FloatingPointError(
             f"{message}. Last good checkpoint: {good}. Lower --learning_rate, look at those pictures, or use"
-            f" --on_nan=skip."
+            " --on_nan=skip."
         )
 
 

@@ -64,8 +64,7 @@ def locked_output_dir(output_dir: Path, enabled: bool = True, flag: str = "--out
             owner = handle.read().strip() or "unknown process"
             raise ValueError(
                 f"{flag}={output_dir}: another live run is writing there ({owner}). Wait for it, end it, or"
-                f" choose"
-                " another folder."
+                " choose another folder."
             ) from None
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {os.uname().nodename}")
