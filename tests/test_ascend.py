@@ -21,7 +21,7 @@ from PIL import Image
 
 sys.path.insert(0, str(KIT / "tests" / "ascend"))
 
-import build  # noqa: E402
+import build_host  # noqa: E402
 import device_checks  # noqa: E402
 
 LAUNCHER = "finetune_sana_dreambooth_lora_deepspeed_bf16.sh"
@@ -36,14 +36,14 @@ STEPS = 4
 def ascend():
     """A function: the environment of a process on an emulated host with so many devices."""
     try:
-        build.environment()
-    except build.CannotBuild as reason:
+        build_host.environment()
+    except build_host.CannotBuild as reason:
         if os.environ.get("ASCEND_EMULATION_REQUIRED") == "1":
             raise
         pytest.skip(f"no emulated Ascend host here: {reason}")
 
     def environment(devices=2, **variables):
-        variables = {**script_environment(), **build.environment(devices), **variables}
+        variables = {**script_environment(), **build_host.environment(devices), **variables}
         variables["PYTHONPATH"] = os.pathsep.join([variables["PYTHONPATH"], str(KIT)])
         return {**variables, "PYTHON": sys.executable, "ASCEND_EMULATED_NO_CUDA": str(KIT)}
 
@@ -419,6 +419,6 @@ def test_doctor_names_the_devices(ascend):
 def test_run_sh_passes_command_and_code_on(ascend):
     environment = {**script_environment(), "ASCEND_EMULATED_DEVICES": "5"}
     program = "import sys, torch; print(torch.npu.device_count()); sys.exit(torch.npu.device_count())"
-    command = ["bash", str(Path(build.HERE) / "run.sh"), "python", "-c", program]
+    command = ["bash", str(Path(build_host.HERE) / "run.sh"), "python", "-c", program]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert (result.stdout.strip(), result.returncode) == ("5", 5), result.stderr

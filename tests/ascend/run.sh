@@ -15,7 +15,7 @@ fi
 
 if [ $# -eq 0 ]; then exec "$python" -m pytest -q "$root/tests/test_ascend.py"; fi
 
-variables=$("$python" "$here/build.py") || exit $?
+variables=$("$python" "$here/build_host.py") || exit $?
 while IFS= read -r line; do export "${line?}"; done <<<"$variables"
 export ASCEND_EMULATED_DEVICES=${ASCEND_EMULATED_DEVICES:-2}
 PATH=$(dirname "$("$python" -c 'import sys; print(sys.executable)')"):$PATH  # so that "python" is the one it was built for

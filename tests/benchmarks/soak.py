@@ -2,8 +2,8 @@
 
     python tests/benchmarks/soak.py [--steps 2000]
 
-Prints resident memory, open files and steps/s of each rank over the first and the last quarter; exit code 1 if memory grew
-by more than 5 %, open files grew at all, or the speed fell by more than 15 %. Kept out of CI: it takes minutes.
+Prints resident memory, open files and steps/s of each rank over the first and the last quarter; exit code 1 if memory
+grew by more than 5 %, open files grew at all, or the speed fell by more than 15 %. Kept out of CI: it takes minutes.
 """
 
 import argparse
