@@ -275,14 +275,14 @@ def test_training_on_npus_equals_the_cpus(trained, tiny_model, parquet_dataset, 
     expected = train(tmp_path / "cpu", environment, tiny_model, parquet_dataset)
     assert [s["step"] for s in trained["steps"]] == [s["step"] for s in expected] == list(range(1, STEPS + 1))
     for found, reference in zip(trained["steps"], expected, strict=True):
-        assert found["loss"] == pytest.approx(reference["loss"], rel=0.01)
+        assert found["loss"] == pytest.approx(reference["loss"], rel=2e-3)
     found, reference = adapter(trained["folder"]), adapter(tmp_path / "cpu")
     assert found.keys() == reference.keys()
     for name in reference:
         # 4 steps of AdamW at 1e-3 move a weight by at most 4e-3; a gradient near 0 may take the other sign
         assert (found[name].float() - reference[name].float()).abs().max() <= 8e-3, name
     moved = [torch.cat([a[n].flatten().float() for n in sorted(a) if "lora_B" in n]) for a in (found, reference)]
-    assert torch.nn.functional.cosine_similarity(*moved, dim=0) > 0.97
+    assert torch.nn.functional.cosine_similarity(*moved, dim=0) > 0.99
 
 
 def test_training_used_the_fused_kernels(trained, tiny_model):
