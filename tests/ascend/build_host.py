@@ -2,7 +2,7 @@
 
 Used by run.sh and tests/test_ascend.py; by hand: `python tests/ascend/build_host.py`. Prints the variables, one a
 line, that make a process run on the emulated host. Ends with code 77 and a reason where it cannot be built.
-Everything lies in tests/ascend/build/ (ignored by git), made once per wheel version and once per content of runtime/.
+Everything lies in tests/ascend/dist/ (ignored by git), made once per wheel version and once per content of runtime/.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-BUILD = HERE / "build"  # a name that ruff and pytest leave out by themselves
+BUILD = HERE / "dist"  # a name that ruff and pytest leave out by themselves
 SKIP = 77
 VERSION = "2.13.0"  # of torch and torch_npu alike: they pair by version
 CANN = "9.1.0"  # what the emulated toolkit says of itself

@@ -272,7 +272,7 @@ def _forbid_cuda(folder: str) -> None:
         @functools.wraps(function)
         def call(*args, **kwargs):
             caller = sys._getframe(1).f_code.co_filename
-            if caller.startswith(folder) and "site-packages" not in caller and "/build/" not in caller:
+            if caller.startswith(folder) and "site-packages" not in caller and "/dist/" not in caller:
                 raise AssertionError(f"{caller} called torch.cuda.{name} on an Ascend host")
             return function(*args, **kwargs)
 
