@@ -3,6 +3,7 @@
 #   bash finetune_sana_dreambooth_lora_deepspeed_bf16.sh --quickstart
 #   bash finetune_sana_dreambooth_lora_deepspeed_bf16.sh --model_name=/models/Sana --dataset_name=/data/pokemon-blip-captions
 set -uo pipefail
+main() {  # the whole script is one function, so that bash has read it all: it may be edited while it runs
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 # ---------------------------------------------------------------------------------------------------------- defaults
@@ -216,16 +217,19 @@ fi
 if [ "$quickstart" = yes ]; then
   # The same prompts and seeds without and with the LoRA, by the kit's own inference scripts.
   printf '\ndrawing without and with the LoRA\n'
-  prompts_file=$(quickstart_item prompts_file) || exit 1
+  prompts=$(quickstart_item prompts) || exit 1
   drawing=()
+  while IFS= read -r prompt; do drawing+=(--prompt "$prompt"); done <<<"$prompts"
   while IFS= read -r flag; do drawing+=("$flag"); done <<<"$(quickstart_item inference_flags)"
   "$python" "$here/infer_sana_text2img_bf16.py" --model_path "$model_name" --output_path "$output_dir/before" \
-    --prompts_file "$prompts_file" --overwrite "${drawing[@]}" || exit $?
+    --overwrite "${drawing[@]}" || exit $?
   "$python" "$here/infer_sana_text2img_lora_bf16.py" --model_path "$model_name" --output_path "$output_dir/after" \
-    --lora_weights "$output_dir" --prompts_file "$prompts_file" --overwrite "${drawing[@]}" || exit $?
+    --lora_weights "$output_dir" --overwrite "${drawing[@]}" || exit $?
   "$python" -m sana_kit.quickstart --compare "$output_dir/before" "$output_dir/after" "$output_dir/before_after.png" \
     --json "$output_dir/before_after.json" || exit $?
   "$python" -m sana_kit.reports "$output_dir" || exit $?
   "$python" -m sana_kit.reports "$output_dir/after" --gallery --base "$output_dir/before" || exit $?
 fi
 exit 0
+}
+main "$@"

@@ -134,15 +134,25 @@ def under_deepspeed() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true")
 
 
-def process_group_handlers(timeout_seconds: int = 7200) -> list:
+def _name_cpu_to_accelerate() -> None:
+    """Where torch has no `torch.cpu.set_device` (2.1), accelerate can form a group of CPU ranks only if its own
+    variable names the device beforehand.
+    """
+    if accelerator_type() == "cpu" and not hasattr(torch.cpu, "set_device"):
+        os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
+
+
+def process_group_handlers(timeout_seconds: int = 7500) -> list:
     """kwargs_handlers for `Accelerator`: backend gloo on a CPU-only host, else the device's own, and a long timeout.
 
-    The timeout covers the waits of other ranks while one encodes the last pictures or writes a checkpoint.
+    The timeout covers the waits of other ranks while one encodes the last pictures or writes a checkpoint. It is longer
+    than the launcher's HCCL_EXEC_TIMEOUT (7200 s), so that HCCL reports a stuck collective first.
     """
     from datetime import timedelta
 
     from accelerate import InitProcessGroupKwargs
 
+    _name_cpu_to_accelerate()
     grouped = launched_world_size() > 1 or under_deepspeed()  # accelerate takes a backend as a promise of a group
     backend = {"backend": "gloo"} if accelerator_type() == "cpu" and grouped else {}
     return [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds), **backend)]
@@ -156,6 +166,7 @@ def distributed_state():
     """
     from accelerate import PartialState
 
+    _name_cpu_to_accelerate()
     state = PartialState(cpu=True) if accelerator_type() == "cpu" else PartialState()
     check_world_size(state.num_processes)
     return state

@@ -54,7 +54,8 @@ INFERENCE_FLAGS = (
     "--width=64",
     "--num_inference_steps=20",
     "--guidance_scale=2.0",
-    "--batch_size=11",  # of so small a model a call costs the same for eleven pictures as for one
+    "--batch_size=11",
+    "--dtype=fp32",  # twice as fast as bf16 on CPUs without bf16 units
     "--complex_human_instruction=none",
     "--seeds",
     *map(str, SEEDS),

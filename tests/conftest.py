@@ -32,7 +32,10 @@ def parquet_dataset(tmp_path_factory):
 
 
 def script_environment(threads=1):
-    """The environment of a launched script: offline, few threads, no accelerate or port settings from outside."""
+    """The environment of a launched script: offline, few threads, no accelerate or port settings from outside.
+
+    SANA_STACK_PATH is a folder that tests/stacks/run.sh adds to its Python path.
+    """
     keep = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "MASTER_", "RANK", "LOCAL_RANK"))}
     keep.pop("WORLD_SIZE", None)
     return {
@@ -41,7 +44,7 @@ def script_environment(threads=1):
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": str(KIT),
+        "PYTHONPATH": os.pathsep.join([str(KIT), *filter(None, [os.environ.get("SANA_STACK_PATH")])]),
     }
 
 
