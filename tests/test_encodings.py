@@ -600,7 +600,7 @@ def digest(encoded):
     return whole.hexdigest()
 
 def encode(folder, store, **changes):
-    state = PartialState(cpu=True)
+    state = devices.distributed_state()
     assert state.num_processes == int(os.environ.get("WORLD_SIZE", 1))
     encoded = encodings.encode(load_pictures(instance_data_dir=folder, instance_prompt="x"), accelerator=state,
         pretrained_model_name_or_path=model, store_dir=store, num_workers=1,
