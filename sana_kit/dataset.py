@@ -922,7 +922,8 @@ def _find_dataset(name, config, image_column, caption_column, cache_dir) -> _Tab
     if not path.exists():
         if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
             return _refuse(
-                f"--dataset_name={name}: no such folder or file. Check the path, or give the name of a data set on the hub."
+                f"--dataset_name={name}: no such folder or file. Check the path, or give the"
+                " name of a data set on the hub."
             )
         return _from_hub(name, config, image_column, caption_column, cache_dir)
     columns = (image_column, caption_column)
