@@ -145,8 +145,8 @@ def _name_cpu_to_accelerate() -> None:
 def process_group_handlers(timeout_seconds: int = 7500) -> list:
     """kwargs_handlers for `Accelerator`: backend gloo on a CPU-only host, else the device's own, and a long timeout.
 
-    The timeout covers the waits of other ranks while one encodes the last pictures or writes a checkpoint. It is longer
-    than the launcher's HCCL_EXEC_TIMEOUT (7200 s), so that HCCL reports a stuck collective first.
+    The timeout covers the waits of other ranks while one encodes the last pictures or writes a checkpoint. It is
+    longer than the launcher's HCCL_EXEC_TIMEOUT (7200 s), so that HCCL reports a stuck collective first.
     """
     from datetime import timedelta
 

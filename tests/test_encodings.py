@@ -570,7 +570,8 @@ def group(world, job, timeout=90):
         pid = os.fork()
         if pid == 0:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-                              LOCAL_WORLD_SIZE=str(world), MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+                              LOCAL_WORLD_SIZE=str(world), MASTER_PORT=str(port), OMP_NUM_THREADS="1",
+                              ACCELERATE_TORCH_DEVICE="cpu")
             try:
                 result = job(rank)
             except Exception as error:
@@ -600,7 +601,7 @@ def digest(encoded):
     return whole.hexdigest()
 
 def encode(folder, store, **changes):
-    state = devices.distributed_state()
+    state = PartialState(cpu=True)
     assert state.num_processes == int(os.environ.get("WORLD_SIZE", 1))
     encoded = encodings.encode(load_pictures(instance_data_dir=folder, instance_prompt="x"), accelerator=state,
         pretrained_model_name_or_path=model, store_dir=store, num_workers=1,

@@ -16,7 +16,6 @@ import pytest
 import tiny
 import torch
 from conftest import KIT
-from diffusers import SanaPipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -590,13 +589,16 @@ def test_fully_fine_tuned_transformer_takes_the_rest_from_its_base(tiny_model, t
 # Adapters
 
 
-# diffusers before 0.34 neither writes nor reads a LoRA's metadata, so it takes the rank for alpha.
-DIFFUSERS_KEEPS_ALPHA = "transformer_lora_adapter_metadata" in signature(SanaPipeline.save_lora_weights).parameters
+def diffusers_keeps_alpha():
+    """Whether diffusers writes and reads a LoRA's metadata; before 0.34 it took the rank for alpha."""
+    from diffusers import SanaPipeline
+
+    return "transformer_lora_adapter_metadata" in signature(SanaPipeline.save_lora_weights).parameters
 
 
 def write_lora(model, folder, rank=4, alpha=8, seed=0, strength=0.3, **changes):
     """A LoRA file with metadata, as diffusers 0.34 and newer write it, with random weights; returns its path."""
-    from diffusers import SanaTransformer2DModel
+    from diffusers import SanaPipeline, SanaTransformer2DModel
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
     from safetensors.torch import load_file, save_file
@@ -613,7 +615,7 @@ def write_lora(model, folder, rank=4, alpha=8, seed=0, strength=0.3, **changes):
     settings = {**config.to_dict(), "target_modules": sorted(config.target_modules), **changes}
     keep = {key: value for key, value in settings.items() if isinstance(value, (int, float, str, list, bool))}
     weights, path = get_peft_model_state_dict(transformer), folder / models.LORA_FILE
-    if DIFFUSERS_KEEPS_ALPHA:
+    if diffusers_keeps_alpha():
         SanaPipeline.save_lora_weights(folder, weights, transformer_lora_adapter_metadata=keep)
     else:
         SanaPipeline.save_lora_weights(folder, weights)
@@ -647,7 +649,7 @@ def test_lora_is_what_diffusers_makes_of_it_fused_and_apart(tiny_model, lora, em
     _, apart = with_lora(tiny_model, lora.parent, embeds, fuse_lora=False)
     theirs = SanaPipeline.from_pretrained(tiny_model)
     theirs.load_lora_weights(lora.parent, adapter_name="default")
-    if not DIFFUSERS_KEEPS_ALPHA:
+    if not diffusers_keeps_alpha():
         theirs.set_adapters("default", 2.0)  # alpha 8 of rank 4
     expected = generate(theirs, embeds, plan(["a red square"], [8]))[0]
     assert levels(picture, expected) <= 1 and levels(apart, expected) <= 1

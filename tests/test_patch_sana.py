@@ -429,6 +429,9 @@ def launch_deepspeed(folder, command, zero_stage=2, timeout=600):
         key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "PYTHONPATH"))
     }
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment["PYTHONPATH"] = os.environ.get("SANA_STACK_PATH", "")  # see tests/stacks/run.sh
+    if not hasattr(torch.cpu, "set_device"):  # torch 2.1, where accelerate would call it
+        environment["ACCELERATE_TORCH_DEVICE"] = "cpu"
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
         + ["--main_process_port", str(free_port())]
