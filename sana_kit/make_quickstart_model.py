@@ -687,8 +687,7 @@ def write_assets(pictures, vae, tokenizer, text_encoder, transformer, facts, fol
     pipeline.save_pretrained(folder / "model")
     captions = write_dataset(pictures, folder / "style_dataset")
     assert not {f"{subject} {TRIGGER}" for subject in UNSEEN} & set(captions)
-    lines = [{"prompt": f"{subject} {TRIGGER}", "seen": True} for subject in SEEN]
-    lines += [{"prompt": f"{subject} {TRIGGER}", "seen": False} for subject in UNSEEN]
+    lines = [{"prompt": f"{subject} {TRIGGER}"} for subject in SEEN + UNSEEN]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "prompts.jsonl").write_text(text, encoding="utf-8")
     (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
