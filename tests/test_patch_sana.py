@@ -418,6 +418,8 @@ def free_port():
 
 def launch_deepspeed(folder, command, zero_stage=2, timeout=600):
     """`accelerate launch` with DeepSpeed on two processes; returns its output, fails with it."""
+    import torch
+
     config = folder / f"zero{zero_stage}.yaml"
     config.write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nmixed_precision: bf16\nnum_machines: 1\n"
