@@ -613,7 +613,7 @@ def write_lora(model, folder, rank=4, alpha=8, seed=0, strength=0.3, **changes):
         if "lora_" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * strength
     settings = {**config.to_dict(), "target_modules": sorted(config.target_modules), **changes}
-    keep = {key: value for key, value in settings.items() if isinstance(value, (int, float, str, list, bool))}
+    keep = {key: value for key, value in settings.items() if isinstance(value, (int, float, str, list, dict, bool))}
     weights, path = get_peft_model_state_dict(transformer), folder / models.LORA_FILE
     if diffusers_keeps_alpha():
         SanaPipeline.save_lora_weights(folder, weights, transformer_lora_adapter_metadata=keep)
