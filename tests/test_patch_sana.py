@@ -43,9 +43,13 @@ def fresh_accelerate():
     """accelerate keeps its state in the process: leave none for, and take none from, other tests."""
     from accelerate.state import AcceleratorState, GradientState
 
+    def reset():
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+
+    reset()
     yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    reset()
 
 
 def lora_transformer(folder, rank=4, alpha=4, dtype=None, layers=("to_k", "to_q", "to_v"), seed=0):
