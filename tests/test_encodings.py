@@ -764,6 +764,7 @@ def test_concurrent_runs_in_one_store(ranks):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_forty_kills_at_random_moments(tmp_path, tiny_model):
     results = run_ranks(tmp_path, tiny_model, kills=40)
     assert len(results["kills"]) == 40 and results["after kills"][0]["digest"] == results["undisturbed"][0]["digest"]

@@ -99,7 +99,7 @@ def on_tiny_things(line, model, data, pictures):
     while "--num_processes" in out:
         at = out.index("--num_processes")
         out[at : at + 2] = ["--num_processes=2"]
-    if out[0] == "bash":  # the launcher, whose defaults are the real model and data
+    if out[:1] == ["bash"] and out[1].startswith("finetune"):  # whose defaults are the real model and data
         extra = [f"--model_name={model}", f"--dataset_name={data}", "--resolution=64", "--batch_size=1"]
         extra += ["--max_train_steps=3", "--num_processors=1"]
         given = {word.split("=")[0] for word in out}
