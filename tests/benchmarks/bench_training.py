@@ -250,7 +250,8 @@ def prepare_upstream(options, work: Path) -> list:
     folder = work / "upstream"
     folder.mkdir()
     (folder / name).write_bytes(source)
-    run([sys.executable, KIT / "patch_sana.py", folder / name])
+    if not options.unpatched:
+        run([sys.executable, KIT / "patch_sana.py", folder / name])
     transforms = work / "stand_in" / "torchvision" / "transforms"
     transforms.mkdir(parents=True)
     (transforms.parent / "__init__.py").write_text("")
@@ -292,6 +293,7 @@ def measure_upstream(options, model, data, work, script) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--diffusers", help="a checkout (or bare git folder) of diffusers")
+    parser.add_argument("--unpatched", action="store_true", help="diffusers' trainer as it is: float32 VAE")
     parser.add_argument("--config", choices=("scaled", "1600M", "600M"), default="scaled")
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--batch_size", type=int, default=2)
