@@ -1376,7 +1376,11 @@ def train(args, accelerator, base, output_dir: Path, started: float, stop: StopR
             }
             log.write("step", step=global_step, epoch=samples_seen / num_instance, **figures)
             accelerator.log({k: v for k, v in figures.items() if v is not None}, step=global_step)
-            bar.set_postfix(loss=f"{final_loss:.4f}", lr=f"{figures['learning_rate']:.1e}")
+            bar.set_postfix(
+                loss=f"{final_loss:.4f}",
+                lr=f"{figures['learning_rate']:.1e}",
+                memory=f"{figures['peak_memory_bytes'] / 2**30:.2f}GiB",
+            )
 
         if interrupted:
             break

@@ -815,5 +815,9 @@ def test_compiled_blocks_train_the_same_adapter(base_flags, picture_folder, tmp_
     assert run(*flags, f"--output_dir={tmp_path / 'compiled'}", "--compile") == 0
     plain, compiled = weights(tmp_path / "plain"), weights(tmp_path / "compiled")
     assert plain.keys() == compiled.keys()  # names as without compilation
-    for key in plain:
-        torch.testing.assert_close(plain[key], compiled[key], rtol=2e-2, atol=2e-2)
+    # bf16 rounds otherwise in a compiled block. Adam's first steps turn even a gradient of nearly nothing into a whole
+    # step of the learning rate, so single weights may go the other way: direction and losses must agree.
+    learnt = [torch.cat([w[key].flatten() for key in sorted(w) if "lora_B" in key]) for w in (plain, compiled)]
+    assert torch.nn.functional.cosine_similarity(*learnt, dim=0) > 0.98
+    losses = [events(tmp_path / name, "step")[-1]["loss"] for name in ("plain", "compiled")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
