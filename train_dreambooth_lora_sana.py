@@ -22,7 +22,6 @@ import json
 import logging
 import math
 import os
-import shlex
 import signal
 import sys
 import time
@@ -1240,7 +1239,7 @@ def train(args, accelerator, base, output_dir: Path, started: float, stop: StopR
     # ----------------------------------------------------------------------------------------------------- reporting
     config = {
         **public_config(args),
-        "command": redacted_command(args),
+        "command": redacted_command(),
         "device": devices.device_name(device),
         "world_size": world_size,
     }
@@ -1662,7 +1661,7 @@ def finish_outputs(args, output_dir: Path, validation) -> None:
         dataset=args.dataset_name or args.instance_data_dir,
         instance_prompt=args.instance_prompt,
         validation_prompts=validation.prompts if validation else [],
-        command=redacted_command(args),
+        command=redacted_command(),
         train_mode=args.train_mode,
         rank=args.rank if args.train_mode == "lora" else None,
         lora_alpha=args.lora_alpha if args.train_mode == "lora" else None,
@@ -1671,18 +1670,11 @@ def finish_outputs(args, output_dir: Path, validation) -> None:
         model_card.push(output_dir, args.hub_model_id or output_dir.name, args.hub_token)
 
 
-def redacted_command(args) -> str:
+def redacted_command() -> str:
     """The command line of this run without secrets."""
-    words, hide = [], False
-    for word in sys.argv:
-        if hide:
-            word, hide = "...", False
-        name = word.split("=")[0].lstrip("-")
-        if name in SECRET_FLAGS:
-            hide = "=" not in word
-            word = word.split("=")[0] + ("=..." if "=" in word else "")
-        words.append(word)
-    return shlex.join(["accelerate", "launch", *words])
+    from sana_kit.model_card import redact_command
+
+    return redact_command(["accelerate", "launch", *sys.argv])
 
 
 def print_summary(summary: dict) -> None:

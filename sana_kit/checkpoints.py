@@ -15,7 +15,6 @@ makes it whole, and machines that share no folder can resume from the first mach
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -25,6 +24,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from sana_kit.run_log import file_sha256
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -74,15 +75,6 @@ def locked_output_dir(output_dir: Path, enabled: bool = True, flag: str = "--out
 
 # -----------------------------------------------------------------------------------------------------------------
 # Whole or not
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as handle:
-        while piece := handle.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def sync_path(path: Path) -> None:
@@ -270,7 +262,7 @@ def optimizer_scalars(optimizer) -> dict:
     """What the optimizer keeps beside per-parameter tensors: Adam's step count, and numbers of its parameter groups.
 
     Raises:
-        CheckpointError: a state that is neither a tensor of the parameter's shape nor one number.
+        CheckpointError: a state in whole numbers, such as 8-bit moments.
     """
     base = _base_optimizer(optimizer)
     scalars = {}
@@ -279,6 +271,12 @@ def optimizer_scalars(optimizer) -> dict:
             scalars[key] = value.item()
         elif isinstance(value, (int, float)):
             scalars[key] = value
+        elif torch.is_tensor(value) and not value.is_floating_point():
+            raise CheckpointError(
+                f"{type(base).__name__} keeps '{key}' as {value.dtype}, which checkpoints of this kit do not hold: a"
+                f" resumed"
+                " run would go on with other moments. Use --optimizer=AdamW without --use_8bit_adam."
+            )
     groups = [
         {k: v for k, v in group.items() if k != "params" and isinstance(v, (int, float, bool, str))}
         for group in base.param_groups

@@ -12,7 +12,6 @@ but cannot be undone.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .run_log import write_atomic
+from .run_log import file_sha256, write_atomic
 
 KIT = Path(__file__).resolve().parent.parent
 TARGET = Path("examples") / "dreambooth"
@@ -97,14 +96,6 @@ def _ignored_by_git(kit: Path, names: list[Path]) -> set[Path]:
     return {Path(name) for name in answer.stdout.decode().split("\0") if name}
 
 
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _target(diffusers: Path) -> Path:
     """examples/dreambooth of a diffusers checkout.
 
@@ -176,8 +167,11 @@ def install(diffusers: str | os.PathLike, *, kit: str | os.PathLike = KIT, dry_r
     files = kit_files(kit)
     changed = []
     for name, entry in known.items():
-        if (target / name).is_file() and (now := _hash(target / name)) not in (*entry["laid"], entry["original"]):
-            if not (kit / name).is_file() or _hash(kit / name) != now:
+        if (target / name).is_file() and (now := file_sha256(target / name)) not in (
+            *entry["laid"],
+            entry["original"],
+        ):
+            if not (kit / name).is_file() or file_sha256(kit / name) != now:
                 changed.append(name)
     if changed:
         raise ValueError(
@@ -198,15 +192,15 @@ def install(diffusers: str | os.PathLike, *, kit: str | os.PathLike = KIT, dry_r
     for name in map(str, files):
         source, there = kit / name, target / name
         entry = known.get(name)
-        installed = _hash(source)
+        installed = file_sha256(source)
         if entry is None:
-            original = _hash(there) if there.is_file() else None
+            original = file_sha256(there) if there.is_file() else None
             if original is not None and not dry_run:
                 _copy(there, target / RECORD / "backup" / name)
             entry = {"original": original, "laid": []}
             done[name] = "added" if original is None else "unchanged" if original == installed else "replaced"
         else:
-            same = there.is_file() and _hash(there) == installed
+            same = there.is_file() and file_sha256(there) == installed
             done[name] = "unchanged" if same else "updated" if there.is_file() else "added"
         known[name] = {**entry, "laid": sorted({*entry["laid"], installed})}
     for folder in sorted({str(parent) for name in files for parent in list(name.parents)[:-1]}):
@@ -238,7 +232,7 @@ def _restore(target: Path, name: str, entry: dict) -> None:
         (target / name).unlink(missing_ok=True)
         return
     backup = target / RECORD / "backup" / name
-    if not backup.is_file() or _hash(backup) != entry["original"]:
+    if not backup.is_file() or file_sha256(backup) != entry["original"]:
         raise ValueError(f"{backup}: the kept original is missing or damaged; restore it with `git checkout`.")
     _copy(backup, target / name)
 
@@ -257,12 +251,12 @@ def undo(diffusers: str | os.PathLike, *, dry_run: bool = False) -> dict[str, st
         raise ValueError(f"{target}: no overlay of this kit is there (no {RECORD}/manifest.json).")
     for name, entry in record["files"].items():
         backup = target / RECORD / "backup" / name
-        if entry["original"] is not None and (not backup.is_file() or _hash(backup) != entry["original"]):
+        if entry["original"] is not None and (not backup.is_file() or file_sha256(backup) != entry["original"]):
             raise ValueError(f"{backup}: the kept original is missing or damaged; restore it with `git checkout`.")
     done = {}
     for name, entry in record["files"].items():
         there = target / name
-        now = _hash(there) if there.is_file() else None
+        now = file_sha256(there) if there.is_file() else None
         changed = now is not None and now not in (*entry["laid"], entry["original"])
         if now is not None and now == entry["original"]:
             done[name] = "unchanged"

@@ -7,6 +7,7 @@ Nothing here touches a device or imports torch.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -328,6 +329,15 @@ def finite_number(value) -> float | None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """Hex SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def write_atomic(path: str | os.PathLike, write: Callable) -> Path:

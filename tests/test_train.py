@@ -468,6 +468,15 @@ def test_a_checkpoint_of_the_1600m_model_at_rank_4_is_at_most_40_mb(tmp_path):
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 40e6
 
 
+def test_moments_in_whole_numbers_are_refused_rather_than_resumed_wrongly():
+    """What bitsandbytes' AdamW8bit keeps."""
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.AdamW([parameter])
+    optimizer.state[parameter] = {"step": torch.tensor(1.0), "state1": torch.zeros(3, dtype=torch.uint8)}
+    with pytest.raises(checkpoints.CheckpointError, match="keeps 'state1' as torch.uint8.*--use_8bit_adam"):
+        checkpoints.optimizer_scalars(optimizer)
+
+
 def test_old_checkpoints_go_only_after_the_new_one_is_whole(base_flags, picture_folder, tmp_path, monkeypatch):
     flags = [
         *base_flags,
