@@ -186,13 +186,13 @@ def test_an_error_ends_all_ranks_with_one_message(flags, tmp_path):
 # The launcher
 
 
-def start_launcher(*arguments, **more):
+def start_launcher(*arguments, env=None, **more):
     return subprocess.run(
         ["bash", str(LAUNCHER), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=400,
-        env={**script_environment(), "PYTHON": sys.executable},
+        env={**script_environment(), "PYTHON": sys.executable, **(env or {})},
         **more,
     )
 
@@ -214,14 +214,31 @@ def test_the_launcher_refuses_what_it_does_not_know(arguments, message, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-def test_the_launcher_trains_and_prints_the_result_block(tiny_model, parquet_dataset, tmp_path):
+# Where tokens are found by the libraries that read them; none may reach anything that a user might show to others.
+SECRETS = {
+    "HF_TOKEN": "hf_tokenoftheenvironment",
+    "HUGGING_FACE_HUB_TOKEN": "hf_itsoldname",
+    "WANDB_API_KEY": "0123456789wandbkeyoftheenvironment",
+    "COMET_API_KEY": "cometkeyoftheenvironment",
+}
+
+
+def test_the_launcher_trains_prints_the_result_block_and_tells_no_secret(tiny_model, parquet_dataset, tmp_path):
     output = tmp_path / "out put"  # a space, as user's folders have
     done = start_launcher(
         "--model_name", tiny_model, f"--dataset_name={parquet_dataset}", "--batch_size=1", "--num_processors=2",
         "--max_train_steps=6", "--resolution=64", f"--output_dir={output}", "--", "--logging_steps=2", "--rank=2",
-        cwd=tmp_path,
+        "--checkpointing_steps=3", "--hub_token=hf_tokenoftheflag",
+        "--validation_prompt=a red square", "--num_validation_images=1", "--validation_inference_steps=1",
+        cwd=tmp_path, env=SECRETS,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    told = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    told |= {"stdout": done.stdout.encode(), "stderr": done.stderr.encode()}
+    for what in ("README.md", "report.html", "summary.json", "manifest.json", "events.out.tfevents", ".log"):
+        assert any(what in str(path) for path in told), what  # so that the search below looked there
+    for secret in ("hf_tokenoftheflag", *SECRETS.values()):
+        assert [str(path) for path, content in told.items() if secret.encode() in content] == []
     for line in ("Average it/s", "Final Performance images/sec", "Final Train Loss", "E2E Training Duration"):
         assert line in done.stdout
     assert len(list(output.glob("*.log"))) == 1
@@ -340,6 +357,44 @@ def test_the_launcher_passes_sigterm_on_saves_and_resumes_to_the_bit(tiny_model,
     )
     assert again.returncode == 0, again.stderr[-4000:]
     assert same(weights(tmp_path / "whole"), weights(output))
+
+
+def test_a_second_signal_ends_at_once_and_leaves_nobody(flags, tmp_path):
+    """The first is answered after the step, which here takes minutes; the second does not wait for it."""
+    output = tmp_path / "out"
+    process = start_long_run(output, flags, "--max_train_steps=2", "--gradient_accumulation_steps=20000")
+    deadline, log = time.monotonic() + 120, output / "train_log.jsonl"
+    while not log.exists() or '"event": "start"' not in log.read_text():
+        assert process.poll() is None and time.monotonic() < deadline, output.with_suffix(".log").read_text()[-3000:]
+        time.sleep(0.05)
+    family = tree(process.pid)
+    try:
+        time.sleep(1)  # well inside the step
+        process.send_signal(signal.SIGTERM)
+        time.sleep(2)
+        assert all(child.is_running() for child in family)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) != 0
+        assert nobody_left(family, seconds=2)
+    finally:
+        kill(family)
+    assert "once more to end at once" in output.with_suffix(".log").read_text()
+    assert not list(output.glob("checkpoint-*"))
+
+
+def test_ctrl_c_saves_and_ends_with_130(flags, tmp_path):
+    """Ctrl-C reaches every process of the foreground group at once, the launcher and each rank."""
+    output = tmp_path / "out"
+    process = start_long_run(output, flags, "--max_train_steps=100000", "--logging_steps=1")
+    wait_for_step(output, 3, process)
+    family = tree(process.pid)
+    for child in family:
+        child.send_signal(signal.SIGINT)
+    process.wait(timeout=60)
+    assert nobody_left(family)
+    (step, folder), *_ = checkpoints.list_checkpoints(output)
+    assert step >= 3 and checkpoints.find_damage(folder) is None
+    assert "stopped by signal 2" in (output / "train_log.jsonl").read_text()
 
 
 @pytest.mark.slow
