@@ -17,6 +17,7 @@ report.html.
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import logging
@@ -490,7 +491,7 @@ def create_accelerator(args):
 
         unset_hf_deepspeed_config()
     elif args.train_mode == "lora" and args.mixed_precision == "bf16":
-        # The frozen base runs in bf16 as it is and LoRA layers cast for themselves (see run_lora_in_bf16): no global
+        # The frozen base runs in bf16 as it is and LoRA layers cast for themselves (see lean_lora): no global
         # autocast, which would run every norm in float32.
         accelerator.native_amp = False
     return accelerator
@@ -591,8 +592,7 @@ def load_transformer(args, accelerator, model):
             for parameter in transformer.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
-            if weight_dtype == torch.bfloat16:
-                run_lora_in_bf16(transformer, accelerator.device.type)
+        lean_lora(transformer, accelerator.device.type, weight_dtype)
     else:
         transformer.requires_grad_(True)
     transformer.to(accelerator.device)
@@ -606,17 +606,36 @@ def load_transformer(args, accelerator, model):
     return transformer
 
 
-def run_lora_in_bf16(transformer, device_type: str) -> None:
-    """Let float32 LoRA weights compute in bf16: each LoRA layer casts its small matrices, not its large input.
+def lean_lora(transformer, device_type: str, dtype: torch.dtype) -> None:
+    """Let LoRA layers compute in `dtype` and touch their large input and output once.
 
-    peft would cast the layer's whole input to float32 first, or need an autocast around the model.
+    peft casts a layer's whole input to the adapter's float32 (or needs an autocast around the model), then writes the
+    update, scales it and adds it in passes over the whole output. Here the small matrices are cast instead, and
+    y + s * (x A^T) B^T is one addmm; rounded once, not three times.
     """
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners import lora
 
     for module in transformer.modules():
-        if isinstance(module, LoraLayer):
+        if not isinstance(module, lora.LoraLayer):
+            continue
+        forward = module.forward
+        (name,) = module.active_adapters
+        plain = not (getattr(module, "lora_variant", {}) or module.use_dora.get(name)) and not module.merged
+        if type(module) is lora.Linear and plain and module.lora_B[name].bias is None:
+            forward = functools.partial(_lora_forward, module, name)
+        if module.lora_A[name].weight.dtype != dtype:
             module.cast_input_dtype_enabled = False
-            module.forward = torch.autocast(device_type, dtype=torch.bfloat16)(module.forward)
+            forward = torch.autocast(device_type, dtype=dtype)(forward)
+        module.forward = forward
+
+
+def _lora_forward(module, name: str, hidden_states: torch.Tensor) -> torch.Tensor:
+    """base(x) + scaling * B(A(dropout(x))) of a peft.tuners.lora.Linear, the sum within the product."""
+    base = module.base_layer(hidden_states)
+    down = module.lora_A[name](module.lora_dropout[name](hidden_states))
+    up = module.lora_B[name].weight
+    total = torch.addmm(base.flatten(0, -2), down.flatten(0, -2), up.t(), alpha=module.scaling[name])
+    return total.view_as(base)
 
 
 def checkpoint_blocks(transformer, interval: int) -> None:

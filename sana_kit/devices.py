@@ -328,7 +328,39 @@ class CrossAttentionProcessor:
         else:
             out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
         out = out.transpose(1, 2).reshape(batch, length, -1).to(query.dtype)
-        return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
+        out = attn.to_out[1](attn.to_out[0](out))
+        return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
+
+
+class LinearAttentionProcessor:
+    """Sana's linear self-attention, relu(Q) (relu(K)^T V) / relu(Q) sum(relu(K)), with each tensor laid out once.
+
+    The arithmetic is that of diffusers' SanaLinearAttnProcessor2_0, float32 included (Sana, arXiv 2410.10629, section
+    3.2). That one computes features first, (heads, d, N): each product then copies its float32 operands once more, the
+    relu and its gradient walk over strided memory, and V is padded with a row of ones for the denominator. Here tokens
+    stay first, one copy both casts and lays out, and the denominator is a sum. The order of summation differs, so
+    results agree to float32 rounding.
+    """
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, *args, **kwargs):
+        """hidden_states (B, N, D) -> (B, N, D) in the same dtype."""
+        dtype, (batch, length, _) = hidden_states.dtype, hidden_states.shape
+        query, key, value = (project(hidden_states) for project in (attn.to_q, attn.to_k, attn.to_v))
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+
+        def heads(tensor):  # (B, N, D) -> (B, heads, N, d) float32, contiguous
+            split = tensor.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            return split.to(torch.float32, memory_format=torch.contiguous_format)
+
+        query, key, value = heads(query.relu()), heads(key.relu()), heads(value)
+        context = key.transpose(2, 3) @ value  # (B, heads, d, d)
+        total = key.sum(2).unsqueeze(-1)  # (B, heads, d, 1)
+        out = (query @ context) / (query @ total + 1e-15)
+        out = attn.to_out[1](attn.to_out[0](out.to(dtype).transpose(1, 2).reshape(batch, length, -1)))
+        return out.clip(-65504, 65504) if dtype == torch.float16 else out
 
 
 class _CrossAttentionMask:
@@ -376,13 +408,14 @@ def resolve_attention(attention: str, device: torch.device) -> str:
 
 
 def set_attention(transformer, attention: str, device: torch.device) -> str:
-    """Give every cross-attention of a SanaTransformer2DModel the boolean-mask processor; returns the kernel's name.
+    """Give a SanaTransformer2DModel the kit's attention processors; returns the cross-attention kernel's name.
 
-    Only `attn2` is touched: `attn1` is Sana's linear attention, which no softmax kernel may replace.
-    Calling it again replaces the former choice.
+    The kernel is chosen for the cross-attention `attn2` only: `attn1` is Sana's linear attention, which no softmax
+    kernel may replace. Calling it again replaces the former choice.
     """
     kernel = resolve_attention(attention, device)
     for block in transformer.transformer_blocks:
+        block.attn1.set_processor(LinearAttentionProcessor())
         if block.attn2 is not None:
             block.attn2.set_processor(CrossAttentionProcessor(kernel))
     previous = getattr(transformer, "_sana_kit_mask_hook", None)

@@ -4,9 +4,11 @@ Several processes and DeepSpeed are launched for real in test_engines.py.
 """
 
 import errno
+import functools
 import json
 import math
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -313,6 +315,101 @@ def test_collate_keeps_each_caption_with_its_picture_and_pads_with_a_mask():
         assert kept.sum() == 3 + int(index) % 2
         assert (batch["prompt_embeds"][row][kept] == index).all() and not batch["prompt_embeds"][row][~kept].any()
     assert (batch["latents"][:4] < 5).all() and (batch["latents"][4:] >= 5).all()  # instance first, class after
+
+
+def gradients(transformer):
+    """Output and all gradients of one backward pass on fixed inputs, in float32."""
+    generator = torch.Generator().manual_seed(3)
+    dtype = transformer.dtype
+    mask = torch.ones(2, 16, dtype=torch.bool)
+    mask[0, 5:] = False
+    out = transformer(
+        torch.randn(2, 4, 8, 8, generator=generator).to(dtype),
+        torch.randn(2, 16, 32, generator=generator).to(dtype),
+        torch.tensor([300.0, 700.0]),
+        encoder_attention_mask=mask,
+        return_dict=False,
+    )[0]
+    (out.float() * torch.randn(out.shape, generator=generator)).sum().backward()
+    found = {name: p.grad.float() for name, p in transformer.named_parameters() if p.grad is not None}
+    return out.detach().float(), found
+
+
+def relative(difference, reference):
+    return ((difference - reference).norm() / reference.norm()).item()
+
+
+@pytest.mark.parametrize("qk_norm", [None, "rms_norm_across_heads"])
+def test_the_kits_attention_is_diffusers_own_forward_and_backward(tmp_path, qk_norm):
+    """In float32 to rounding; in bf16 no farther from that than diffusers' own processors are."""
+    from diffusers import SanaTransformer2DModel
+
+    folder = tiny.make_tiny_pipeline(tmp_path / "model", qk_norm=qk_norm)
+
+    def of(dtype, kit):
+        transformer = SanaTransformer2DModel.from_pretrained(folder, subfolder="transformer").to(dtype)
+        if kit:
+            devices.set_attention(transformer, "auto", torch.device("cpu"))
+            processor = transformer.transformer_blocks[0].attn1.processor
+            assert isinstance(processor, devices.LinearAttentionProcessor)
+        return gradients(transformer)
+
+    exact, exact_gradients = of(torch.float32, kit=False)
+    ours, our_gradients = of(torch.float32, kit=True)
+    assert exact_gradients.keys() == our_gradients.keys()
+    assert relative(ours, exact) < 1e-5
+    for name, gradient in exact_gradients.items():
+        assert (our_gradients[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-5, name
+    theirs_bf16, _ = of(torch.bfloat16, kit=False)
+    ours_bf16, _ = of(torch.bfloat16, kit=True)
+    assert relative(ours_bf16, exact) < 1.2 * relative(theirs_bf16, exact)
+
+
+@pytest.mark.parametrize("variant", ["float32", "bf16", "masters", "dropout", "alpha", "dora", "conv"])
+def test_lean_lora_is_pefts_own(variant):
+    """Same output and gradients as peft's layer, in bf16 no farther than peft's from what float32 gives; what is no
+    plain LoRA of a linear layer keeps peft's forward.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    in_bf16 = variant in ("bf16", "masters")
+    config = LoraConfig(
+        r=4,
+        lora_alpha=12 if variant == "alpha" else 4,
+        lora_dropout=0.5 if variant == "dropout" else 0.0,
+        use_dora=variant == "dora",
+        target_modules=["to_q"],
+    )
+
+    def of(lean, dtype):
+        generator = torch.Generator().manual_seed(1)
+
+        def draw(*shape):
+            return torch.randn(shape, generator=generator).bfloat16()
+
+        base = torch.nn.Conv2d(32, 48, 1) if variant == "conv" else torch.nn.Linear(32, 48)
+        model = inject_adapter_in_model(config, torch.nn.ModuleDict({"to_q": base}).to(dtype))
+        for name, parameter in model.named_parameters():
+            masters = variant == "masters" and "lora_" in name
+            parameter.data = draw(*parameter.shape).to(torch.float32 if masters else dtype) * 0.25
+        if lean:
+            trainer.lean_lora(model, "cpu", dtype)
+            forward = getattr(model["to_q"].forward, "__wrapped__", model["to_q"].forward)  # below an autocast
+            assert isinstance(forward, functools.partial) == (variant not in ("dora", "conv"))
+        hidden_states = (draw(2, 32, 5, 4) if variant == "conv" else draw(2, 20, 32)).to(dtype).requires_grad_()
+        torch.manual_seed(2)  # dropout draws the same in both
+        cast = variant == "masters" and not lean and dtype == torch.bfloat16
+        with torch.autocast("cpu", torch.bfloat16) if cast else nullcontext():
+            out = model["to_q"](hidden_states)
+        assert out.dtype == dtype
+        out.backward(draw(*out.shape).to(dtype))
+        adapter = {name: p.grad for name, p in model.named_parameters() if "lora_" in name}
+        assert len(adapter) == 2 + (variant == "dora") and all(grad is not None for grad in adapter.values())
+        return [out.detach().float(), hidden_states.grad.float(), *(grad.float() for grad in adapter.values())]
+
+    dtype = torch.bfloat16 if in_bf16 else torch.float32
+    for exact, theirs, ours in zip(of(False, torch.float32), of(False, dtype), of(True, dtype), strict=True):
+        assert relative(ours, exact) <= (1.2 * relative(theirs, exact) if in_bf16 else 1e-6)
 
 
 def test_the_loss_is_the_transformers_own_in_float32(tiny_model):

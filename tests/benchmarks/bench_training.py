@@ -128,9 +128,9 @@ def write_pictures(folder: Path, count: int, pixels: int) -> Path:
     return folder
 
 
-def command_prefix(processes: int) -> list[str]:
-    """Plain Python for one process, accelerate with the kit's ZeRO-2 config for several."""
-    if processes == 1:
+def command_prefix(processes: int, engine: bool = False) -> list[str]:
+    """Plain Python for one process, unless an engine is asked for; accelerate with the kit's ZeRO-2 config else."""
+    if processes == 1 and not engine:
         return [sys.executable]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
