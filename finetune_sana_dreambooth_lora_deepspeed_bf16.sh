@@ -18,6 +18,7 @@ gradient_accumulation_steps=1
 config_file="$here/bf16_accelerate_config.yaml"
 output_dir="./output"
 caption_column=""        # default: text where the data set is not a folder of loose pictures
+instance_data_dir=""
 instance_prompt="a pokemon"
 quickstart=no
 extra=()
@@ -38,8 +39,10 @@ Fine-tune SANA with LoRA under DeepSpeed ZeRO-2. Flags as --name=value or --name
   --config_file                  accelerate config  [bf16_accelerate_config.yaml beside this file]
   --output_dir                   everything is written there  [./output]
   --caption_column               column of the captions  [text]
-  --instance_prompt              caption of pictures without one  [a pokemon]
-  --quickstart                   a small shipped model and picture set: trains, then draws without and with the LoRA
+  --instance_data_dir            folder of your own pictures, captions in .txt files, instead of --dataset_name
+  --instance_prompt              caption of pictures without one  [a pokemon; "in my style" with --quickstart]
+  --quickstart                   a small shipped model and picture set: trains, then draws without and with the LoRA;
+                                 with --instance_data_dir on your own pictures
   --help                         this text
 
 Anything after -- goes to train_dreambooth_lora_sana.py as it is (its --help lists all flags), e.g.
@@ -50,7 +53,7 @@ HELP
 }
 
 # --------------------------------------------------------------------------------------------------------- arguments
-known="model_name dataset_name batch_size num_processors max_train_steps mixed_precision resolution gradient_accumulation_steps config_file output_dir caption_column instance_prompt"
+known="model_name dataset_name batch_size num_processors max_train_steps mixed_precision resolution gradient_accumulation_steps config_file output_dir caption_column instance_data_dir instance_prompt"
 while [ $# -gt 0 ]; do
   case "$1" in
     --) shift; extra=("$@"); break ;;
@@ -111,11 +114,16 @@ if [ "$device_kind" = npu ]; then
 fi
 
 # -------------------------------------------------------------------------------------------------------- quick start
-quickstart_item() { "$python" -m sana_kit.quickstart --print "$1"; }
+own=()
+quickstart_item() { "$python" -m sana_kit.quickstart --print "$1" ${own[@]+"${own[@]}"}; }
 if [ "$quickstart" = yes ]; then
+  if [ -n "$instance_data_dir" ]; then
+    is_given instance_prompt || instance_prompt="in my style"
+    own=(--instance_data_dir "$instance_data_dir" --instance_prompt "$instance_prompt")
+  fi
   is_given output_dir || output_dir="./quickstart_output"
   is_given model_name || model_name=$(quickstart_item model_path) || exit 1
-  is_given dataset_name || dataset_name=$(quickstart_item dataset_path) || exit 1
+  [ -n "$instance_data_dir" ] || is_given dataset_name || dataset_name=$(quickstart_item dataset_path) || exit 1
   quickstart_flags=$(quickstart_item training_flags) || exit 1
   if [ "$device_kind" = cpu ] && [ -z "$num_processors" ]; then num_processors=2; fi
 fi
@@ -175,8 +183,12 @@ else
   )
 fi
 trainer+=(--instance_prompt "$instance_prompt")
-case " ${extra[*]-} " in
-  *" --instance_data_dir"*) is_given dataset_name && trainer+=(--dataset_name "$dataset_name") ;;
+[ -n "$instance_data_dir" ] && trainer+=(--instance_data_dir "$instance_data_dir")
+case " ${trainer[*]} ${extra[*]-} " in
+  *" --instance_data_dir"*)
+    # Given together with what belongs to a data set, the trainer says what is wrong.
+    is_given dataset_name && trainer+=(--dataset_name "$dataset_name")
+    is_given caption_column && trainer+=(--caption_column "$caption_column") ;;
   *) trainer+=(--dataset_name "$dataset_name" --caption_column "${caption_column:-text}") ;;
 esac
 trainer+=(${extra[@]+"${extra[@]}"})
@@ -226,7 +238,7 @@ if [ "$quickstart" = yes ]; then
   "$python" "$here/infer_sana_text2img_lora_bf16.py" --model_path "$model_name" --output_path "$output_dir/after" \
     --lora_weights "$output_dir" --overwrite "${drawing[@]}" || exit $?
   "$python" -m sana_kit.quickstart --compare "$output_dir/before" "$output_dir/after" "$output_dir/before_after.png" \
-    --json "$output_dir/before_after.json" || exit $?
+    ${own[@]+"${own[@]}"} --json "$output_dir/before_after.json" || exit $?
   "$python" -m sana_kit.reports "$output_dir" || exit $?
   "$python" -m sana_kit.reports "$output_dir/after" --gallery --base "$output_dir/before" || exit $?
 fi

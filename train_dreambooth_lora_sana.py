@@ -554,8 +554,11 @@ def fit_buckets(accelerator, trainable_numel: int) -> None:
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is None:
         return
+    from sana_kit.flops import BUCKET_ELEMENTS
+
     zero = plugin.deepspeed_config["zero_optimization"]
-    size = min(max(trainable_numel, 2**16), 2 * 10**8)
+    fewest, most = BUCKET_ELEMENTS
+    size = min(max(trainable_numel, fewest), most)
     for key in ("reduce_bucket_size", "allgather_bucket_size"):
         if zero.get(key, "auto") in ("auto", None):
             zero[key] = size

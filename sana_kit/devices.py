@@ -336,10 +336,10 @@ class LinearAttentionProcessor:
     """Sana's linear self-attention, relu(Q) (relu(K)^T V) / relu(Q) sum(relu(K)), with each tensor laid out once.
 
     The arithmetic is that of diffusers' SanaLinearAttnProcessor2_0, float32 included (Sana, arXiv 2410.10629, section
-    3.2). That one computes features first, (heads, d, N): each product then copies its float32 operands once more, the
-    relu and its gradient walk over strided memory, and V is padded with a row of ones for the denominator. Here tokens
-    stay first, one copy both casts and lays out, and the denominator is a sum. The order of summation differs, so
-    results agree to float32 rounding.
+    3.2). That one puts features first, (heads, d, N): each product then copies its float32 operands once more, the
+    relu and its gradient walk over strided memory, and V is padded with a row of ones for the denominator. Here one
+    copy both casts and lays out as the products read, forward and backward, and the denominator's sum is one more
+    column of the small K^T V. The order of summation differs, so results agree to float32 rounding.
     """
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, *args, **kwargs):
@@ -351,15 +351,17 @@ class LinearAttentionProcessor:
         if attn.norm_k is not None:
             key = attn.norm_k(key)
 
-        def heads(tensor):  # (B, N, D) -> (B, heads, N, d) float32, contiguous
-            split = tensor.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        def heads(tensor, *order):  # (B, N, D) as (B, N, heads, d) permuted, float32, contiguous
+            split = tensor.unflatten(-1, (attn.heads, -1)).permute(0, *order)
             return split.to(torch.float32, memory_format=torch.contiguous_format)
 
-        query, key, value = heads(query.relu()), heads(key.relu()), heads(value)
-        context = key.transpose(2, 3) @ value  # (B, heads, d, d)
-        total = key.sum(2).unsqueeze(-1)  # (B, heads, d, 1)
-        out = (query @ context) / (query @ total + 1e-15)
-        out = attn.to_out[1](attn.to_out[0](out.to(dtype).transpose(1, 2).reshape(batch, length, -1)))
+        # relu after the cast: nothing but the copies is kept for the backward pass
+        query, value = heads(query, 2, 1, 3).relu(), heads(value, 2, 1, 3)  # (B, heads, N, d)
+        key = heads(key, 2, 3, 1).relu()  # (B, heads, d, N)
+        context = torch.cat([key @ value, key.sum(-1, keepdim=True)], dim=-1)  # (B, heads, d, d + 1)
+        out, total = (query @ context).split([value.shape[-1], 1], dim=-1)
+        out = (out / (total + 1e-15)).to(dtype).transpose(1, 2).reshape(batch, length, -1)
+        out = attn.to_out[1](attn.to_out[0](out))
         return out.clip(-65504, 65504) if dtype == torch.float16 else out
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -87,6 +88,9 @@ BANDWIDTH = {
     "3090": 0.936e12,
     "a10": 0.6e12,
 }
+
+# Fewest and most gradients in one of DeepSpeed's buckets; the trainer sizes them to what is trained in between.
+BUCKET_ELEMENTS = (2**16, 2 * 10**8)
 
 
 @dataclass(frozen=True)
@@ -278,6 +282,33 @@ def model_flops_utilisation(images_per_second: float, flops_per_image: float, de
 # VAE and text encoder
 
 
+def training_bytes(transformer_config, mode: str = "lora", rank: int = 4, devices: int = 8) -> dict[str, int]:
+    """Bytes on one device under the kit's ZeRO-2 in bf16, activations apart; tests hold them against allocated bytes.
+
+    Args:
+        transformer_config, rank: see `transformer_ops`; biases and norms, a thousandth of the whole, are not counted.
+        mode: "lora" or "full".
+        devices: over how many masters, moments and reduced gradients are shared out.
+
+    Returns:
+        weights (bf16, the adapter's among them), gradients (the device's share, float32), masters and moments (its
+        share, float32), passing: the larger of what a bucket of bf16 gradients and its buffer take in the backward
+        pass, and of what the optimizer's step takes, a copy of the gradients and an intermediate of the same size.
+    """
+    ops = transformer_ops(transformer_config, (1, 1), 1, mode, rank)
+    total = sum(op.weights for op in ops)
+    trained = sum(op.weights for op in ops if op.trainable)
+    share = math.ceil(trained / devices)
+    bucket = min(max(trained, BUCKET_ELEMENTS[0]), BUCKET_ELEMENTS[1])
+    return {
+        "weights": round(2 * total),
+        "gradients": 4 * share,
+        "masters": 4 * share,
+        "moments": 8 * share,
+        "passing": max(2 * 2 * int(bucket), 8 * share),
+    }
+
+
 def _conv(name: str, pixels: float, inputs: int, outputs: int, kernel: int, groups: int = 1, read: float = 1.0) -> Op:
     """A convolution with `pixels` output positions, `read` input positions for each of them."""
     weights = outputs * inputs // groups * kernel**2
@@ -467,6 +498,7 @@ def report(options: argparse.Namespace) -> dict:
         "tokens": (latent // transformer.get("patch_size", 1)) ** 2,
         "parameters": sum(op.weights for op in forward),
         "flops": flops,
+        "bytes": training_bytes(transformer, options.mode, options.rank, options.devices),
     }
     peak, bandwidth = options.peak_tflops, options.bandwidth_tbs
     if options.chip:
@@ -534,6 +566,10 @@ def format_report(figures: dict, options: argparse.Namespace) -> str:
         row("VAE decode, whole", "vae_decode"),
         row(f"generation, {options.num_inference_steps} steps, guidance {options.guidance_scale:g}", "generation"),
     ]
+    held = figures["bytes"]
+    lines += ["", f"{f'Memory per device, ZeRO-2 on {options.devices}, beside the activations':<52}{'MB':>10}"]
+    lines += [f"  {name:<50}{value / 1e6:10.1f}" for name, value in held.items()]
+    lines += [f"  {'all but the weights':<50}{(sum(held.values()) - held['weights']) / 1e6:10.1f}"]
     if "peak" in figures:
         bandwidth = figures["bandwidth"]
         memory = f"{bandwidth / 1e12:.2f} TB/s" if bandwidth else "memory bandwidth not known, so not counted"

@@ -5,6 +5,7 @@ Used by finetune_sana_dreambooth_lora_deepspeed_bf16.sh --quickstart; by hand:
 
     python -m sana_kit.quickstart --print training_flags      # one a line; also inference_flags, model_path, ...
     python -m sana_kit.quickstart --compare BEFORE_DIR AFTER_DIR before_after.png
+    python -m sana_kit.quickstart --print prompts --instance_data_dir MY_PICTURES --instance_prompt "in my style"
 
 What it ships is in sana_kit/quickstart_assets (OpenMoji drawings, CC BY-SA 4.0, see ATTRIBUTION.md there) and was made
 by sana_kit/make_quickstart_model.py. The model draws OpenMoji's coloured pictures at 64 px; the set shows a part of
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import io
 import json
 import shutil
 import sys
@@ -27,6 +29,7 @@ from PIL import Image
 ASSETS = Path(__file__).resolve().parent / "quickstart_assets"
 SUMS = "SHA256SUMS"
 TRIGGER = "in midnight style"
+MAX_PROMPTS = 11  # columns of the before/after sheet
 SEEDS = (8, 23)
 PIXELS = 64
 REMEDY = "Unpack the kit again, or run `git checkout -- sana_kit/quickstart_assets`."
@@ -68,10 +71,10 @@ class QuickStart:
 
     Attributes:
         model_path: folder of a complete SanaPipeline (bfloat16 safetensors).
-        dataset_path: folder in the pokemon-blip-captions layout, columns `image` (PNG, 128 x 128) and `text`.
-        prompts_file: one JSON object a line with the key `prompt`, for the inference scripts.
+        dataset_path: folder in the pokemon-blip-captions layout, columns `image` (PNG, 128 x 128) and `text`; or the
+            user's own folder of pictures.
         captions: of the data set, in its order.
-        trigger: the words that every caption of the set ends with.
+        trigger: the words that every caption of the set ends with, or its only caption.
         prompts: of the before/after sheet.
         seen: the prompts among them that are captions of the set; the model never saw the style of the others.
         seeds: of the before/after sheet.
@@ -80,7 +83,6 @@ class QuickStart:
 
     model_path: str
     dataset_path: str
-    prompts_file: str
     captions: tuple[str, ...]
     trigger: str
     prompts: tuple[str, ...]
@@ -114,14 +116,60 @@ def _dataset_rows(dataset_path: str | Path) -> list[tuple[bytes, str]]:
     return [(row["image"]["bytes"], row["text"]) for row in table.to_pylist()]
 
 
-def prepare(folder: str | Path | None = None) -> QuickStart:
+def _shipped_rows() -> list[tuple[Image.Image, str]]:
+    return [(Image.open(io.BytesIO(data)), text) for data, text in _dataset_rows(ASSETS / "style_dataset")]
+
+
+def _own_rows(pictures: str, instance_prompt: str | None):
+    """(picture, caption) of each picture of a user's folder: a PIL opener and its caption on one line.
+
+    Raises:
+        ValueError: as `dataset.load_pictures`.
+    """
+    from sana_kit.dataset import load_pictures
+
+    found = load_pictures(instance_data_dir=str(pictures), instance_prompt=instance_prompt)
+    return [(found.load(i), " ".join(caption.split())) for i, caption in enumerate(found.captions)]
+
+
+def _common_ending(captions: list[str]) -> str:
+    """The words that all captions end with; of a single caption all of them."""
+    words = [caption.split() for caption in captions]
+    shared = []
+    for ending in zip(*(reversed(w) for w in words), strict=False):
+        if len(set(ending)) > 1:
+            break
+        shared.insert(0, ending[0])
+    return " ".join(shared)
+
+
+def own_prompts(captions: list[str], subjects: list[str]) -> tuple[tuple[str, ...], str]:
+    """Prompts of the before/after sheet for a user's own captions, and what these have in common.
+
+    Up to 5 of the captions, evenly taken, then subjects that the small model knows, with the common words after them,
+    as far as the sheet has room: what the LoRA does to what it has not seen.
+    """
+    distinct = list(dict.fromkeys(captions))
+    trigger = _common_ending(distinct)
+    shown = min(5, len(distinct))
+    chosen = [distinct[i * len(distinct) // shown] for i in range(shown)]
+    others = [f"{subject} {trigger}".strip() for subject in subjects]
+    chosen += [prompt for prompt in others if prompt not in distinct]
+    return tuple(chosen[:MAX_PROMPTS]), trigger
+
+
+def prepare(
+    folder: str | Path | None = None, pictures: str | Path | None = None, instance_prompt: str | None = None
+) -> QuickStart:
     """Check the shipped files and say where they are.
 
     Args:
         folder: copy model and data set there first (an existing whole copy is kept); None uses them where they are.
+        pictures: the user's own folder of pictures with captions in .txt files, instead of the shipped set.
+        instance_prompt: the caption of those among them that have none.
 
     Raises:
-        ValueError: files are missing or differ from SHA256SUMS; all of them are named.
+        ValueError: files are missing or differ from SHA256SUMS, all of them named; the pictures cannot be used.
     """
     problems = _verify(ASSETS)
     if problems:
@@ -136,19 +184,25 @@ def prepare(folder: str | Path | None = None) -> QuickStart:
             problems = _verify(place)
             if problems:
                 raise ValueError("\n".join(["copying the quick start's files failed:", *problems]))
-    captions = tuple(caption for _, caption in _dataset_rows(place / "style_dataset"))
     lines = (place / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     prompts = tuple(json.loads(line)["prompt"] for line in lines)
+    trigger, dataset_path, training_flags = TRIGGER, str(place / "style_dataset"), TRAINING_FLAGS
+    if pictures is None:
+        captions = tuple(caption for _, caption in _dataset_rows(place / "style_dataset"))
+    else:
+        captions = tuple(caption for _, caption in _own_rows(pictures, instance_prompt))
+        prompts, trigger = own_prompts(captions, [prompt.removesuffix(f" {TRIGGER}") for prompt in prompts])
+        dataset_path = str(pictures)
+        training_flags = tuple(flag for flag in TRAINING_FLAGS if "_column=" not in flag)
     return QuickStart(
         model_path=str(place / "model"),
-        dataset_path=str(place / "style_dataset"),
-        prompts_file=str(place / "prompts.jsonl"),
+        dataset_path=dataset_path,
         captions=captions,
-        trigger=TRIGGER,
+        trigger=trigger,
         prompts=prompts,
         seen=tuple(prompt for prompt in prompts if prompt in captions),
         seeds=SEEDS,
-        training_flags=TRAINING_FLAGS,
+        training_flags=training_flags,
         inference_flags=INFERENCE_FLAGS,
     )
 
@@ -234,13 +288,16 @@ def _outlines(pixels: np.ndarray) -> np.ndarray:
     return edges / max(float(np.linalg.norm(edges)), 1e-6)
 
 
-def measure(before_dir: str | Path, after_dir: str | Path, dataset_path: str | Path | None = None) -> dict:
+def measure(before_dir: str | Path, after_dir: str | Path, rows: list[tuple] | None = None) -> dict:
     """What the fine-tuning did to the pictures, from the output folders of two inference runs.
 
     Two figures, because a plain gold square would have the right colours too:
     - distance to the fine-tuning set: `colour_distance`, in 8-bit levels;
     - subjects kept: of the pictures with the LoRA, the share whose outlines are most like those of the picture without
       the LoRA of the same prompt, among all prompts (same seed). By chance it would be 1 / number of prompts.
+
+    Args:
+        rows: (PIL picture, caption) of each picture of the set; None takes the shipped one.
 
     Returns:
         dict: distance_before, distance_after, their noise (half the range over seeds; None with one seed), factor
@@ -259,11 +316,9 @@ def measure(before_dir: str | Path, after_dir: str | Path, dataset_path: str | P
             f"{before_dir} and {after_dir} do not hold the same prompts and seeds ({len(odd)} without a partner): "
             + shown
         )
-    import io
-
-    rows = _dataset_rows(dataset_path if dataset_path is not None else ASSETS / "style_dataset")
+    rows = rows if rows is not None else _shipped_rows()
     captions = {caption for _, caption in rows}
-    style = [_pixels(Image.open(io.BytesIO(data))) for data, _ in rows]
+    style = [_pixels(picture) for picture, _ in rows]
 
     def pixels_of(paths):
         pixels = {}
@@ -331,8 +386,13 @@ def describe(result: dict) -> str:
     return "\n".join(text for text in lines if text)
 
 
-def write_sheet(before_dir: str | Path, after_dir: str | Path, path: str | Path, max_columns: int = 12) -> Path:
+def write_sheet(
+    before_dir: str | Path, after_dir: str | Path, path: str | Path, rows: list[tuple] | None = None
+) -> Path:
     """Before/after sheet: a column per prompt, for each seed a row without and a row with the LoRA.
+
+    Args:
+        rows: as for `measure`.
 
     Raises:
         ValueError: no prompt and seed that both folders hold.
@@ -340,19 +400,20 @@ def write_sheet(before_dir: str | Path, after_dir: str | Path, path: str | Path,
     from sana_kit.reports import contact_sheet
 
     before, after = read_pictures(before_dir), read_pictures(after_dir)
-    captions = {caption for _, caption in _dataset_rows(ASSETS / "style_dataset")}
+    captions = {caption for _, caption in (rows if rows is not None else _shipped_rows())}
     shared = [key for key in before if key in after]
-    prompts = list(dict.fromkeys(prompt for prompt, _ in shared))[:max_columns]
+    prompts = list(dict.fromkeys(prompt for prompt, _ in shared))[:MAX_PROMPTS]
     seeds = [s for s in dict.fromkeys(seed for _, seed in shared) if all((p, s) in shared for p in prompts)]
     if not seeds:
         raise ValueError(f"{before_dir} and {after_dir} hold no seed with the same prompts.")
     # The trigger that all prompts share goes into the title, so that the labels stay short enough to read.
-    shared_end = f" {TRIGGER}" if all(prompt.endswith(f" {TRIGGER}") for prompt in prompts) else ""
+    ending = _common_ending(prompts) if len(prompts) > 1 and not set(prompts) <= captions else ""
+    shared_end = f" {ending}" if ending and all(prompt != ending for prompt in prompts) else ""
     ending = f' ("…{shared_end}")' if shared_end else ""
-    images, labels, rows = [], [], []
+    images, labels, row_labels = [], [], []
     for seed in seeds:
         for name, side in (("without LoRA", before), ("with LoRA", after)):
-            rows.append(f"{name}, seed {seed}")
+            row_labels.append(f"{name}, seed {seed}")
             for prompt in prompts:
                 images.append(side[prompt, seed])
                 where = "in the set" if prompt in captions else "not in the set"
@@ -363,7 +424,7 @@ def write_sheet(before_dir: str | Path, after_dir: str | Path, path: str | Path,
         path,
         columns=len(prompts),
         title=f"The same prompts{ending} and seeds without and with the LoRA",
-        row_labels=rows,
+        row_labels=row_labels,
         cell_size=128,
     )
 
@@ -388,17 +449,21 @@ def main(arguments: list[str] | None = None) -> int:
         "--compare", nargs=3, metavar=("BEFORE_DIR", "AFTER_DIR", "OUT.png"), help="Sheet and figures."
     )
     parser.add_argument("--json", help="With --compare: also write the figures there.")
+    parser.add_argument("--instance_data_dir", help="Your own pictures, with .txt captions, instead of the shipped.")
+    parser.add_argument("--instance_prompt", help="The caption of those of your pictures that have none.")
     args = parser.parse_args(arguments)
+    own = args.instance_data_dir
     if not args.printed and not args.compare:
         parser.error("nothing to do: give --print or --compare")
     try:
         if args.printed:
-            value = getattr(prepare(args.folder), args.printed)
+            value = getattr(prepare(args.folder, own, args.instance_prompt), args.printed)
             print("\n".join(map(str, (value,) if isinstance(value, str) else value)))
         if args.compare:
             before, after, out = args.compare
-            result = measure(before, after)
-            write_sheet(before, after, out)
+            rows = _own_rows(own, args.instance_prompt) if own else _shipped_rows()
+            result = measure(before, after, rows)
+            write_sheet(before, after, out, rows)
             print(describe(result))
             print(f"Sheet: {out}")
             if args.json:

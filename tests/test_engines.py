@@ -182,6 +182,23 @@ def test_an_error_ends_all_ranks_with_one_message(flags, tmp_path):
     assert "Traceback" not in done.stderr.split("ChildFailedError")[0].split("torch/distributed")[0]
 
 
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_bytes_of_weights_and_optimizer_are_those_computed(mode):
+    """What one of two devices holds, counted over its tensors, against `sana_kit.flops.training_bytes`."""
+    bench = KIT / "tests" / "benchmarks" / "bench_memory.py"
+    flags = ["--config=scaled", f"--train_mode={mode}", "--processes=2", "--json"]
+    done = subprocess.run(
+        [sys.executable, str(bench), *flags], capture_output=True, text=True, env=script_environment(), timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    figures = json.loads(done.stdout.strip().splitlines()[-1])
+    computed, allocated = figures["computed"], figures["allocated"]
+    for part in ("weights", "gradients", "masters", "moments"):
+        assert abs(allocated[part] / computed[part] - 1) < 0.01, (part, figures)
+    # The few activations and what gloo copies come on top of what is passing: here 3 MB.
+    assert 0 <= allocated["passing"] - computed["passing"] < 4e6, figures
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The launcher
 

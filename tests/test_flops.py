@@ -4,6 +4,7 @@ Run: pytest tests/test_flops.py
 """
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -233,3 +234,30 @@ def test_command_line_names_mistakes(arguments, message, capsys):
 def test_modes_are_checked():
     with pytest.raises(ValueError, match="mode='dora'"):
         flops.training_flops_per_image(SMALL, (8, 8), 5, mode="dora")
+
+
+def test_bytes_of_the_published_model_are_those_of_its_parameters():
+    """Full: 1.604 billion weights; LoRA of rank 4: 2,150,400. Shares are of the devices, weights are not."""
+    config = flops.TRANSFORMERS["1600M"]
+    lora, full = flops.training_bytes(config, "lora", 4, 8), flops.training_bytes(config, "full", devices=8)
+    assert lora["masters"] == 4 * 2_150_400 // 8 and lora["moments"] == 2 * lora["masters"] == 2 * lora["gradients"]
+    assert sum(lora.values()) - lora["weights"] < 100e6
+    assert full["weights"] == pytest.approx(2 * 1_604_462_752, rel=2e-3)
+    assert full["masters"] == pytest.approx(full["weights"] * 2 / 8, rel=1e-6)
+    assert flops.training_bytes(config, "full", devices=1)["masters"] == pytest.approx(8 * full["masters"], rel=1e-6)
+
+
+def test_the_benchmarks_real_model_is_one_that_the_kit_takes(tmp_path, monkeypatch):
+    """The published configuration with fewer blocks: what bench_training.py writes where there is a GPU."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
+    import bench_training
+
+    from sana_kit.models import find_model
+
+    small = {"num_layers": 1, "num_attention_heads": 4, "cross_attention_dim": 128, "num_cross_attention_heads": 2}
+    monkeypatch.setitem(
+        flops.TRANSFORMERS, "1600M", {**flops.TRANSFORMERS["1600M"], **small, "cross_attention_head_dim": 64}
+    )
+    bench_training.write_real_model(tmp_path / "model", "1600M", 1024, light=True)
+    found, problems = find_model(str(tmp_path / "model"))
+    assert problems == [] and found.vae_factor == 32

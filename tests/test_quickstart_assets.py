@@ -201,6 +201,63 @@ def test_measure_and_sheet(tmp_path, rows):
         assert sheet.width > 6 * 128 and sheet.height > 4 * 128
 
 
+@pytest.mark.parametrize(
+    ("captions", "trigger", "chosen"),
+    [
+        # captions with an ending in common: some of them, then known subjects with that ending
+        (["red kite in my style", "boat in my style"], "in my style",
+         ["red kite in my style", "boat in my style", "cat face in my style"]),
+        # no caption file at all: the prompt itself, and with subjects before it
+        (["a photo of TOK"] * 5, "a photo of TOK", ["a photo of TOK", "cat face a photo of TOK"]),
+        # nothing in common
+        (["a kite", "my boat"], "", ["a kite", "my boat", "cat face"]),
+        # a caption that is a known subject's is shown once
+        (["cat face in my style", "my boat in my style"], "in my style",
+         ["cat face in my style", "my boat in my style"]),
+    ],
+)  # fmt: skip
+def test_prompts_of_the_sheet_for_ones_own_captions(captions, trigger, chosen):
+    assert quickstart.own_prompts(captions, ["cat face"]) == (tuple(chosen), trigger)
+
+
+def test_at_most_eleven_prompts_and_five_captions():
+    prompts, trigger = quickstart.own_prompts([f"thing {i} of mine" for i in range(20)], list("abcdefghijklm"))
+    assert len(prompts) == 11 and sum(prompt.startswith("thing") for prompt in prompts) == 5
+    assert trigger == "of mine" and prompts[4] == "thing 16 of mine" and prompts[5] == "a of mine"
+
+
+def test_ones_own_pictures_instead_of_the_shipped_set(tmp_path, rows, capsys):
+    """Flags, prompts, figures and sheet follow the folder; a picture without a caption takes the instance prompt."""
+    folder = tmp_path / "my pictures"
+    folder.mkdir()
+    for index, (data, caption) in enumerate(rows[:5]):
+        (folder / f"{index}.png").write_bytes(data)
+        if index:
+            (folder / f"{index}.txt").write_text(caption.replace("in midnight style", "in  my\nstyle"))
+    own = ["--instance_data_dir", str(folder), "--instance_prompt", "thing in my style"]
+    found = quickstart.prepare(pictures=folder, instance_prompt="thing in my style")
+    assert found.trigger == "in my style" and found.dataset_path == str(folder)
+    assert found.captions[0] == found.prompts[0] == "thing in my style" and len(found.seen) == 5
+    assert "butterfly in my style" in found.prompts or "guitar in my style" in found.prompts
+    assert not any("_column" in flag for flag in found.training_flags)
+    assert quickstart.main(["--print", "prompts", *own]) == 0
+    assert capsys.readouterr().out.splitlines() == list(found.prompts)
+
+    style = [Image.open(io.BytesIO(data)).convert("RGB") for data, _ in rows[:5]]
+    learned = dict(zip(found.captions, style, strict=True)) | {"butterfly in my style": style[0]}
+    plain = {prompt: Image.fromarray(255 - np.asarray(image)) for prompt, image in learned.items()}
+    before, after = write_pictures(tmp_path / "before", plain), write_pictures(tmp_path / "after", learned)
+    figures = tmp_path / "figures.json"
+    sheet = tmp_path / "sheet.png"
+    assert quickstart.main(["--compare", str(before), str(after), str(sheet), "--json", str(figures), *own]) == 0
+    result = json.loads(figures.read_text())
+    assert result["seen"]["distance_after"] < 3 and result["unseen"] is not None and sheet.stat().st_size > 1000
+
+    (folder / "0.png").write_bytes(b"no picture")
+    assert quickstart.main(["--print", "prompts", *own]) == 2
+    assert "0.png" in capsys.readouterr().err
+
+
 def test_measure_refuses_what_cannot_be_compared(tmp_path, capsys):
     picture = Image.new("RGB", (64, 64), "white")
     before = write_pictures(tmp_path / "before", {"a": picture, "b": picture})

@@ -5,7 +5,7 @@
 
 The trainer's own functions build transformer, optimizer and engine and make two steps on a picture of 2 x 2 latents,
 whose activations count for little. `allocated` is what rank 0 holds in tensors after a backward pass, each storage
-counted once; `computed` is what `python -m sana_kit.flops` prints. `buckets` is what a whole step takes above that at
+counted once; `computed` is what `python -m sana_kit.flops` prints. `passing` is what a whole step takes above that at
 its peak, as torch counted it: gradients on their way, buffers of the collectives, and the few activations.
 """
 
@@ -63,6 +63,8 @@ def role(options) -> None:
         [f"--pretrained_model_name_or_path={options.model}", "--mixed_precision=bf16", "--report_to=none"]
         + ["--train_batch_size=1", f"--train_mode={options.train_mode}", f"--rank={options.rank}"]
     )
+    if options.bucket_elements:
+        flops.BUCKET_ELEMENTS = (1, options.bucket_elements)
     found, problems = find_model(str(options.model))
     assert not problems, problems
     accelerator = trainer.create_accelerator(args)
@@ -113,11 +115,10 @@ def role(options) -> None:
         ),
         "gradients": take(gradients),
     }
-    measured["buckets"] = peak - sum(measured.values())
+    measured["passing"] = peak - sum(measured.values())
     if accelerator.is_main_process:
-        computed = flops.training_bytes(
-            config, options.train_mode, rank=options.rank, devices=accelerator.num_processes
-        )
+        processes = accelerator.num_processes
+        computed = flops.training_bytes(config, options.train_mode, rank=options.rank, devices=processes)
         print(json.dumps({"computed": computed, "allocated": measured}), flush=True)
     accelerator.end_training()
 
@@ -128,6 +129,7 @@ def main() -> None:
     parser.add_argument("--train_mode", choices=("lora", "full"), default="lora")
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--bucket_elements", type=int, help="most gradients in a bucket, instead of the trainer's")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--model", help="a SanaPipeline folder instead of --config")
     parser.add_argument("--role", action="store_true", help=argparse.SUPPRESS)
@@ -143,8 +145,9 @@ def main() -> None:
         if not options.model and options.config == "scaled":
             bench_training.write_scaled_model(model)
         elif not options.model:
-            bench_training.write_real_model(model, options.config, 1024)
+            bench_training.write_real_model(model, options.config, 1024, light=True)
         flags = ["--role", f"--model={model}", f"--train_mode={options.train_mode}", f"--rank={options.rank}"]
+        flags += [f"--bucket_elements={options.bucket_elements}"] if options.bucket_elements else []
         prefix = bench_training.command_prefix(options.processes, engine=True)
         out = bench_training.run([*prefix, Path(__file__).resolve(), *flags])
     figures = json.loads([line for line in out.splitlines() if line.startswith('{"computed"')][-1])

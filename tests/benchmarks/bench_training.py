@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python tests/benchmarks/bench_training.py --diffusers PATH_OF_A_CHECKOUT
     OMP_NUM_THREADS=1 python tests/benchmarks/bench_training.py --diffusers PATH --processes 2      with ZeRO-2
+    OMP_NUM_THREADS=1 python tests/benchmarks/bench_training.py --train_mode full --processes 2    no diffusers' side
     python tests/benchmarks/bench_training.py --config 1600M --resolution 1024 --batch_size 8      on a GPU or an NPU
 
 `bare` is the least that a step can be: the same transformer with the same LoRA and engine, forward, backward and
@@ -94,19 +95,41 @@ def write_scaled_model(folder: Path) -> Path:
     return folder
 
 
-def write_real_model(folder: Path, name: str, resolution: int) -> Path:
-    """The real transformer's config with random weights, beside the scaled VAE and text encoder's interfaces."""
+def write_real_model(folder: Path, name: str, resolution: int, light: bool = False) -> Path:
+    """A SanaPipeline of the published configurations with random weights in bf16.
+
+    Args:
+        light: VAE and text encoder of the same interfaces with next to no layers, where only the transformer counts.
+    """
     import torch
-    from diffusers import SanaTransformer2DModel
+    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+    from tiny import make_tokenizer
+    from transformers import Gemma2Config, Gemma2Model
 
     from sana_kit import flops
 
-    write_scaled_model(folder)
-    config = dict(flops.TRANSFORMERS[name])
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = SanaTransformer2DModel.from_config({**config, "sample_size": resolution // 32}).to(torch.bfloat16)
-    shutil.rmtree(folder / "transformer")
-    model.save_pretrained(folder / "transformer")
+    vae = dict(flops.AUTOENCODER)
+    text = {**flops.TEXT_ENCODER, "vocab_size": 600, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    if light:
+        for half in ("encoder", "decoder"):
+            vae[f"{half}_block_out_channels"] = [32] * len(vae[f"{half}_block_out_channels"])
+            vae[f"{half}_layers_per_block"] = [1] * len(vae[f"{half}_layers_per_block"])
+        text |= {"num_hidden_layers": 1, "intermediate_size": 64}
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)  # 1.6 billion weights in float32 first would not fit everywhere
+    try:
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            parts = (
+                Gemma2Model(Gemma2Config(**text)),
+                AutoencoderDC(**vae),
+                SanaTransformer2DModel(**{**flops.TRANSFORMERS[name], "sample_size": resolution // 32}),
+            )
+    finally:
+        torch.set_default_dtype(torch.float32)
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, final_sigmas_type="zero"
+    )
+    SanaPipeline(make_tokenizer(WORDS), *parts, scheduler).save_pretrained(folder)
     return folder
 
 
@@ -172,6 +195,7 @@ def measure_kit(options, model, data, work) -> float:
     output = work / "kit"
     flags = trainer_flags(options, model, data, output)
     flags += ["--complex_human_instruction=none", "--report_to=none", "--logging_steps=2"]
+    flags += [f"--train_mode={options.train_mode}"]
     run([*command_prefix(options.processes), KIT / "train_dreambooth_lora_sana.py", *flags])
     return json.loads((output / "summary.json").read_text())["images_per_second"]
 
@@ -180,6 +204,7 @@ def measure_bare(options, model, data, work) -> float:
     """Images/s of the bare loop, as its rank 0 prints it."""
     arguments = ["--role=bare", f"--model={model}", f"--batch_size={options.batch_size}", f"--steps={options.steps}"]
     arguments += [f"--resolution={options.resolution}", f"--tokens={options.tokens}"]
+    arguments += [f"--train_mode={options.train_mode}"]
     out = run([*command_prefix(options.processes), Path(__file__).resolve(), *arguments])
     return float(out.strip().splitlines()[-1].split()[-1])
 
@@ -193,7 +218,7 @@ def bare(options) -> None:
 
     args = trainer.parse_args(
         [f"--pretrained_model_name_or_path={options.model}", "--mixed_precision=bf16", "--report_to=none"]
-        + [f"--train_batch_size={options.batch_size}"]
+        + [f"--train_batch_size={options.batch_size}", f"--train_mode={options.train_mode}"]
     )
     model_found, problems = find_model(str(options.model))
     assert not problems, problems
@@ -300,6 +325,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--train_mode", choices=("lora", "full"), default="lora")
     parser.add_argument("--tokens", type=int, default=32, help="caption tokens of the bare loop's batches")
     parser.add_argument("--role", choices=("compare", "bare"), default="compare", help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
@@ -307,6 +333,8 @@ def main() -> None:
     if options.role == "bare":
         bare(options)
         return
+    if options.diffusers and options.train_mode == "full":
+        parser.error("--diffusers: its train_dreambooth_lora_sana.py trains LoRA only; leave one of the two flags out")
 
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -326,8 +354,8 @@ def main() -> None:
             print(f"round {number + 1}: " + ", ".join(f"{k} {v[-1]:.3f}" for k, v in figures.items() if v), flush=True)
         engine = "one process" if options.processes == 1 else f"ZeRO-2, {options.processes} processes"
         print(
-            f"\n{options.config} model, {options.resolution} px, batch {options.batch_size} per process, bf16,"
-            f" {engine},"
+            f"\n{options.config} model, {options.train_mode}, {options.resolution} px, batch {options.batch_size} per"
+            f" process, bf16, {engine},"
             f" {os.environ.get('OMP_NUM_THREADS', 'all')} thread(s) per process, median of {options.rounds} rounds"
         )
         kit = statistics.median(figures["kit"])
