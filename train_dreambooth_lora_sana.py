@@ -1389,6 +1389,7 @@ def train(args, accelerator, base, output_dir: Path, started: float, stop: StopR
                 grad_norm = model.get_global_grad_norm()
             figures = {
                 "loss": final_loss,
+                "loss_max": max(finite, default=None),  # a spike of one step would drown in the mean of the interval
                 "learning_rate": lr_scheduler.get_last_lr()[0],
                 "images_per_second": rate,
                 "peak_memory_bytes": devices.peak_memory_bytes(device),

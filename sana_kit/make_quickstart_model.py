@@ -212,7 +212,7 @@ class Stage:
         self.average = {n: {k: v.clone() for k, v in m.state_dict().items()} for n, m in modules.items()}
         self.step, self.before, self.loss, self.done, self.extra = 0, 0.0, None, False, {}
         if self.path.exists():
-            state = torch.load(self.path, weights_only=False)
+            state = torch.load(self.path, weights_only=True)
             for key, module in modules.items():
                 module.load_state_dict(state["modules"][key])
             self.optimizer.load_state_dict(state["optimizer"])
