@@ -31,10 +31,19 @@ from collections import deque
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-import torch
+PROCESS_STARTED = time.perf_counter()  # before the imports that take seconds
 
-from sana_kit import checkpoints, devices, flow_matching
-from sana_kit.reports import JsonLinesLog, ThroughputMeter, console_bar, refresh_report, write_atomic
+import torch  # noqa: E402
+
+from sana_kit import checkpoints, devices, flow_matching  # noqa: E402
+from sana_kit.reports import (  # noqa: E402
+    JsonLinesLog,
+    PhaseClock,
+    ThroughputMeter,
+    console_bar,
+    refresh_report,
+    write_atomic,
+)
 
 logger = logging.getLogger("sana")
 
@@ -1012,13 +1021,21 @@ def upcast_adapter(folder: Path, masters: dict) -> None:
 # main
 
 
-def main(args: argparse.Namespace) -> int:
-    """Train; returns the exit code: 0, or 143 / 130 after a SIGTERM / SIGINT that ended the run with a checkpoint."""
+def main(args: argparse.Namespace, process_started: float | None = None) -> int:
+    """Train; returns the exit code: 0, or 143 / 130 after a SIGTERM / SIGINT that ended the run with a checkpoint.
+
+    Args:
+        process_started: time.perf_counter() when this process began, for the summary's start_seconds.
+    """
     started = time.perf_counter()
+    phases = PhaseClock(started if process_started is None else process_started)
+    phases.mark("imports")
     base = validate_args(args, devices.accelerator_type())
+    phases.mark("checks")
 
     # ------------------------------------------------------------------------------------------------- engine, logs
     accelerator = create_accelerator(args)
+    phases.mark("processes")
     main_process, device = accelerator.is_main_process, accelerator.device
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(message)s",
@@ -1035,13 +1052,13 @@ def main(args: argparse.Namespace) -> int:
     stop = StopRequest(accelerator)
     with checkpoints.locked_output_dir(output_dir, enabled=main_process):
         try:
-            return train(args, accelerator, base, output_dir, started, stop)
+            return train(args, accelerator, base, output_dir, started, phases, stop)
         except EncodingStopped:
             logger.warning("stopped while encoding; what is encoded is kept, the same command goes on from there")
             return EXIT_INTERRUPTED.get(stop.signal, EXIT_INTERRUPTED[signal.SIGTERM])
 
 
-def train(args, accelerator, base, output_dir: Path, started: float, stop: StopRequest) -> int:
+def train(args, accelerator, base, output_dir: Path, started: float, phases: PhaseClock, stop: StopRequest) -> int:
     """The run itself, once the output folder is ours; `base` is the checked model. See `main`."""
     main_process, world_size, device = accelerator.is_main_process, accelerator.num_processes, accelerator.device
     from accelerate.utils import broadcast_object_list
@@ -1156,8 +1173,10 @@ def train(args, accelerator, base, output_dir: Path, started: float, stop: StopR
     if args.flow_shift is None:
         args.flow_shift = own_shift
     logger.info("flow_shift: %s (the checkpoint's own: %s)", args.flow_shift, own_shift)
+    phases.mark("pictures and encodings")
     devices.seed_everything(args.seed)  # the adapter's random start does not depend on what encoding consumed
     transformer = load_transformer(args, accelerator, base)
+    phases.mark("transformer")
     named_parameters = [(n, p) for n, p in transformer.named_parameters() if p.requires_grad]
     trainable = sum(p.numel() for _, p in named_parameters)
     transformer_config = dict(transformer.config)
@@ -1333,11 +1352,14 @@ def train(args, accelerator, base, output_dir: Path, started: float, stop: StopR
             report_page()
         return folder
 
+    phases.mark("engine, checkpoint")
     # -------------------------------------------------------------------------------------------------------- train
     meter, bar = ThroughputMeter(samples_per_step), None
     meter.start()
     if validation is not None and global_step == 0:
         validate()  # what the model draws before it has learnt anything: the first row of the report
+        phases.mark("first validation")
+    first_step = global_step + 1
     bar = console_bar(
         args.max_train_steps,
         "training",
@@ -1375,9 +1397,13 @@ def train(args, accelerator, base, output_dir: Path, started: float, stop: StopR
         interval.append(step_loss)
         meter.step()
         bar.update(1)
+        if global_step == first_step:
+            devices.synchronize(device)
+            phases.mark("first step")
+            logger.info("first step after %s", phases)
         interrupted = stop.agreed()
 
-        # The only place where the host waits for the device.
+        # After the first step the only place where the host waits for the device.
         if global_step % args.logging_steps == 0 or global_step == args.max_train_steps or interrupted:
             losses = accelerator.reduce(torch.stack(interval), reduction="mean").tolist()
             interval.clear()
@@ -1439,6 +1465,7 @@ def train(args, accelerator, base, output_dir: Path, started: float, stop: StopR
         "final_loss": final_loss,
         "duration_seconds": time.perf_counter() - started,
         "encode_seconds": encoded.seconds,
+        "start_seconds": {phase: round(seconds, 3) for phase, seconds in phases.seconds.items()},
         "global_step": global_step,
         "world_size": world_size,
         "batch_size": args.train_batch_size,
@@ -1721,7 +1748,7 @@ def is_users_problem(problem: RuntimeError) -> bool:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(parse_args()))
+        sys.exit(main(parse_args(), PROCESS_STARTED))
     except (ValueError, RuntimeError, FloatingPointError) as problem:
         if isinstance(problem, RuntimeError) and not is_users_problem(problem):
             raise

@@ -18,10 +18,11 @@ from functools import lru_cache
 from pathlib import Path
 
 from .report_pages import refresh_report, write_gallery, write_report
-from .run_log import JsonLinesLog, ThroughputMeter, console_bar, load_run, read_log, write_atomic
+from .run_log import JsonLinesLog, PhaseClock, ThroughputMeter, console_bar, load_run, read_log, write_atomic
 
 __all__ = [
     "JsonLinesLog",
+    "PhaseClock",
     "ThroughputMeter",
     "case_name",
     "console_bar",

@@ -22,6 +22,30 @@ from pathlib import Path
 # Throughput
 
 
+class PhaseClock:
+    """Seconds of the phases of a start, one after the other.
+
+    Args:
+        started: the clock's reading when the first phase began.
+        clock: seconds as a float, never going back.
+    """
+
+    def __init__(self, started: float, clock: Callable[[], float] = time.perf_counter):
+        self.clock, self._last = clock, started
+        self.seconds: dict[str, float] = {}
+
+    def mark(self, phase: str) -> None:
+        """End the current phase under this name; a name used again adds up."""
+        now = self.clock()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+    def __str__(self) -> str:
+        """e.g. '9.1 s: imports 4.0, pictures 1.1, model 4.0'."""
+        parts = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.seconds.items())
+        return f"{sum(self.seconds.values()):.1f} s: {parts}"
+
+
 class ThroughputMeter:
     """Images per second of a training run, without its pauses and without its first lap.
 

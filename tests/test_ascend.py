@@ -410,6 +410,18 @@ def test_patched_upstream_trainer(ascend, tiny_model, picture_folder, tmp_path, 
     assert all(c["kernels"]["aclnnFlashAttentionScoreGrad"] > 0 for c in counters_of_ranks(tmp_path))
 
 
+def test_more_processes_than_cards_are_refused_before_anything_runs(ascend, tiny_model, tmp_path):
+    done = subprocess.run(
+        ["bash", KIT / LAUNCHER, "--model_name", tiny_model, "--num_processors=4", f"--output_dir={tmp_path / 'out'}"],
+        env=ascend(devices=2),
+        cwd=KIT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+    assert "--num_processors=4: this machine has 2 npu device(s). Ask for at most that many." in done.stderr
+
+
 def test_doctor_names_the_devices(ascend):
     result = run([sys.executable, "-m", "sana_kit.doctor"], ascend(3, ASCEND_RT_VISIBLE_DEVICES="0,2"))
     assert result.stdout.splitlines()[-1] == "npu 2"

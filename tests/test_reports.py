@@ -34,6 +34,18 @@ class Clock:
         return self.now
 
 
+def test_phases_of_a_start_add_up():
+    now = [10.0]
+    phases = reports.PhaseClock(started=8.0, clock=lambda: now[0])
+    phases.mark("imports")
+    now[0] = 13.5
+    phases.mark("model")
+    now[0] = 14.0
+    phases.mark("imports")
+    assert phases.seconds == {"imports": 2.5, "model": 3.5}
+    assert str(phases) == "6.0 s: imports 2.5, model 3.5"
+
+
 def test_meter_leaves_out_pauses_and_the_first_lap():
     clock = Clock()
     meter = reports.ThroughputMeter(images_per_step=16, clock=clock)

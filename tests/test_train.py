@@ -657,6 +657,7 @@ def test_log_summary_and_validation_pictures(six_steps):
     assert [e["step"] for e in steps] == [1, 2, 3, 4, 5, 6]
     for entry in steps:
         assert entry["loss"] > 0 and entry["images_per_second"] > 0 and entry["peak_memory_bytes"] > 1e6
+        assert entry["loss_max"] >= entry["loss"]
     assert steps[0]["learning_rate"] == pytest.approx(5e-3)  # two steps of warm-up: the rate of the step to come
     assert steps[1]["learning_rate"] == pytest.approx(1e-2)
     assert steps[-1]["learning_rate"] == pytest.approx(0.0, abs=1e-9)
@@ -671,6 +672,9 @@ def test_log_summary_and_validation_pictures(six_steps):
     summary = json.loads((output / "summary.json").read_text())
     assert summary["global_step"] == 6 and summary["final_loss"] == steps[-1]["loss"]
     assert summary["images_per_second"] > 0 and summary["duration_seconds"] > 0
+    phases = ["imports", "checks", "processes", "pictures and encodings", "transformer", "engine, checkpoint"]
+    assert list(summary["start_seconds"]) == [*phases, "first validation", "first step"]
+    assert 0 < sum(summary["start_seconds"].values()) <= summary["duration_seconds"]
     assert (output / "report.html").stat().st_size > 10_000
     assert list((output / "logs").rglob("events.out.tfevents*"))
 
