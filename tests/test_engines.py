@@ -175,6 +175,34 @@ def test_full_fine_tuning_under_zero2_saves_a_model_folder(flags, tmp_path):
     assert json.loads((tmp_path / "full" / "sana_kit_base.json").read_text())["base_model"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "stage, offload, mode", [(2, "cpu", "lora"), (2, "cpu", "full"), (3, "none", "full"), (3, "cpu", "full")]
+)
+def test_zero3_and_cpu_offload_by_the_config_resume_to_the_bit(flags, tmp_path, stage, offload, mode):
+    """The moments come from the checkpoint: without them the second half would differ."""
+    config = tmp_path / "config.yaml"
+    text = (KIT / "bf16_accelerate_config.yaml").read_text()
+    text = text.replace("zero_stage: 2", f"zero_stage: {stage}")
+    config.write_text(text.replace("offload_optimizer_device: none", f"offload_optimizer_device: {offload}"))
+    more = ["--train_batch_size=1", f"--train_mode={mode}", "--learning_rate=1e-3"]
+    how = {"processes": 2, "engine": "zero", "config": config}
+    train(tmp_path / "whole", flags, *more, **how)
+    copy = as_it_was_at(tmp_path / "whole", 3, tmp_path)
+    shutil.rmtree(copy / "transformer", ignore_errors=True)
+    (copy / "pytorch_lora_weights.safetensors").unlink(missing_ok=True)
+    train(copy, flags, *more, "--resume_from_checkpoint=latest", **how)
+
+    def trained(output):
+        if mode == "lora":
+            return weights(output)
+        return load_file(output / "transformer" / "diffusion_pytorch_model.safetensors")
+
+    assert same(trained(tmp_path / "whole"), trained(copy))
+    before, after = (load_file(o / "checkpoint-6" / "optimizer.safetensors") for o in (tmp_path / "whole", copy))
+    assert same(before, after) and {key.split("|")[1] for key in before} == {"master", "exp_avg", "exp_avg_sq"}
+
+
 def test_an_error_ends_all_ranks_with_one_message(flags, tmp_path):
     done = launch(TRAINER, *flags, f"--output_dir={tmp_path}", "--resolution=65", processes=2, engine="zero")
     assert done.returncode != 0
