@@ -69,55 +69,13 @@ def scaled_model(folder):
     """A SanaPipeline whose parts keep the proportions of the 1600M model, with random weights, for a CPU."""
     import tiny
     import torch
-    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
-    from transformers import Gemma2Config, Gemma2Model
 
     torch.manual_seed(0)
-    channels = (64, 64, 128, 128)
-    blocks = ("ResBlock",) * 3 + ("EfficientViTBlock",)
-    vae = AutoencoderDC(
-        latent_channels=32,
-        attention_head_dim=32,
-        encoder_block_types=blocks,
-        decoder_block_types=blocks,
-        encoder_block_out_channels=channels,
-        decoder_block_out_channels=channels,
-        encoder_qkv_multiscales=((), (), (), (5,)),
-        decoder_qkv_multiscales=((), (), (), (5,)),
-        encoder_layers_per_block=(2, 2, 2, 2),
-        decoder_layers_per_block=(3, 3, 3, 3),  # decode : denoising step = 3.0 in FLOPs, as at 4096 px
-        downsample_block_type="conv",
-        upsample_block_type="interpolate",
-        decoder_norm_types="rms_norm",
-        decoder_act_fns="silu",
-        scaling_factor=0.41407,
-    )
-    transformer = SanaTransformer2DModel(
-        num_layers=6,
-        num_attention_heads=10,
-        attention_head_dim=32,
-        num_cross_attention_heads=5,
-        cross_attention_head_dim=64,
-        cross_attention_dim=320,
-        caption_channels=256,
-        sample_size=64,
-    )
-    text_encoder = Gemma2Model(
-        Gemma2Config(
-            vocab_size=600,
-            hidden_size=256,
-            intermediate_size=1024,
-            num_hidden_layers=10,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=64,
-        )
-    )
-    scheduler = DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, final_sigmas_type="zero"
-    )
-    pipeline = SanaPipeline(tiny.make_tokenizer(), text_encoder, vae, transformer, scheduler)
-    pipeline.to(torch.bfloat16).save_pretrained(folder)
+    # decode : denoising step = 3.0 in FLOPs, as at 4096 px
+    vae = {**tiny.SCALED_VAE, "latent_channels": 32, "decoder_layers": (3, 3, 3, 3)}
+    text = {**tiny.SCALED_TEXT, "num_key_value_heads": 2}
+    transformer = {**tiny.SCALED_TRANSFORMER, "in_channels": 32, "out_channels": 32, "sample_size": 64}
+    tiny.build_pipeline(vae=vae, text=text, transformer=transformer).to(torch.bfloat16).save_pretrained(folder)
 
 
 def measured(folder, steps, rounds):

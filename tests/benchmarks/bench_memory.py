@@ -54,26 +54,15 @@ def peak_of(work, device) -> int:
 def role(options) -> None:
     """One rank: two steps, then its bytes by part on the main process as a line of JSON."""
     import torch
+    from bench_training import build_engine
 
-    import train_dreambooth_lora_sana as trainer
     from sana_kit import flops
-    from sana_kit.models import find_model
 
-    args = trainer.parse_args(
-        [f"--pretrained_model_name_or_path={options.model}", "--mixed_precision=bf16", "--report_to=none"]
-        + ["--train_batch_size=1", f"--train_mode={options.train_mode}", f"--rank={options.rank}"]
-    )
     if options.bucket_elements:
         flops.BUCKET_ELEMENTS = (1, options.bucket_elements)
-    found, problems = find_model(str(options.model))
-    assert not problems, problems
-    accelerator = trainer.create_accelerator(args)
+    built = build_engine(options, "--train_batch_size=1", f"--rank={options.rank}")
+    accelerator, _, transformer, engine, _ = built
     device = accelerator.device
-    transformer = trainer.load_transformer(args, accelerator, found)
-    trained = [p for p in transformer.parameters() if p.requires_grad]
-    trainer.fit_buckets(accelerator, sum(p.numel() for p in trained))
-    optimizer = trainer.create_optimizer(args, trained, device)
-    engine, prepared = accelerator.prepare(transformer, optimizer)
     config = transformer.config
 
     def backward():

@@ -35,63 +35,12 @@ WORDS = (
 
 def write_scaled_model(folder: Path) -> Path:
     """A random SanaPipeline whose parts cost 5.2 : 1.2 : 3.0 per 256 px picture, in bf16."""
+    import tiny
     import torch
-    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
-    from tiny import make_tokenizer
-    from transformers import Gemma2Config, Gemma2Model
 
     torch.manual_seed(0)
-    channels = (64, 64, 128, 128)
-    vae = AutoencoderDC(
-        in_channels=3,
-        latent_channels=8,
-        attention_head_dim=32,
-        encoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",),
-        decoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",),
-        encoder_block_out_channels=channels,
-        decoder_block_out_channels=channels,
-        encoder_qkv_multiscales=((), (), (), (5,)),
-        decoder_qkv_multiscales=((), (), (), (5,)),
-        encoder_layers_per_block=(2, 2, 2, 2),
-        decoder_layers_per_block=(2, 2, 2, 2),
-        downsample_block_type="conv",
-        upsample_block_type="interpolate",
-        decoder_norm_types="rms_norm",
-        decoder_act_fns="silu",
-        scaling_factor=0.41407,
-    )
-    text_encoder = Gemma2Model(
-        Gemma2Config(
-            vocab_size=600,
-            hidden_size=256,
-            intermediate_size=1024,
-            num_hidden_layers=10,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            head_dim=64,
-            pad_token_id=0,
-            eos_token_id=1,
-            bos_token_id=2,
-        )
-    )
-    transformer = SanaTransformer2DModel(
-        in_channels=8,
-        out_channels=8,
-        num_layers=6,
-        num_attention_heads=10,
-        attention_head_dim=32,
-        num_cross_attention_heads=5,
-        cross_attention_head_dim=64,
-        cross_attention_dim=320,
-        caption_channels=256,
-        sample_size=32,
-    )
-    scheduler = DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, final_sigmas_type="zero"
-    )
-    SanaPipeline(make_tokenizer(WORDS), text_encoder, vae, transformer, scheduler).to(torch.bfloat16).save_pretrained(
-        folder
-    )
+    sizes = {"vae": tiny.SCALED_VAE, "text": tiny.SCALED_TEXT, "transformer": tiny.SCALED_TRANSFORMER}
+    tiny.build_pipeline(**sizes, words=WORDS).to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 
@@ -209,27 +158,36 @@ def measure_bare(options, model, data, work) -> float:
     return float(out.strip().splitlines()[-1].split()[-1])
 
 
-def bare(options) -> None:
-    """Forward, backward and optimizer step on resident tensors, under the engine that the launcher chose."""
-    import torch
+def build_engine(options, *flags: str):
+    """(accelerator, found model, transformer, engine, optimizer) as the trainer's own functions make them.
 
+    options: model and train_mode; flags: more of the trainer's.
+    """
     import train_dreambooth_lora_sana as trainer
     from sana_kit.models import find_model
 
     args = trainer.parse_args(
         [f"--pretrained_model_name_or_path={options.model}", "--mixed_precision=bf16", "--report_to=none"]
-        + [f"--train_batch_size={options.batch_size}", f"--train_mode={options.train_mode}"]
+        + [f"--train_mode={options.train_mode}", *flags]
     )
-    model_found, problems = find_model(str(options.model))
+    found, problems = find_model(str(options.model))
     assert not problems, problems
     accelerator = trainer.create_accelerator(args)
-    device = accelerator.device
-    transformer = trainer.load_transformer(args, accelerator, model_found)
+    transformer = trainer.load_transformer(args, accelerator, found)
     trained = [p for p in transformer.parameters() if p.requires_grad]
     trainer.fit_buckets(accelerator, sum(p.numel() for p in trained))
-    optimizer = trainer.create_optimizer(args, trained, device)
     transformer.train()
-    model, optimizer = accelerator.prepare(transformer, optimizer)
+    optimizer = trainer.create_optimizer(args, trained, accelerator.device)
+    return accelerator, found, transformer, *accelerator.prepare(transformer, optimizer)
+
+
+def bare(options) -> None:
+    """Forward, backward and optimizer step on resident tensors, under the engine that the launcher chose."""
+    import torch
+
+    built = build_engine(options, f"--train_batch_size={options.batch_size}")
+    accelerator, model_found, transformer, model, optimizer = built
+    device = accelerator.device
     config = transformer.config
     side = options.resolution // model_found.vae_factor
     batch, generator = options.batch_size, torch.Generator().manual_seed(0)
