@@ -41,6 +41,7 @@ from sana_kit.reports import (  # noqa: E402
     PhaseClock,
     ThroughputMeter,
     console_bar,
+    give_usual_mode,
     refresh_report,
     write_atomic,
 )
@@ -1627,6 +1628,7 @@ def write_final_weights(
     if accelerator.is_main_process:
         if masters:
             upcast_adapter(partial, masters)
+        give_usual_mode(path for path in partial.rglob("*") if path.is_file())
         for path in sorted(partial.iterdir()):
             target = output_dir / path.name
             if target.is_dir():

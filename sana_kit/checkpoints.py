@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from sana_kit.run_log import file_sha256
+from sana_kit.run_log import file_sha256, give_usual_mode
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -92,7 +92,9 @@ def sync_path(path: Path) -> None:
 def write_manifest(folder: Path) -> None:
     """Write manifest.json with size and SHA-256 of every other file below `folder`, each synced to the disk."""
     files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST_FILE):
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST_FILE)
+    give_usual_mode(paths)
+    for path in paths:
         sync_path(path)
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     manifest = folder / MANIFEST_FILE

@@ -475,11 +475,14 @@ class _ShardWriter:
         if self.tensors:
             from safetensors.torch import save_file
 
+            from .run_log import give_usual_mode
+
             name = uuid.uuid4().hex
             temporary = self.folder / f".unfinished-{name}"
             final = self.folder / f"{self.prefix}-{name}.safetensors"
             try:
                 save_file(self.tensors, temporary, metadata={"crc32": json.dumps(self.checksums)})
+                give_usual_mode([temporary])
                 with open(temporary, "rb+") as file:
                     os.fsync(file.fileno())
                 os.replace(temporary, final)

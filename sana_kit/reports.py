@@ -18,7 +18,16 @@ from functools import lru_cache
 from pathlib import Path
 
 from .report_pages import refresh_report, write_gallery, write_report
-from .run_log import JsonLinesLog, PhaseClock, ThroughputMeter, console_bar, load_run, read_log, write_atomic
+from .run_log import (
+    JsonLinesLog,
+    PhaseClock,
+    ThroughputMeter,
+    console_bar,
+    give_usual_mode,
+    load_run,
+    read_log,
+    write_atomic,
+)
 
 __all__ = [
     "JsonLinesLog",
@@ -26,6 +35,7 @@ __all__ = [
     "ThroughputMeter",
     "case_name",
     "console_bar",
+    "give_usual_mode",
     "contact_sheet",
     "format_result_block",
     "load_run",

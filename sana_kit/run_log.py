@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -376,6 +376,18 @@ def write_atomic(path: str | os.PathLike, write: Callable) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def give_usual_mode(paths: Iterable[Path]) -> None:
+    """Give files the permissions that the umask leaves to new ones.
+
+    safetensors >= 0.8 writes files that only their owner may read: on a folder shared by machines or people the others
+    could neither resume nor draw.
+    """
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in paths:
+        path.chmod(0o666 & ~mask)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

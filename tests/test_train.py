@@ -7,6 +7,7 @@ import errno
 import functools
 import json
 import math
+import os
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -572,6 +573,18 @@ def test_moments_in_whole_numbers_are_refused_rather_than_resumed_wrongly():
     optimizer.state[parameter] = {"step": torch.tensor(1.0), "state1": torch.zeros(3, dtype=torch.uint8)}
     with pytest.raises(checkpoints.CheckpointError, match="keeps 'state1' as torch.uint8.*--use_8bit_adam"):
         checkpoints.optimizer_scalars(optimizer)
+
+
+def test_others_may_read_what_the_umask_lets_them(six_steps):
+    """Colleagues and other machines draw with the adapter and resume from the checkpoints."""
+    output, _ = six_steps
+    mask = os.umask(0)
+    os.umask(mask)
+    files = [path for path in output.rglob("*") if path.is_file()]
+    assert len(files) > 15 and {path.suffix for path in files} >= {".safetensors", ".json", ".pt", ".png", ".html"}
+    assert [
+        (str(path), oct(path.stat().st_mode)) for path in files if path.stat().st_mode & 0o777 != 0o666 & ~mask
+    ] == []
 
 
 def test_old_checkpoints_go_only_after_the_new_one_is_whole(base_flags, picture_folder, tmp_path, monkeypatch):
