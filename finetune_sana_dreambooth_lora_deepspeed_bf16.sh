@@ -40,7 +40,8 @@ Fine-tune SANA with LoRA under DeepSpeed ZeRO-2. Flags as --name=value or --name
   --output_dir                   everything is written there  [./output]
   --caption_column               column of the captions  [text]
   --instance_data_dir            folder of your own pictures, captions in .txt files, instead of --dataset_name
-  --instance_prompt              caption of pictures without one  [a pokemon; "in my style" with --quickstart]
+  --instance_prompt              caption of pictures without one  [a pokemon; "in my style" for --quickstart
+                                 with --instance_data_dir]
   --quickstart                   a small shipped model and picture set: trains, then draws without and with the LoRA;
                                  with --instance_data_dir on your own pictures
   --help                         this text
@@ -74,6 +75,9 @@ while [ $# -gt 0 ]; do
   esac
 done
 is_given() { local g; for g in ${given[@]+"${given[@]}"}; do [ "$g" = "$1" ] && return 0; done; return 1; }
+for name in ${given[@]+"${given[@]}"}; do
+  [ -n "${!name}" ] || { echo "error: --$name=: needs a value" >&2; exit 2; }
+done
 for name in batch_size max_train_steps resolution gradient_accumulation_steps num_processors; do
   if [ "$name" = num_processors ] && [ -z "$num_processors" ]; then continue; fi
   case "${!name}" in
@@ -114,12 +118,24 @@ if [ "$device_kind" = npu ]; then
 fi
 
 # -------------------------------------------------------------------------------------------------------- quick start
+# The quick start reads the user's pictures itself, so what is meant for the trainer counts here too.
 own=()
+for ((i = 0; i < ${#extra[@]}; i++)); do
+  case "${extra[i]}" in
+    --instance_data_dir=*) instance_data_dir=${extra[i]#*=} ;;
+    --instance_data_dir) instance_data_dir=${extra[i + 1]-} ;;
+    --instance_prompt=*) instance_prompt=${extra[i]#*=}; given+=(instance_prompt) ;;
+    --instance_prompt) instance_prompt=${extra[i + 1]-}; given+=(instance_prompt) ;;
+    --skip_bad_images) own+=(--skip_bad_images) ;;
+  esac
+done
 quickstart_item() { "$python" -m sana_kit.quickstart --print "$1" ${own[@]+"${own[@]}"}; }
 if [ "$quickstart" = yes ]; then
   if [ -n "$instance_data_dir" ]; then
     is_given instance_prompt || instance_prompt="in my style"
-    own=(--instance_data_dir "$instance_data_dir" --instance_prompt "$instance_prompt")
+    own+=("--instance_data_dir=$instance_data_dir" "--instance_prompt=$instance_prompt")
+  else
+    own=()
   fi
   is_given output_dir || output_dir="./quickstart_output"
   is_given model_name || model_name=$(quickstart_item model_path) || exit 1
@@ -182,8 +198,8 @@ else
     --checkpointing_steps 1000 --checkpoints_total_limit 3 --dataloader_num_workers 2
   )
 fi
-trainer+=(--instance_prompt "$instance_prompt")
-[ -n "$instance_data_dir" ] && trainer+=(--instance_data_dir "$instance_data_dir")
+trainer+=("--instance_prompt=$instance_prompt")
+[ -n "$instance_data_dir" ] && trainer+=("--instance_data_dir=$instance_data_dir")
 case " ${trainer[*]} ${extra[*]-} " in
   *" --instance_data_dir"*)
     # Given together with what belongs to a data set, the trainer says what is wrong.
@@ -229,9 +245,11 @@ fi
 if [ "$quickstart" = yes ]; then
   # The same prompts and seeds without and with the LoRA, by the kit's own inference scripts.
   printf '\ndrawing without and with the LoRA\n'
+  # What an earlier quick start drew into this folder is not compared again.
+  rm -f "$output_dir/before/manifest.jsonl" "$output_dir/after/manifest.jsonl"
   prompts=$(quickstart_item prompts) || exit 1
   drawing=()
-  while IFS= read -r prompt; do drawing+=(--prompt "$prompt"); done <<<"$prompts"
+  while IFS= read -r prompt; do drawing+=("--prompt=$prompt"); done <<<"$prompts"
   while IFS= read -r flag; do drawing+=("$flag"); done <<<"$(quickstart_item inference_flags)"
   "$python" "$here/infer_sana_text2img_bf16.py" --model_path "$model_name" --output_path "$output_dir/before" \
     --overwrite "${drawing[@]}" || exit $?

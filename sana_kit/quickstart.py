@@ -120,16 +120,39 @@ def _shipped_rows() -> list[tuple[Image.Image, str]]:
     return [(Image.open(io.BytesIO(data)), text) for data, text in _dataset_rows(ASSETS / "style_dataset")]
 
 
-def _own_rows(pictures: str, instance_prompt: str | None):
-    """(picture, caption) of each picture of a user's folder: a PIL opener and its caption on one line.
+def _own_pictures(pictures: str | Path, instance_prompt: str | None, skip_bad_images: bool):
+    """The user's folder as a `dataset.PictureSet`, and its captions, each on one line.
 
     Raises:
         ValueError: as `dataset.load_pictures`.
     """
     from sana_kit.dataset import load_pictures
 
-    found = load_pictures(instance_data_dir=str(pictures), instance_prompt=instance_prompt)
-    return [(found.load(i), " ".join(caption.split())) for i, caption in enumerate(found.captions)]
+    found = load_pictures(
+        instance_data_dir=str(pictures), instance_prompt=instance_prompt, skip_bad_images=skip_bad_images
+    )
+    return found, [" ".join(caption.split()) for caption in found.captions]
+
+
+def _own_rows(pictures: str | Path, instance_prompt: str | None, skip_bad_images: bool = False):
+    """(picture, caption) of each picture of a user's folder, PIL at 64 x 64: photographs would fill the memory.
+
+    Raises:
+        ValueError: as `dataset.load_pictures`, or a picture whose pixels cannot be read and may not be left out.
+    """
+    from sana_kit.dataset import PictureError
+
+    found, captions = _own_pictures(pictures, instance_prompt, skip_bad_images)
+    rows = []
+    for index, caption in enumerate(captions):
+        try:
+            small = found.load(index).resize((PIXELS, PIXELS), Image.Resampling.BOX)
+        except PictureError as error:
+            if not skip_bad_images:
+                raise ValueError(f"{pictures}: {error}") from error
+            continue
+        rows.append((small, caption))
+    return rows
 
 
 def _common_ending(captions: list[str]) -> str:
@@ -159,7 +182,10 @@ def own_prompts(captions: list[str], subjects: list[str]) -> tuple[tuple[str, ..
 
 
 def prepare(
-    folder: str | Path | None = None, pictures: str | Path | None = None, instance_prompt: str | None = None
+    folder: str | Path | None = None,
+    pictures: str | Path | None = None,
+    instance_prompt: str | None = None,
+    skip_bad_images: bool = False,
 ) -> QuickStart:
     """Check the shipped files and say where they are.
 
@@ -167,6 +193,7 @@ def prepare(
         folder: copy model and data set there first (an existing whole copy is kept); None uses them where they are.
         pictures: the user's own folder of pictures with captions in .txt files, instead of the shipped set.
         instance_prompt: the caption of those among them that have none.
+        skip_bad_images: leave unreadable ones out instead of an error.
 
     Raises:
         ValueError: files are missing or differ from SHA256SUMS, all of them named; the pictures cannot be used.
@@ -190,7 +217,7 @@ def prepare(
     if pictures is None:
         captions = tuple(caption for _, caption in _dataset_rows(place / "style_dataset"))
     else:
-        captions = tuple(caption for _, caption in _own_rows(pictures, instance_prompt))
+        captions = tuple(_own_pictures(pictures, instance_prompt, skip_bad_images)[1])
         prompts, trigger = own_prompts(captions, [prompt.removesuffix(f" {TRIGGER}") for prompt in prompts])
         dataset_path = str(pictures)
         training_flags = tuple(flag for flag in TRAINING_FLAGS if "_column=" not in flag)
@@ -301,9 +328,9 @@ def measure(before_dir: str | Path, after_dir: str | Path, rows: list[tuple] | N
 
     Returns:
         dict: distance_before, distance_after, their noise (half the range over seeds; None with one seed), factor
-        (before / after), floor (distance between two halves of the set: no distance means less), seen and unseen (the
-        same figures for prompts in the set and others, None where there are none), subjects_kept, subjects_chance,
-        pictures.
+        (before / after), floor (distance between two halves of the set: no distance means less; None for one picture),
+        seen and unseen (the same figures for prompts in the set and others, None where there are none), subjects_kept,
+        subjects_chance, pictures.
 
     Raises:
         ValueError: the folders do not hold the same prompts and seeds, or one of them cannot be read.
@@ -353,7 +380,7 @@ def measure(before_dir: str | Path, after_dir: str | Path, rows: list[tuple] | N
         kept += int((likeness.argmax(1) == np.arange(len(keys))).sum())
     return {
         **figures(list(before)),
-        "floor": colour_distance(style[::2], style[1::2]),
+        "floor": colour_distance(style[::2], style[1::2]) if len(style) > 1 else None,
         "seen": figures([key for key in before if key[0] in captions]),
         "unseen": figures([key for key in before if key[0] not in captions]),
         "subjects_kept": kept / len(before),
@@ -379,7 +406,7 @@ def describe(result: dict) -> str:
         line("  all prompts          ", result),
         line("  prompts of the set   ", result["seen"]),
         line("  prompts not in it    ", result["unseen"]),
-        f"  two halves of the set: {result['floor']:.1f} apart",
+        f"  two halves of the set: {result['floor']:.1f} apart" if result["floor"] is not None else None,
         f"Subjects kept: {result['subjects_kept']:.0%} of {result['pictures']} pictures have the outlines of their "
         f"own prompt's picture without LoRA (by chance {result['subjects_chance']:.0%})",
     ]
@@ -451,17 +478,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", help="With --compare: also write the figures there.")
     parser.add_argument("--instance_data_dir", help="Your own pictures, with .txt captions, instead of the shipped.")
     parser.add_argument("--instance_prompt", help="The caption of those of your pictures that have none.")
+    parser.add_argument("--skip_bad_images", action="store_true", help="Leave out those that cannot be read.")
     args = parser.parse_args(arguments)
-    own = args.instance_data_dir
+    own, how = args.instance_data_dir, (args.instance_prompt, args.skip_bad_images)
     if not args.printed and not args.compare:
         parser.error("nothing to do: give --print or --compare")
     try:
         if args.printed:
-            value = getattr(prepare(args.folder, own, args.instance_prompt), args.printed)
+            value = getattr(prepare(args.folder, own, *how), args.printed)
             print("\n".join(map(str, (value,) if isinstance(value, str) else value)))
         if args.compare:
             before, after, out = args.compare
-            rows = _own_rows(own, args.instance_prompt) if own else _shipped_rows()
+            rows = _own_rows(own, *how) if own else _shipped_rows()
             result = measure(before, after, rows)
             write_sheet(before, after, out, rows)
             print(describe(result))

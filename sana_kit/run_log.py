@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -382,12 +382,14 @@ def give_usual_mode(paths: Iterable[Path]) -> None:
     """Give files the permissions that the umask leaves to new ones.
 
     safetensors >= 0.8 writes files that only their owner may read: on a folder shared by machines or people the others
-    could neither resume nor draw.
+    could neither resume nor draw. File systems that know no permissions refuse; the file is whole all the same.
     """
     mask = os.umask(0)
     os.umask(mask)
     for path in paths:
-        path.chmod(0o666 & ~mask)
+        if path.stat().st_mode & 0o777 != 0o666 & ~mask:
+            with suppress(OSError):
+                path.chmod(0o666 & ~mask)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

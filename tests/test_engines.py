@@ -251,6 +251,7 @@ def start_launcher(*arguments, env=None, **more):
         (["--config_file=/no/file.yaml"], "--config_file=/no/file.yaml: no such file"),
         (["train"], "unexpected word 'train'"),
         (["--resolution"], "--resolution needs a value"),
+        (["--instance_data_dir="], "--instance_data_dir=: needs a value"),
     ],
 )
 def test_the_launcher_refuses_what_it_does_not_know(arguments, message, tmp_path):
@@ -427,15 +428,24 @@ def test_a_second_signal_ends_at_once_and_leaves_nobody(flags, tmp_path):
     assert not list(output.glob("checkpoint-*"))
 
 
-def test_ctrl_c_saves_and_ends_with_130(flags, tmp_path):
-    """Ctrl-C reaches every process of the foreground group at once, the launcher and each rank."""
+def test_ctrl_c_saves_and_ends_with_130(tiny_model, parquet_dataset, tmp_path):
+    """Ctrl-C reaches the launcher, which has put the run into a session of its own and passes it on."""
     output = tmp_path / "out"
-    process = start_long_run(output, flags, "--max_train_steps=100000", "--logging_steps=1")
+    command = ["bash", str(LAUNCHER), "--model_name", str(tiny_model), f"--dataset_name={parquet_dataset}"]
+    command += ["--batch_size=1", "--num_processors=2", "--resolution=64", f"--output_dir={output}"]
+    with open(output.with_suffix(".log"), "wb") as log:
+        process = subprocess.Popen(
+            [*command, "--", "--logging_steps=1", "--report_to=none"],
+            stdout=log,
+            stderr=log,
+            cwd=tmp_path,
+            env={**script_environment(), "PYTHON": sys.executable},
+            start_new_session=True,
+        )
     wait_for_step(output, 3, process)
     family = tree(process.pid)
-    for child in family:
-        child.send_signal(signal.SIGINT)
-    process.wait(timeout=60)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 130
     assert nobody_left(family)
     (step, folder), *_ = checkpoints.list_checkpoints(output)
     assert step >= 3 and checkpoints.find_damage(folder) is None

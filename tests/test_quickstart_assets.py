@@ -256,6 +256,27 @@ def test_ones_own_pictures_instead_of_the_shipped_set(tmp_path, rows, capsys):
     (folder / "0.png").write_bytes(b"no picture")
     assert quickstart.main(["--print", "prompts", *own]) == 2
     assert "0.png" in capsys.readouterr().err
+    assert quickstart.main(["--print", "prompts", *own, "--skip_bad_images"]) == 0
+    assert "thing in my style" not in capsys.readouterr().out.splitlines()
+    # a header that is whole, pixels that are not
+    whole = (folder / "1.png").read_bytes()
+    (folder / "1.png").write_bytes(whole[: len(whole) // 2])
+    compare = ["--compare", str(before), str(after), str(sheet), *own]
+    (folder / "0.png").unlink()
+    assert quickstart.main(compare) == 2 and "1.png" in capsys.readouterr().err
+    assert quickstart.main([*compare, "--skip_bad_images"]) == 0
+
+
+def test_a_single_picture_of_ones_own_is_enough_to_compare_with(tmp_path, rows, capsys):
+    folder = tmp_path / "one"
+    folder.mkdir()
+    (folder / "kite.png").write_bytes(rows[0][0])
+    picture = Image.open(io.BytesIO(rows[0][0])).convert("RGB")
+    before = write_pictures(tmp_path / "before", {"my kite": Image.new("RGB", (64, 64), "white")})
+    after = write_pictures(tmp_path / "after", {"my kite": picture})
+    own = ["--instance_data_dir", str(folder), "--instance_prompt", "my kite"]
+    assert quickstart.main(["--compare", str(before), str(after), str(tmp_path / "sheet.png"), *own]) == 0
+    assert "two halves" not in capsys.readouterr().out
 
 
 def test_measure_refuses_what_cannot_be_compared(tmp_path, capsys):
