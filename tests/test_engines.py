@@ -181,6 +181,8 @@ def test_full_fine_tuning_under_zero2_saves_a_model_folder(flags, tmp_path):
 )
 def test_zero3_and_cpu_offload_by_the_config_resume_to_the_bit(flags, tmp_path, stage, offload, mode):
     """The moments come from the checkpoint: without them the second half would differ."""
+    if offload == "cpu" and not (shutil.which("g++") or shutil.which("c++")):
+        pytest.skip("DeepSpeed compiles its CPU optimizer, and there is no C++ compiler here")
     config = tmp_path / "config.yaml"
     text = (KIT / "bf16_accelerate_config.yaml").read_text()
     text = text.replace("zero_stage: 2", f"zero_stage: {stage}")
