@@ -378,18 +378,25 @@ def write_atomic(path: str | os.PathLike, write: Callable) -> Path:
     return path
 
 
+@lru_cache(maxsize=1)
+def _umask() -> int:
+    """The process's umask. Reading it sets it, so it is read once, before threads write files."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
 def give_usual_mode(paths: Iterable[Path]) -> None:
     """Give files the permissions that the umask leaves to new ones.
 
     safetensors >= 0.8 writes files that only their owner may read: on a folder shared by machines or people the others
     could neither resume nor draw. File systems that know no permissions refuse; the file is whole all the same.
     """
-    mask = os.umask(0)
-    os.umask(mask)
+    usual = 0o666 & ~_umask()
     for path in paths:
-        if path.stat().st_mode & 0o777 != 0o666 & ~mask:
+        if path.stat().st_mode & 0o777 != usual:
             with suppress(OSError):
-                path.chmod(0o666 & ~mask)
+                path.chmod(usual)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
