@@ -5,11 +5,13 @@ SANA_DIFFUSERS_CHECKOUT=PATH the scripts run from a copy of a real one.
 """
 
 import hashlib
+import io
 import os
 import shutil
 import stat
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -236,13 +238,14 @@ def _lay_by_hand(kit, checkout):
 @pytest.mark.parametrize("way", ["overlay", "cp -r"])
 def test_the_scripts_run_from_there(checkout, tmp_path, way):
     """The real kit, laid by command or by cp, finds its own modules from examples/dreambooth."""
-    if os.environ.get("SANA_DIFFUSERS_CHECKOUT"):  # a real checkout: its examples and what marks it, copied
+    if os.environ.get("SANA_DIFFUSERS_CHECKOUT"):  # a real one, or a bare repository: its examples and what marks it
         shutil.rmtree(checkout)
-        source = Path(os.environ["SANA_DIFFUSERS_CHECKOUT"])
-        shutil.copytree(source / "examples" / "dreambooth", checkout / "examples" / "dreambooth")
-        (checkout / "src" / "diffusers").mkdir(parents=True)
-        shutil.copy(source / "src" / "diffusers" / "__init__.py", checkout / "src" / "diffusers")
-        shutil.copy(source / "setup.py", checkout)
+        checkout.mkdir()
+        parts = ["examples/dreambooth", "src/diffusers/__init__.py", "setup.py"]
+        command = ["git", "-C", os.environ["SANA_DIFFUSERS_CHECKOUT"], "archive", "HEAD", *parts]
+        packed = subprocess.run(command, capture_output=True, check=True).stdout
+        with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+            archive.extractall(checkout)
     before, target = snapshot(checkout), checkout / "examples" / "dreambooth"
     run = {"capture_output": True, "text": True, "timeout": 300}
     if way == "overlay":
