@@ -118,29 +118,29 @@ if [ "$device_kind" = npu ]; then
 fi
 
 # -------------------------------------------------------------------------------------------------------- quick start
-# The quick start reads the user's pictures itself, so what is meant for the trainer counts here too.
-own=()
+# What says where the user's pictures are counts behind the -- too; the quick start reads them itself.
+skip=()
 for ((i = 0; i < ${#extra[@]}; i++)); do
   case "${extra[i]}" in
     --instance_data_dir=*) instance_data_dir=${extra[i]#*=} ;;
     --instance_data_dir) instance_data_dir=${extra[i + 1]-} ;;
     --instance_prompt=*) instance_prompt=${extra[i]#*=}; given+=(instance_prompt) ;;
     --instance_prompt) instance_prompt=${extra[i + 1]-}; given+=(instance_prompt) ;;
-    --skip_bad_images) own+=(--skip_bad_images) ;;
+    --skip_bad_images) skip=(--skip_bad_images) ;;
   esac
 done
-quickstart_item() { "$python" -m sana_kit.quickstart --print "$1" ${own[@]+"${own[@]}"}; }
+quickstart_item() { "$python" -m sana_kit.quickstart --print "$@"; }
+own=()
 if [ "$quickstart" = yes ]; then
   if [ -n "$instance_data_dir" ]; then
     is_given instance_prompt || instance_prompt="in my style"
-    own+=("--instance_data_dir=$instance_data_dir" "--instance_prompt=$instance_prompt")
-  else
-    own=()
+    own=("--instance_data_dir=$instance_data_dir" "--instance_prompt=$instance_prompt" ${skip[@]+"${skip[@]}"})
   fi
   is_given output_dir || output_dir="./quickstart_output"
   is_given model_name || model_name=$(quickstart_item model_path) || exit 1
   [ -n "$instance_data_dir" ] || is_given dataset_name || dataset_name=$(quickstart_item dataset_path) || exit 1
   quickstart_flags=$(quickstart_item training_flags) || exit 1
+  prompts=$(quickstart_item prompts ${own[@]+"${own[@]}"}) || exit 1   # before training: pictures of one's own may be bad
   if [ "$device_kind" = cpu ] && [ -z "$num_processors" ]; then num_processors=2; fi
 fi
 
@@ -199,14 +199,14 @@ else
   )
 fi
 trainer+=("--instance_prompt=$instance_prompt")
-[ -n "$instance_data_dir" ] && trainer+=("--instance_data_dir=$instance_data_dir")
-case " ${trainer[*]} ${extra[*]-} " in
-  *" --instance_data_dir"*)
-    # Given together with what belongs to a data set, the trainer says what is wrong.
-    is_given dataset_name && trainer+=(--dataset_name "$dataset_name")
-    is_given caption_column && trainer+=(--caption_column "$caption_column") ;;
-  *) trainer+=(--dataset_name "$dataset_name" --caption_column "${caption_column:-text}") ;;
-esac
+if [ -n "$instance_data_dir" ]; then
+  trainer+=("--instance_data_dir=$instance_data_dir")
+  # Given together with what belongs to a data set, the trainer says what is wrong.
+  is_given dataset_name && trainer+=(--dataset_name "$dataset_name")
+  is_given caption_column && trainer+=(--caption_column "$caption_column")
+else
+  trainer+=(--dataset_name "$dataset_name" --caption_column "${caption_column:-text}")
+fi
 trainer+=(${extra[@]+"${extra[@]}"})
 
 error_file=$(mktemp) || exit 1
@@ -247,7 +247,6 @@ if [ "$quickstart" = yes ]; then
   printf '\ndrawing without and with the LoRA\n'
   # What an earlier quick start drew into this folder is not compared again.
   rm -f "$output_dir/before/manifest.jsonl" "$output_dir/after/manifest.jsonl"
-  prompts=$(quickstart_item prompts) || exit 1
   drawing=()
   while IFS= read -r prompt; do drawing+=("--prompt=$prompt"); done <<<"$prompts"
   while IFS= read -r flag; do drawing+=("$flag"); done <<<"$(quickstart_item inference_flags)"

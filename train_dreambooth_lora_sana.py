@@ -564,11 +564,10 @@ def fit_buckets(accelerator, trainable_numel: int) -> None:
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is None:
         return
-    from sana_kit.flops import BUCKET_ELEMENTS
+    from sana_kit.flops import bucket_elements
 
     zero = plugin.deepspeed_config["zero_optimization"]
-    fewest, most = BUCKET_ELEMENTS
-    size = min(max(trainable_numel, fewest), most)
+    size = bucket_elements(trainable_numel)
     for key in ("reduce_bucket_size", "allgather_bucket_size"):
         if zero.get(key, "auto") in ("auto", None):
             zero[key] = size

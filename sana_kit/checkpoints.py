@@ -276,8 +276,7 @@ def optimizer_scalars(optimizer) -> dict:
         elif torch.is_tensor(value) and not value.is_floating_point():
             raise CheckpointError(
                 f"{type(base).__name__} keeps '{key}' as {value.dtype}, which checkpoints of this kit do not hold: a"
-                f" resumed"
-                " run would go on with other moments. Use --optimizer=AdamW without --use_8bit_adam."
+                " resumed run would go on with other moments. Use --optimizer=AdamW without --use_8bit_adam."
             )
     groups = [
         {k: v for k, v in group.items() if k != "params" and isinstance(v, (int, float, bool, str))}

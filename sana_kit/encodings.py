@@ -35,6 +35,7 @@ from .dataset import (
     progress_bar,
     to_unit_range,
 )
+from .run_log import give_usual_mode
 
 FORMAT_VERSION = 1  # raise it when the value stored under a key changes its meaning
 SHARD_ITEMS, SHARD_BYTES, SHARD_SECONDS = 512, 64 * 2**20, 60.0  # a shard is written when any of these is reached
@@ -474,8 +475,6 @@ class _ShardWriter:
         """
         if self.tensors:
             from safetensors.torch import save_file
-
-            from .run_log import give_usual_mode
 
             name = uuid.uuid4().hex
             temporary = self.folder / f".unfinished-{name}"

@@ -278,8 +278,10 @@ def model_flops_utilisation(images_per_second: float, flops_per_image: float, de
     return images_per_second * flops_per_image / (devices * peak)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# VAE and text encoder
+def bucket_elements(trained: int) -> int:
+    """How many gradients the trainer lets DeepSpeed put into one bucket, for so many trained weights."""
+    fewest, most = BUCKET_ELEMENTS
+    return min(max(trained, fewest), most)
 
 
 def training_bytes(transformer_config, mode: str = "lora", rank: int = 4, devices: int = 8) -> dict[str, int]:
@@ -299,14 +301,17 @@ def training_bytes(transformer_config, mode: str = "lora", rank: int = 4, device
     total = sum(op.weights for op in ops)
     trained = sum(op.weights for op in ops if op.trainable)
     share = math.ceil(trained / devices)
-    bucket = min(max(trained, BUCKET_ELEMENTS[0]), BUCKET_ELEMENTS[1])
     return {
         "weights": round(2 * total),
         "gradients": 4 * share,
         "masters": 4 * share,
         "moments": 8 * share,
-        "passing": max(2 * 2 * int(bucket), 8 * share),
+        "passing": max(2 * 2 * bucket_elements(int(trained)), 8 * share),
     }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# VAE and text encoder
 
 
 def _conv(name: str, pixels: float, inputs: int, outputs: int, kernel: int, groups: int = 1, read: float = 1.0) -> Op:

@@ -19,7 +19,6 @@ A run from the start gives a model like it, not the same bytes; quickstart_asset
 """
 
 import argparse
-import hashlib
 import io
 import json
 import math
@@ -33,6 +32,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
+
+from .run_log import file_sha256
 
 PIXELS = 64  # the model's picture size
 STYLE_PIXELS = 128  # the fine-tuning set's, larger so that the trainer's own resize is used
@@ -707,9 +708,7 @@ def write_assets(pictures, vae, tokenizer, text_encoder, transformer, facts, fol
         encoding="utf-8",
     )
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    sums = [
-        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder).as_posix()}" for path in files
-    ]
+    sums = [f"{file_sha256(path)}  {path.relative_to(folder).as_posix()}" for path in files]
     (folder / "SHA256SUMS").write_text("\n".join(sums) + "\n", encoding="utf-8")
     weights = sum(path.stat().st_size for path in files if path.suffix == ".safetensors")
     print(

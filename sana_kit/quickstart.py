@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import io
 import json
 import shutil
@@ -25,6 +24,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from .run_log import file_sha256
 
 ASSETS = Path(__file__).resolve().parent / "quickstart_assets"
 SUMS = "SHA256SUMS"
@@ -47,8 +48,6 @@ TRAINING_FLAGS = (
     "--lora_alpha=32",
     "--lora_layers=to_q,to_k,to_v,to_out.0,proj_out,linear_1,linear_2,time_embed.linear",
     "--complex_human_instruction=none",
-    "--image_column=image",
-    "--caption_column=text",
     "--mixed_precision=bf16",
     "--seed=0",
 )
@@ -78,7 +77,8 @@ class QuickStart:
         prompts: of the before/after sheet.
         seen: the prompts among them that are captions of the set; the model never saw the style of the others.
         seeds: of the before/after sheet.
-        training_flags, inference_flags: words for the command lines of the trainer and of the inference scripts.
+        training_flags, inference_flags: words for the command lines of the trainer (but for what names the pictures
+            and captions) and of the inference scripts.
     """
 
     model_path: str
@@ -103,7 +103,7 @@ def _verify(folder: Path) -> list[str]:
         path = folder / name
         if not path.is_file():
             problems.append(f"{path}: not there")
-        elif hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        elif file_sha256(path) != digest:
             problems.append(f"{path}: not the file that was shipped ({path.stat().st_size:,} bytes)")
     return problems
 
@@ -213,23 +213,22 @@ def prepare(
                 raise ValueError("\n".join(["copying the quick start's files failed:", *problems]))
     lines = (place / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     prompts = tuple(json.loads(line)["prompt"] for line in lines)
-    trigger, dataset_path, training_flags = TRIGGER, str(place / "style_dataset"), TRAINING_FLAGS
+    trigger, dataset_path = TRIGGER, place / "style_dataset"
     if pictures is None:
-        captions = tuple(caption for _, caption in _dataset_rows(place / "style_dataset"))
+        captions = tuple(caption for _, caption in _dataset_rows(dataset_path))
     else:
         captions = tuple(_own_pictures(pictures, instance_prompt, skip_bad_images)[1])
         prompts, trigger = own_prompts(captions, [prompt.removesuffix(f" {TRIGGER}") for prompt in prompts])
-        dataset_path = str(pictures)
-        training_flags = tuple(flag for flag in TRAINING_FLAGS if "_column=" not in flag)
+        dataset_path = pictures
     return QuickStart(
         model_path=str(place / "model"),
-        dataset_path=dataset_path,
+        dataset_path=str(dataset_path),
         captions=captions,
         trigger=trigger,
         prompts=prompts,
         seen=tuple(prompt for prompt in prompts if prompt in captions),
         seeds=SEEDS,
-        training_flags=training_flags,
+        training_flags=TRAINING_FLAGS,
         inference_flags=INFERENCE_FLAGS,
     )
 

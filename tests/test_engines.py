@@ -372,6 +372,19 @@ def kill(processes):
     psutil.wait_procs(processes, timeout=30)
 
 
+def start_launcher_aside(output, *arguments):
+    """The launcher in a session of its own, its output in a .log beside the output folder."""
+    with open(output.with_suffix(".log"), "wb") as log:
+        return subprocess.Popen(
+            ["bash", str(LAUNCHER), f"--output_dir={output}", *map(str, arguments)],
+            stdout=log,
+            stderr=log,
+            cwd=output.parent,
+            env={**script_environment(), "PYTHON": sys.executable},
+            start_new_session=True,
+        )
+
+
 def test_the_launcher_passes_sigterm_on_saves_and_resumes_to_the_bit(tiny_model, parquet_dataset, tmp_path):
     arguments = [
         "--model_name", str(tiny_model), f"--dataset_name={parquet_dataset}", "--batch_size=1", "--num_processors=2",
@@ -382,21 +395,12 @@ def test_the_launcher_passes_sigterm_on_saves_and_resumes_to_the_bit(tiny_model,
     assert whole.returncode == 0, whole.stderr[-4000:]
 
     output = tmp_path / "stopped"
-    process = subprocess.Popen(
-        ["bash", str(LAUNCHER), *arguments, f"--output_dir={output}", *more],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=tmp_path,
-        env={**script_environment(), "PYTHON": sys.executable},
-        start_new_session=True,
-    )
+    process = start_launcher_aside(output, *arguments, *more)
     wait_for_step(output, 5, process)
     family = tree(process.pid)
     assert len(family) > 4
     process.send_signal(signal.SIGTERM)
-    text, _ = process.communicate(timeout=120)
-    assert process.returncode == 143, text[-4000:]
+    assert process.wait(timeout=120) == 143, output.with_suffix(".log").read_text()[-4000:]
     assert nobody_left(family)
     stopped_at = checkpoints.list_checkpoints(output)[-1][0]
     assert 5 <= stopped_at < 120 and checkpoints.find_damage(output / f"checkpoint-{stopped_at}") is None
@@ -433,17 +437,10 @@ def test_a_second_signal_ends_at_once_and_leaves_nobody(flags, tmp_path):
 def test_ctrl_c_saves_and_ends_with_130(tiny_model, parquet_dataset, tmp_path):
     """Ctrl-C reaches the launcher, which has put the run into a session of its own and passes it on."""
     output = tmp_path / "out"
-    command = ["bash", str(LAUNCHER), "--model_name", str(tiny_model), f"--dataset_name={parquet_dataset}"]
-    command += ["--batch_size=1", "--num_processors=2", "--resolution=64", f"--output_dir={output}"]
-    with open(output.with_suffix(".log"), "wb") as log:
-        process = subprocess.Popen(
-            [*command, "--", "--logging_steps=1", "--report_to=none"],
-            stdout=log,
-            stderr=log,
-            cwd=tmp_path,
-            env={**script_environment(), "PYTHON": sys.executable},
-            start_new_session=True,
-        )
+    process = start_launcher_aside(
+        output, "--model_name", tiny_model, f"--dataset_name={parquet_dataset}", "--batch_size=1",
+        "--num_processors=2", "--resolution=64", "--", "--logging_steps=1", "--report_to=none",
+    )  # fmt: skip
     wait_for_step(output, 3, process)
     family = tree(process.pid)
     process.send_signal(signal.SIGINT)

@@ -38,18 +38,31 @@ def make_tokenizer(words=WORDS):
     )
 
 
+def make_scheduler():
+    """The published checkpoints' DPMSolver with flow_shift 3.0."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    return DPMSolverMultistepScheduler(
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=3.0,
+        final_sigmas_type="zero",
+    )
+
+
 def build_pipeline(*, vae, text, transformer, words=WORDS):
     """A SanaPipeline with random weights from torch's generator as it stands.
 
-    The VAE is a DC-AE of factor 8 with the blocks of the published one, the scheduler the real checkpoint's DPMSolver
-    with flow_shift 3.0.
+    The VAE is a DC-AE of factor 8 with the blocks of the published one.
 
     Args:
         vae: latent_channels, head_dim, channels (4), encoder_layers and decoder_layers (per block, 4 each).
         text: sizes of a Gemma2Config.
         transformer: arguments of SanaTransformer2DModel.
     """
-    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+    from diffusers import AutoencoderDC, SanaPipeline, SanaTransformer2DModel
     from transformers import Gemma2Config, Gemma2Model
 
     blocks = ("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock")
@@ -79,14 +92,7 @@ def build_pipeline(*, vae, text, transformer, words=WORDS):
         text_encoder=text_encoder,
         vae=autoencoder,
         transformer=SanaTransformer2DModel(**transformer),
-        scheduler=DPMSolverMultistepScheduler(
-            algorithm_type="dpmsolver++",
-            solver_order=2,
-            prediction_type="flow_prediction",
-            use_flow_sigmas=True,
-            flow_shift=3.0,
-            final_sigmas_type="zero",
-        ),
+        scheduler=make_scheduler(),
     )
 
 

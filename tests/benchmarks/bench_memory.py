@@ -21,15 +21,15 @@ KIT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(KIT), str(KIT / "tests"), str(KIT / "tests" / "benchmarks")]
 
 
-def live_storages() -> dict[int, int]:
-    """Address and bytes of every tensor storage that Python can reach."""
+def live_storages(device) -> dict[int, int]:
+    """Address and bytes of every tensor storage on the device that Python can reach."""
     import torch
 
     found = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for thing in gc.get_objects():
-            if issubclass(type(thing), torch.Tensor) and thing.device.type != "meta":
+            if issubclass(type(thing), torch.Tensor) and thing.device.type == device.type:
                 storage = thing.untyped_storage()
                 found[storage.data_ptr()] = storage.nbytes()
     found.pop(0, None)
@@ -37,11 +37,17 @@ def live_storages() -> dict[int, int]:
 
 
 def peak_of(work, device) -> int:
-    """Bytes that `work` takes on the device at its peak above what is there before, from torch's own events."""
+    """Bytes that `work` takes on the device at its peak above what is there before, as torch's allocator counts."""
     from torch.profiler import ProfilerActivity, profile
 
-    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    with profile(activities=kinds, profile_memory=True) as profiler:
+    from sana_kit import devices
+
+    if device.type != "cpu":
+        devices.reset_peak_memory(device)  # to what is there now
+        before = devices.peak_memory_bytes(device)
+        work()
+        return devices.peak_memory_bytes(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     total = peak = 0
@@ -74,19 +80,19 @@ def role(options) -> None:
             timestep=torch.full((1,), 500.0, device=device),
             return_dict=False,
         )[0]
-        accelerator.deepspeed_engine_wrapped.engine.backward(prediction.float().square().mean())
+        engine.backward(prediction.float().square().mean())
 
     def step():
         backward()
-        accelerator.deepspeed_engine_wrapped.engine.step()
+        engine.step()
 
-    zero = accelerator.deepspeed_engine_wrapped.engine.optimizer
+    zero = engine.optimizer
     step()  # moments are made in the first step
-    held = sum(live_storages().values())
+    held = sum(live_storages(device).values())
     peak = held + peak_of(step, device)
     backward()
     gc.collect()
-    live = live_storages()
+    live = live_storages(device)
 
     def take(tensors) -> int:
         """Bytes of these tensors' storages, each counted for the first part that has it."""

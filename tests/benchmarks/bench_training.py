@@ -51,11 +51,11 @@ def write_real_model(folder: Path, name: str, resolution: int, light: bool = Fal
         light: VAE and text encoder of the same interfaces with next to no layers, where only the transformer counts.
     """
     import torch
-    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
-    from tiny import make_tokenizer
+    from diffusers import AutoencoderDC, SanaPipeline, SanaTransformer2DModel
+    from tiny import make_scheduler, make_tokenizer
     from transformers import Gemma2Config, Gemma2Model
 
-    from sana_kit import flops
+    from sana_kit import devices, flops
 
     vae = dict(flops.AUTOENCODER)
     text = {**flops.TEXT_ENCODER, "vocab_size": 600, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
@@ -67,7 +67,7 @@ def write_real_model(folder: Path, name: str, resolution: int, light: bool = Fal
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)  # 1.6 billion weights in float32 first would not fit everywhere
     try:
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        with devices.pick_device():
             parts = (
                 Gemma2Model(Gemma2Config(**text)),
                 AutoencoderDC(**vae),
@@ -75,10 +75,7 @@ def write_real_model(folder: Path, name: str, resolution: int, light: bool = Fal
             )
     finally:
         torch.set_default_dtype(torch.float32)
-    scheduler = DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, final_sigmas_type="zero"
-    )
-    SanaPipeline(make_tokenizer(WORDS), *parts, scheduler).save_pretrained(folder)
+    SanaPipeline(make_tokenizer(WORDS), *parts, make_scheduler()).save_pretrained(folder)
     return folder
 
 
@@ -112,11 +109,12 @@ def command_prefix(processes: int, engine: bool = False) -> list[str]:
 
 
 def run(command, environment=None) -> str:
+    path = os.pathsep.join([str(KIT), *filter(None, [os.environ.get("PYTHONPATH")])])  # an emulated host is made by it
     done = subprocess.run(
         [str(part) for part in command],
         capture_output=True,
         text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(KIT), **(environment or {})},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, **(environment or {})},
     )
     if done.returncode:
         sys.exit(f"failed: {' '.join(map(str, command))}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
