@@ -8,7 +8,7 @@ Started again, the same command keeps finished pictures. `--help` lists the flag
 
 import sys
 
-from sana_kit.inference import main
+from sana_kit.inference.run import main
 
 if __name__ == "__main__":
     sys.exit(main("Pictures from prompts with a SANA model."))

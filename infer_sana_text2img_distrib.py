@@ -9,7 +9,7 @@ Prompts x seeds are shared among the processes; every number of processes makes 
 
 import sys
 
-from sana_kit.inference import main
+from sana_kit.inference.run import main
 
 if __name__ == "__main__":
     sys.exit(main("Pictures from prompts with a SANA model on several devices or machines."))

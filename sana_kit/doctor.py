@@ -16,6 +16,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from sana_kit import devices
+
 # First and last version that the suite ran on; others may work.
 TESTED = {
     "torch": ("2.1.0", "2.13.0"),
@@ -123,8 +125,6 @@ def examine() -> tuple[list[str], list[str], list[str], str, int]:
         fatal.append(f"import torch fails ({type(error).__name__}: {str(error).splitlines()[0]}). Remedy: {remedy}")
         torch = None
     if torch is not None:
-        from sana_kit import devices
-
         kind = devices.accelerator_type()
         count = devices.device_count()
         if kind == "cpu":

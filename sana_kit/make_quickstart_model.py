@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from .run_log import file_sha256
+from sana_kit.files import file_sha256
 
 PIXELS = 64  # the model's picture size
 STYLE_PIXELS = 128  # the fine-tuning set's, larger so that the trainer's own resize is used

@@ -17,7 +17,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .run_log import load_run, write_atomic
+from sana_kit.files import write_atomic
+from sana_kit.runlog import load_run
 
 MARK = "<!-- Written by sana_kit.model_card. Delete this line to keep your own text: the card is then left alone. -->"
 LICENSE_MARK = "CHOOSE A LICENCE BEFORE PUBLISHING"

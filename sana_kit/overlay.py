@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .run_log import file_sha256, write_atomic
+from sana_kit.files import file_sha256, write_atomic
 
 KIT = Path(__file__).resolve().parent.parent
 TARGET = Path("examples") / "dreambooth"

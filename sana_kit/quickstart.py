@@ -25,7 +25,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .run_log import file_sha256
+from sana_kit.data.discover import load_pictures
+from sana_kit.errors import PictureError
+from sana_kit.files import file_sha256
+from sana_kit.reports.contact_sheet import contact_sheet
 
 ASSETS = Path(__file__).resolve().parent / "quickstart_assets"
 SUMS = "SHA256SUMS"
@@ -126,7 +129,6 @@ def _own_pictures(pictures: str | Path, instance_prompt: str | None, skip_bad_im
     Raises:
         ValueError: as `dataset.load_pictures`.
     """
-    from sana_kit.dataset import load_pictures
 
     found = load_pictures(
         instance_data_dir=str(pictures), instance_prompt=instance_prompt, skip_bad_images=skip_bad_images
@@ -140,7 +142,6 @@ def _own_rows(pictures: str | Path, instance_prompt: str | None, skip_bad_images
     Raises:
         ValueError: as `dataset.load_pictures`, or a picture whose pixels cannot be read and may not be left out.
     """
-    from sana_kit.dataset import PictureError
 
     found, captions = _own_pictures(pictures, instance_prompt, skip_bad_images)
     rows = []
@@ -423,7 +424,6 @@ def write_sheet(
     Raises:
         ValueError: no prompt and seed that both folders hold.
     """
-    from sana_kit.reports import contact_sheet
 
     before, after = read_pictures(before_dir), read_pictures(after_dir)
     captions = {caption for _, caption in (rows if rows is not None else _shipped_rows())}

@@ -17,20 +17,11 @@ import tiny
 import torch
 from PIL import Image
 
-from sana_kit.dataset import (
-    PICTURE_SUFFIXES,
-    PictureError,
-    apply_transform,
-    check_pictures,
-    concat,
-    decode_picture,
-    inspect_picture,
-    load_class_pictures,
-    load_pictures,
-    plan_transform,
-    prefetch,
-    transform,
-)
+from sana_kit.data.decode import PICTURE_SUFFIXES, decode_picture, inspect_picture
+from sana_kit.data.discover import load_class_pictures, load_pictures
+from sana_kit.data.image_set import check_pictures, concat, prefetch
+from sana_kit.data.transform import apply_transform, plan_transform, transform
+from sana_kit.errors import PictureError
 
 
 def encoded(image, kind="PNG", **options):

@@ -20,17 +20,14 @@ import pytest
 import tiny
 import torch
 
-from sana_kit import encodings
-from sana_kit.dataset import concat, load_pictures, transform
-from sana_kit.encodings import (
-    EncodingStopped,
-    StoreError,
-    collate_prompt_embeds,
-    component_identity,
-    encode,
-    encode_prompts,
-    vae_geometry,
-)
+from sana_kit.data.discover import load_pictures
+from sana_kit.data.image_set import concat
+from sana_kit.data.transform import transform
+from sana_kit.encodings.encode import encode
+from sana_kit.encodings.missing import encode_pixels, group_size, pictures_that_fit
+from sana_kit.encodings.prompts import collate_prompt_embeds, encode_prompts
+from sana_kit.errors import EncodingStopped, StoreError
+from sana_kit.models.folder import component_identity, vae_geometry
 
 KIT = Path(__file__).resolve().parent.parent
 # Matrix products of other shapes than in the pipeline's batch of 300 tokens may round otherwise; bf16 keeps 8 bits.
@@ -83,8 +80,8 @@ def no_models():
             raise AssertionError("a model was loaded")
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(encodings, "load_vae", refuse)
-            patch.setattr(encodings, "load_text_encoder", refuse)
+            patch.setattr("sana_kit.encodings.missing.open_vae", refuse)
+            patch.setattr("sana_kit.encodings.missing.open_text_encoder", refuse)
             yield
 
     return forbidden
@@ -158,7 +155,7 @@ def test_pictures_too_large_for_one_pass_are_encoded_in_tiles(run, picture_folde
     pictures = load_pictures(instance_data_dir=str(picture_folder))
     whole = run(pictures, resolution=192, vae_dtype=torch.float32, store_dir=str(tmp_path / "whole"))
     for name, value in (("WHOLE_ENCODE_SIDE", 128), ("ENCODE_TILE", 128), ("ENCODE_STRIDE", 96)):
-        monkeypatch.setattr(encodings, name, value)
+        monkeypatch.setattr(f"sana_kit.encodings.missing.{name}", value)
     tiled = run(pictures, resolution=192, vae_dtype=torch.float32)
     for i in range(len(pictures)):
         a, b = whole.latents(i), tiled.latents(i)
@@ -461,21 +458,21 @@ def test_too_little_space_is_an_error_before_weights_load(run, picture_folder, n
 
 
 def test_nan_latents_name_the_picture(run, picture_folder, monkeypatch):
-    real = encodings.encode_pixels
+    real = encode_pixels
 
     def broken(vae, pixels):
         latents = real(vae, pixels)
         latents[1] = float("nan")
         return latents
 
-    monkeypatch.setattr(encodings, "encode_pixels", broken)
+    monkeypatch.setattr("sana_kit.encodings.missing.encode_pixels", broken)
     with pytest.raises(ValueError, match="NaN or infinite latents for picture_01.png"):
         run(load_pictures(instance_data_dir=str(picture_folder)), vae_batch_size=6)
 
 
 def test_out_of_memory_halves_the_batch_and_ends_with_a_remedy(run, picture_folder, monkeypatch, tmp_path):
     pictures = load_pictures(instance_data_dir=str(picture_folder))
-    real, sizes = encodings.encode_pixels, []
+    real, sizes = encode_pixels, []
 
     def small_device(limit):
         def encode_pixels(vae, pixels):
@@ -486,11 +483,11 @@ def test_out_of_memory_halves_the_batch_and_ends_with_a_remedy(run, picture_fold
 
         return encode_pixels
 
-    monkeypatch.setattr(encodings, "encode_pixels", small_device(2))
+    monkeypatch.setattr("sana_kit.encodings.missing.encode_pixels", small_device(2))
     encoded = run(pictures, vae_batch_size=6)
     assert encoded.encoded_pictures == 6 and sizes == [6, 3, 1, 1, 1, 1, 1, 1]
     assert sum("out of memory" in m for m in encoded.messages) == 2
-    monkeypatch.setattr(encodings, "encode_pixels", small_device(0))
+    monkeypatch.setattr("sana_kit.encodings.missing.encode_pixels", small_device(0))
     with pytest.raises(RuntimeError, match="cannot encode one picture of 64 px.*--resolution"):
         run(pictures, vae_batch_size=2, store_dir=str(tmp_path / "other"))
 
@@ -498,13 +495,13 @@ def test_out_of_memory_halves_the_batch_and_ends_with_a_remedy(run, picture_fold
 def test_auto_batch_size_follows_the_free_memory(monkeypatch):
     # Without torch_npu there is no torch.device("npu"); only the kind of device counts here.
     cpu, npu = torch.device("cpu"), types.SimpleNamespace(type="npu")
-    assert encodings.group_size("auto", 1024, npu) == 8
-    assert encodings.group_size("auto", 512, npu) == 32
-    assert encodings.group_size("auto", 4096, npu) == 1
-    assert encodings.group_size(3, 1024, cpu) == 3
+    assert group_size("auto", 1024, npu) == 8
+    assert group_size("auto", 512, npu) == 32
+    assert group_size("auto", 4096, npu) == 1
+    assert group_size(3, 1024, cpu) == 3
     for free, expected in ((2**40, 8), (8 * 2**30, 2), (1, 1), (None, 8)):
-        monkeypatch.setattr(encodings.devices, "free_memory_bytes", lambda _, free=free: free)
-        assert encodings.pictures_that_fit(8, 1024, 128, torch.bfloat16, cpu) == expected
+        monkeypatch.setattr("sana_kit.devices.free_memory_bytes", lambda _, free=free: free)
+        assert pictures_that_fit(8, 1024, 128, torch.bfloat16, cpu) == expected
 
 
 def test_stop_on_request_keeps_what_is_done(run, picture_folder, tmp_path):
@@ -537,8 +534,8 @@ def test_readable_from_forked_and_spawned_workers(run, picture_folder):
 
 
 def test_reading_keeps_few_file_handles(run, picture_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(encodings, "SHARD_ITEMS", 1)
-    monkeypatch.setattr(encodings, "OPEN_SHARDS", 2)
+    monkeypatch.setattr("sana_kit.encodings.store.SHARD_ITEMS", 1)
+    monkeypatch.setattr("sana_kit.encodings.store.OPEN_SHARDS", 2)
     encoded = run(load_pictures(instance_data_dir=str(picture_folder)), vae_batch_size=1, text_batch_size=1)
     assert len(shards(tmp_path / "store", "latents")) == 6
     before = len(os.listdir("/proc/self/fd"))

@@ -18,7 +18,7 @@ import torch
 from conftest import KIT, launch, script_environment
 from safetensors.torch import load_file
 
-from sana_kit import checkpoints
+from sana_kit.training import checkpoints
 
 TRAINER = "train_dreambooth_lora_sana.py"
 LAUNCHER = KIT / "finetune_sana_dreambooth_lora_deepspeed_bf16.sh"

@@ -11,6 +11,22 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from sana_kit import flops
+from sana_kit.arithmetic import (
+    AUTOENCODER,
+    TEXT_ENCODER,
+    TRANSFORMERS,
+    forward_flops_per_image,
+    model_flops_utilisation,
+    roofline_seconds,
+    text_encoder_ops,
+    total_flops,
+    training_bytes,
+    training_flops_per_image,
+    transformer_ops,
+    vae_decode_ops,
+    vae_encode_ops,
+)
+from sana_kit.models.folder import find_model
 
 SMALL = {
     "in_channels": 8,
@@ -75,39 +91,37 @@ CONFIGS = [("1600M", (32, 32), 300), ("600M", (16, 24), 77), (SMALL, (8, 8), 5)]
 
 @pytest.mark.parametrize(("config", "latent_hw", "caption_tokens"), CONFIGS, ids=["1600M", "600M", "small"])
 def test_transformer_forward_equals_the_counter(config, latent_hw, caption_tokens):
-    config = flops.TRANSFORMERS.get(config, config) if isinstance(config, str) else config
+    config = TRANSFORMERS.get(config, config) if isinstance(config, str) else config
     counted = measure(build(config, "inference"), config, latent_hw, caption_tokens, backward=False)
-    assert flops.forward_flops_per_image(config, latent_hw, caption_tokens) == pytest.approx(counted, rel=1e-3)
+    assert forward_flops_per_image(config, latent_hw, caption_tokens) == pytest.approx(counted, rel=1e-3)
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 @pytest.mark.parametrize(("config", "latent_hw", "caption_tokens"), CONFIGS[::2], ids=["1600M", "small"])
 def test_training_equals_the_counter(config, latent_hw, caption_tokens, mode, gradient_checkpointing):
-    config = flops.TRANSFORMERS[config] if isinstance(config, str) else config
+    config = TRANSFORMERS[config] if isinstance(config, str) else config
     model = build(config, mode, gradient_checkpointing)
     counted = measure(model, config, latent_hw, caption_tokens, backward=True)
-    computed = flops.training_flops_per_image(config, latent_hw, caption_tokens, mode, gradient_checkpointing)
+    computed = training_flops_per_image(config, latent_hw, caption_tokens, mode, gradient_checkpointing)
     assert computed == pytest.approx(counted, rel=0.005)
 
 
 def test_figures_of_the_published_model():
     """The project's own figures for 1024 px, from another count (TFLOP)."""
-    config = flops.TRANSFORMERS["1600M"]
+    config = TRANSFORMERS["1600M"]
     size = ((32, 32), 300)
-    assert flops.forward_flops_per_image(config, *size) / 1e12 == pytest.approx(2.97, rel=0.02)
-    assert flops.training_flops_per_image(config, *size) / 1e12 == pytest.approx(5.85, rel=0.02)
-    checkpointed = flops.training_flops_per_image(config, *size, gradient_checkpointing=True)
+    assert forward_flops_per_image(config, *size) / 1e12 == pytest.approx(2.97, rel=0.02)
+    assert training_flops_per_image(config, *size) / 1e12 == pytest.approx(5.85, rel=0.02)
+    checkpointed = training_flops_per_image(config, *size, gradient_checkpointing=True)
     assert checkpointed / 1e12 == pytest.approx(8.81, rel=0.02)
-    assert flops.total_flops(flops.vae_encode_ops(flops.AUTOENCODER, 1024, 1024)) / 1e12 == pytest.approx(
-        5.18, rel=0.02
-    )
-    assert flops.total_flops(flops.text_encoder_ops(flops.TEXT_ENCODER, 300)) / 1e12 == pytest.approx(1.23, rel=0.02)
+    assert total_flops(vae_encode_ops(AUTOENCODER, 1024, 1024)) / 1e12 == pytest.approx(5.18, rel=0.02)
+    assert total_flops(text_encoder_ops(TEXT_ENCODER, 300)) / 1e12 == pytest.approx(1.23, rel=0.02)
 
 
 def test_half_the_blocks_recomputed_costs_half():
     whole, none, half = (
-        flops.training_flops_per_image(SMALL, (8, 8), 5, gradient_checkpointing=share) for share in (True, False, 0.5)
+        training_flops_per_image(SMALL, (8, 8), 5, gradient_checkpointing=share) for share in (True, False, 0.5)
     )
     assert half == pytest.approx((whole + none) / 2)
 
@@ -119,17 +133,17 @@ def test_half_the_blocks_recomputed_costs_half():
 def test_autoencoder_equals_the_counter(change, size):
     from diffusers import AutoencoderDC
 
-    config = {**flops.AUTOENCODER, **change}
+    config = {**AUTOENCODER, **change}
     with torch.device("meta"):
         vae = AutoencoderDC(**config)
         for ops, inputs in (
-            (flops.vae_encode_ops, (vae.encode, (1, 3, *size))),
-            (flops.vae_decode_ops, (vae.decode, (1, 32, size[0] // 32, size[1] // 32))),
+            (vae_encode_ops, (vae.encode, (1, 3, *size))),
+            (vae_decode_ops, (vae.decode, (1, 32, size[0] // 32, size[1] // 32))),
         ):
             run, shape = inputs
             with counter() as counted, torch.no_grad():
                 run(torch.empty(shape))
-            assert flops.total_flops(ops(config, *size)) == pytest.approx(counted.get_total_flops(), rel=1e-3)
+            assert total_flops(ops(config, *size)) == pytest.approx(counted.get_total_flops(), rel=1e-3)
 
 
 def test_autoencoder_without_first_layer_equals_the_counter():
@@ -137,7 +151,7 @@ def test_autoencoder_without_first_layer_equals_the_counter():
     from diffusers import AutoencoderDC
 
     config = {
-        **flops.AUTOENCODER,
+        **AUTOENCODER,
         "encoder_layers_per_block": [0, 2, 2, 3, 3, 3],
         "decoder_layers_per_block": [0, 5, 5, 3, 3, 3],
     }
@@ -147,50 +161,44 @@ def test_autoencoder_without_first_layer_equals_the_counter():
             latents = vae.encode(torch.empty(1, 3, 256, 256)).latent
         with counter() as decoded, torch.no_grad():
             vae.decode(latents)
-    assert flops.total_flops(flops.vae_encode_ops(config, 256, 256)) == pytest.approx(
-        encoded.get_total_flops(), rel=1e-3
-    )
-    assert flops.total_flops(flops.vae_decode_ops(config, 256, 256)) == pytest.approx(
-        decoded.get_total_flops(), rel=1e-3
-    )
+    assert total_flops(vae_encode_ops(config, 256, 256)) == pytest.approx(encoded.get_total_flops(), rel=1e-3)
+    assert total_flops(vae_decode_ops(config, 256, 256)) == pytest.approx(decoded.get_total_flops(), rel=1e-3)
 
 
 def test_text_encoder_equals_the_counter():
     from transformers import Gemma2Config, Gemma2Model
 
     with torch.device("meta"):
-        model = Gemma2Model(Gemma2Config(**flops.TEXT_ENCODER, vocab_size=1000))
+        model = Gemma2Model(Gemma2Config(**TEXT_ENCODER, vocab_size=1000))
         with counter() as counted, torch.no_grad():
             model(torch.zeros(1, 300, dtype=torch.long))
-    assert flops.total_flops(flops.text_encoder_ops(flops.TEXT_ENCODER, 300)) == pytest.approx(
-        counted.get_total_flops(), rel=0.02
-    )
+    assert total_flops(text_encoder_ops(TEXT_ENCODER, 300)) == pytest.approx(counted.get_total_flops(), rel=0.02)
 
 
 def test_named_configurations_have_the_published_parameters():
     """The weights of all products (biases, norms and tables are the rest) against the models' own count."""
     for name, parameters in (("1600M", 1_604_462_752), ("600M", 591_747_872)):
-        ops = flops.transformer_ops(flops.TRANSFORMERS[name], (32, 32), 300)
+        ops = transformer_ops(TRANSFORMERS[name], (32, 32), 300)
         assert sum(op.weights for op in ops) == pytest.approx(parameters, rel=0.002)
-        lora = flops.transformer_ops(flops.TRANSFORMERS[name], (32, 32), 300, "lora")
+        lora = transformer_ops(TRANSFORMERS[name], (32, 32), 300, "lora")
         trained = sum(op.weights for op in lora if op.trainable)
         if name == "1600M":
             assert trained == 2_150_400
 
 
 def test_roofline_is_bounded_by_arithmetic_and_by_memory():
-    ops = flops.transformer_ops(SMALL, (8, 8), 5)
-    total = flops.total_flops(ops)
-    assert flops.roofline_seconds(ops, 1e12, float("inf")) == pytest.approx(total / 1e12)
+    ops = transformer_ops(SMALL, (8, 8), 5)
+    total = total_flops(ops)
+    assert roofline_seconds(ops, 1e12, float("inf")) == pytest.approx(total / 1e12)
     moved = sum(op.activations + op.weights for op in ops) * 2
-    assert flops.roofline_seconds(ops, float("inf"), 1e9) == pytest.approx(moved / 1e9)
-    one, many = (flops.roofline_seconds(ops, 1e12, 1e9, batch_size=n) for n in (1, 64))
+    assert roofline_seconds(ops, float("inf"), 1e9) == pytest.approx(moved / 1e9)
+    one, many = (roofline_seconds(ops, 1e12, 1e9, batch_size=n) for n in (1, 64))
     assert many < one  # weights are read once per batch
-    assert flops.roofline_seconds(ops, 1e12, 1e12) >= max(total / 1e12, moved / 1e12)
+    assert roofline_seconds(ops, 1e12, 1e12) >= max(total / 1e12, moved / 1e12)
 
 
 def test_utilisation():
-    assert flops.model_flops_utilisation(100.0, 2e12, devices=8, peak=100e12) == pytest.approx(0.25)
+    assert model_flops_utilisation(100.0, 2e12, devices=8, peak=100e12) == pytest.approx(0.25)
 
 
 def test_command_line(capsys):
@@ -212,7 +220,7 @@ def test_command_line_takes_a_model_folder(tmp_path, capsys):
     (tmp_path / "transformer" / "config.json").write_text(json.dumps(SMALL))
     assert flops.main(["--config", str(tmp_path), "--resolution", "256", "--caption_tokens", "5", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
-    assert figures["flops"]["transformer_forward"] == flops.forward_flops_per_image(SMALL, (8, 8), 5)
+    assert figures["flops"]["transformer_forward"] == forward_flops_per_image(SMALL, (8, 8), 5)
     assert "roofline" not in figures  # no chip was named
 
 
@@ -233,18 +241,18 @@ def test_command_line_names_mistakes(arguments, message, capsys):
 
 def test_modes_are_checked():
     with pytest.raises(ValueError, match="mode='dora'"):
-        flops.training_flops_per_image(SMALL, (8, 8), 5, mode="dora")
+        training_flops_per_image(SMALL, (8, 8), 5, mode="dora")
 
 
 def test_bytes_of_the_published_model_are_those_of_its_parameters():
     """Full: 1.604 billion weights; LoRA of rank 4: 2,150,400. Shares are of the devices, weights are not."""
-    config = flops.TRANSFORMERS["1600M"]
-    lora, full = flops.training_bytes(config, "lora", 4, 8), flops.training_bytes(config, "full", devices=8)
+    config = TRANSFORMERS["1600M"]
+    lora, full = training_bytes(config, "lora", 4, 8), training_bytes(config, "full", devices=8)
     assert lora["masters"] == 4 * 2_150_400 // 8 and lora["moments"] == 2 * lora["masters"] == 2 * lora["gradients"]
     assert sum(lora.values()) - lora["weights"] < 100e6
     assert full["weights"] == pytest.approx(2 * 1_604_462_752, rel=2e-3)
     assert full["masters"] == pytest.approx(full["weights"] * 2 / 8, rel=1e-6)
-    assert flops.training_bytes(config, "full", devices=1)["masters"] == pytest.approx(8 * full["masters"], rel=1e-6)
+    assert training_bytes(config, "full", devices=1)["masters"] == pytest.approx(8 * full["masters"], rel=1e-6)
 
 
 def test_the_benchmarks_real_model_is_one_that_the_kit_takes(tmp_path, monkeypatch):
@@ -252,12 +260,8 @@ def test_the_benchmarks_real_model_is_one_that_the_kit_takes(tmp_path, monkeypat
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
     import bench_training
 
-    from sana_kit.models import find_model
-
     small = {"num_layers": 1, "num_attention_heads": 4, "cross_attention_dim": 128, "num_cross_attention_heads": 2}
-    monkeypatch.setitem(
-        flops.TRANSFORMERS, "1600M", {**flops.TRANSFORMERS["1600M"], **small, "cross_attention_head_dim": 64}
-    )
+    monkeypatch.setitem(TRANSFORMERS, "1600M", {**TRANSFORMERS["1600M"], **small, "cross_attention_head_dim": 64})
     bench_training.write_real_model(tmp_path / "model", "1600M", 1024, light=True)
     found, problems = find_model(str(tmp_path / "model"))
     assert problems == [] and found.vae_factor == 32

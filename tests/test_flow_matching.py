@@ -4,11 +4,19 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from sana_kit import flow_matching
+from sana_kit.training.recipes import (
+    NUM_TRAIN_TIMESTEPS,
+    WEIGHTING_SCHEMES,
+    add_noise,
+    draw,
+    loss_per_sample,
+    read_flow_shift,
+    shifted_sigma,
+)
 
 
-def draw(position, scheme="none", seed=3, shape=(4, 8, 8)):
-    return flow_matching.draw(
+def draw_at(position, scheme="none", seed=3, shape=(4, 8, 8)):
+    return draw(
         shape, seed=seed, position=position, weighting_scheme=scheme, logit_mean=0.0, logit_std=1.0, mode_scale=1.29
     )
 
@@ -18,14 +26,14 @@ def test_sigmas_are_those_of_the_flow_match_scheduler(shift):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     u = torch.tensor([0.0, 0.0004, 0.25, 0.5, 0.77, 0.9999])
     index = (u * 1000).long()
-    torch.testing.assert_close(flow_matching.shifted_sigma(u, shift), scheduler.sigmas[index], rtol=1e-6, atol=1e-7)
-    timesteps = flow_matching.shifted_sigma(u, shift) * flow_matching.NUM_TRAIN_TIMESTEPS
+    torch.testing.assert_close(shifted_sigma(u, shift), scheduler.sigmas[index], rtol=1e-6, atol=1e-7)
+    timesteps = shifted_sigma(u, shift) * NUM_TRAIN_TIMESTEPS
     torch.testing.assert_close(timesteps, scheduler.timesteps[index], rtol=1e-6, atol=1e-4)
 
 
 def test_a_draw_of_exactly_one_stays_on_the_grid():
-    assert flow_matching.shifted_sigma(torch.tensor([1.0]), 3.0).item() == pytest.approx(
-        flow_matching.shifted_sigma(torch.tensor([0.9999]), 3.0).item()
+    assert shifted_sigma(torch.tensor([1.0]), 3.0).item() == pytest.approx(
+        shifted_sigma(torch.tensor([0.9999]), 3.0).item()
     )
 
 
@@ -33,22 +41,22 @@ def test_a_draw_of_exactly_one_stays_on_the_grid():
     "config, shift", [({"flow_shift": 3.0, "shift": 1.0}, 3.0), ({"shift": 2.0}, 2.0), ({"flow_shift": None}, 1.0)]
 )
 def test_the_checkpoints_own_shift_is_read(config, shift):
-    assert flow_matching.read_flow_shift(config) == shift
+    assert read_flow_shift(config) == shift
 
 
 def test_a_samples_draws_depend_on_seed_and_position_alone():
     torch.manual_seed(0)
-    noise, u = draw(5)
+    noise, u = draw_at(5)
     torch.manual_seed(99)
-    again, u_again = draw(5)
+    again, u_again = draw_at(5)
     assert torch.equal(noise, again) and torch.equal(u, u_again)
-    for other in (draw(6), draw(5, seed=4), draw(5, seed=3 + 2**32)):
+    for other in (draw_at(6), draw_at(5, seed=4), draw_at(5, seed=3 + 2**32)):
         assert not torch.equal(noise, other[0]) and not torch.equal(u, other[1])
     assert noise.dtype == torch.float32 and u.shape == (1,)
 
 
 def test_draws_are_standard_normal_and_uniform():
-    pairs = [draw(position) for position in range(400)]
+    pairs = [draw_at(position) for position in range(400)]
     noise = torch.stack([n for n, _ in pairs])
     u = torch.cat([u for _, u in pairs])
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
@@ -58,15 +66,15 @@ def test_draws_are_standard_normal_and_uniform():
     assert correlation.abs().max() < 0.3  # neighbouring positions share nothing
 
 
-@pytest.mark.parametrize("scheme", flow_matching.WEIGHTING_SCHEMES)
+@pytest.mark.parametrize("scheme", WEIGHTING_SCHEMES)
 def test_every_weighting_scheme_gives_a_finite_float32_loss(scheme):
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    pairs = [draw(position, scheme) for position in range(3)]
+    pairs = [draw_at(position, scheme) for position in range(3)]
     noise, u = torch.stack([n for n, _ in pairs]), torch.cat([u for _, u in pairs])
-    sigma = flow_matching.shifted_sigma(u, 3.0)
-    noisy, target = flow_matching.add_noise(latents, noise, sigma)
+    sigma = shifted_sigma(u, 3.0)
+    noisy, target = add_noise(latents, noise, sigma)
     assert noisy.dtype == target.dtype == torch.float32
-    loss = flow_matching.loss_per_sample(torch.zeros_like(latents), target, sigma, scheme)
+    loss = loss_per_sample(torch.zeros_like(latents), target, sigma, scheme)
     assert loss.shape == (3,) and loss.dtype == torch.float32 and torch.isfinite(loss).all() and (loss > 0).all()
     expected = (target**2).flatten(1).mean(1)
     if scheme == "sigma_sqrt":
@@ -78,6 +86,6 @@ def test_every_weighting_scheme_gives_a_finite_float32_loss(scheme):
 
 def test_noising_ends_at_noise_and_starts_near_the_latents():
     latents, noise = torch.ones(2, 1, 2, 2), torch.full((2, 1, 2, 2), 5.0)
-    noisy, target = flow_matching.add_noise(latents, noise, torch.tensor([1.0, 0.0]))
+    noisy, target = add_noise(latents, noise, torch.tensor([1.0, 0.0]))
     assert torch.equal(noisy[0], noise[0]) and torch.equal(noisy[1], latents[1])
     assert torch.equal(target, torch.full_like(latents, 4.0))

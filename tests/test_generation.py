@@ -19,15 +19,24 @@ from conftest import KIT
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from sana_kit import devices, generation, models
-from sana_kit.generation import Job, Prompt
+from sana_kit import devices
+from sana_kit.data.discover import load_pictures
+from sana_kit.encodings.prompts import parse_instruction
+from sana_kit.generation.decode import MAX_TILE_PIXELS, check_decodable, decode_latents, decode_tiles, plan_tiles
+from sana_kit.generation.generate import generate_from_embeddings
+from sana_kit.generation.jobs import Job, Prompt, group_jobs, plan_jobs, resolve_batch_size
+from sana_kit.generation.sizes import generation_size, nearest_bin, resize_and_crop
+from sana_kit.generation.texts import encode_job_prompts, encode_texts, job_texts, split_texts
+from sana_kit.models.adapter import LORA_FILE, read_lora
+from sana_kit.models.folder import find_model
+from sana_kit.models.loading import load_pipeline
 
 CPU = torch.device("cpu")
 SAFE_NAME = re.compile(r"[a-z0-9-]+\.png")
 
 
 def plan(prompts, seeds, height=64, width=96, steps=3, guidance=2.0, **kwargs):
-    return generation.plan_jobs(
+    return plan_jobs(
         prompts, seeds, height=height, width=width, num_inference_steps=steps, guidance_scale=guidance, **kwargs
     )
 
@@ -46,13 +55,13 @@ def pipeline(tiny_model):
 def embeds(pipeline):
     """(prompt -> (T, D), negative prompt -> (T, D)) of a few prompts, without instruction."""
     texts = [("a red square", False), ("a small green dog", False), ("", True), ("blue", True)]
-    encoded = generation.encode_texts(pipeline.tokenizer, pipeline.text_encoder, texts, None, device=CPU)
-    return generation.split_texts(encoded)
+    encoded = encode_texts(pipeline.tokenizer, pipeline.text_encoder, texts, None, device=CPU)
+    return split_texts(encoded)
 
 
 def generate(pipeline, embeds, jobs, **kwargs):
     settings = {"device": CPU, "dtype": torch.float32, "use_resolution_binning": False, **kwargs}
-    return generation.generate_from_embeddings(
+    return generate_from_embeddings(
         transformer=pipeline.transformer,
         vae=pipeline.vae,
         scheduler=pipeline.scheduler,
@@ -113,17 +122,17 @@ def test_plan_is_prompts_times_seeds_with_each_picture_once():
 
 def test_groups_hold_neighbours_of_one_size():
     jobs = plan(["one", Prompt("two", height=32), "three"], [1, 2, 3])
-    groups = generation.group_jobs(jobs, 2, device=CPU, pixels_per_token=64)
+    groups = group_jobs(jobs, 2, device=CPU, pixels_per_token=64)
     assert [[job.index for job in group] for group in groups] == [[0, 1], [2], [3, 4], [5], [6, 7], [8]]
 
 
 def test_auto_batch_depends_on_size_and_device_kind_only():
     def auto(size, kind):
-        return generation.resolve_batch_size("auto", size, size, device=torch.device(kind), pixels_per_token=32**2)
+        return resolve_batch_size("auto", size, size, device=torch.device(kind), pixels_per_token=32**2)
 
     assert [auto(size, "cuda") for size in (512, 1024, 2048, 4096)] == [8, 8, 2, 1]
     assert auto(512, "cpu") == auto(4096, "cpu") == 1
-    assert generation.resolve_batch_size("5", 64, 64, device=CPU, pixels_per_token=64) == 5
+    assert resolve_batch_size("5", 64, 64, device=CPU, pixels_per_token=64) == 5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,8 +156,8 @@ def test_auto_batch_depends_on_size_and_device_kind_only():
     ],
 )
 def test_resolution_binning_is_used_within_a_factor_of_two_in_pixels(size, sample_size, made):
-    assert generation.generation_size(*size, sample_size) == made
-    assert generation.generation_size(*size, sample_size, False) == size
+    assert generation_size(*size, sample_size) == made
+    assert generation_size(*size, sample_size, False) == size
 
 
 def test_nearest_bin_is_that_of_diffusers():
@@ -157,7 +166,7 @@ def test_nearest_bin_is_that_of_diffusers():
 
     for height, width in [(1024, 1024), (640, 1536), (2000, 500), (777, 1010)]:
         expected = PixArtImageProcessor.classify_height_width_bin(height, width, ratios=ASPECT_RATIO_1024_BIN)
-        assert generation.nearest_bin(height, width, 32) == expected
+        assert nearest_bin(height, width, 32) == expected
 
 
 def test_resized_pictures_have_exactly_the_size_asked_for():
@@ -168,7 +177,7 @@ def test_resized_pictures_have_exactly_the_size_asked_for():
     for _ in range(200):
         made, asked = rng.integers(4, 40, 2) * 8, rng.integers(30, 320, 2)
         picture = torch.zeros(1, 1, *made.tolist())
-        assert generation.resize_and_crop(picture, *asked.tolist()).shape[-2:] == tuple(asked.tolist())
+        assert resize_and_crop(picture, *asked.tolist()).shape[-2:] == tuple(asked.tolist())
         theirs = PixArtImageProcessor.resize_and_crop_tensor(picture, int(asked[1]), int(asked[0]))
         shorter += theirs.shape[-2:] != tuple(asked.tolist())
     assert shorter > 0, "diffusers' own function no longer falls a pixel short: the kit's can go"
@@ -177,7 +186,7 @@ def test_resized_pictures_have_exactly_the_size_asked_for():
 def test_binned_pictures_are_resized_to_the_size_asked_for(pipeline, embeds):
     """500 x 375 is no multiple of 8: the tiny model works at its 512 px bin and the picture is cut to size."""
     jobs = plan(["a red square"], [8], height=375, width=500, steps=1)
-    assert generation.generation_size(375, 500, 16) == (416, 576)
+    assert generation_size(375, 500, 16) == (416, 576)
     (picture,) = generate(pipeline, embeds, jobs, use_resolution_binning="auto")
     assert picture.size == (500, 375)
     reference = reference_picture(pipeline, jobs[0], use_resolution_binning=True)
@@ -267,22 +276,22 @@ def test_a_picture_of_nan_is_an_error_and_no_black_picture(pipeline, embeds):
 
 
 def test_each_distinct_text_is_encoded_once_and_the_encoder_freed(tiny_model):
-    pipeline = models.load_pipeline(str(tiny_model), device=CPU, dtype=torch.float32)
+    pipeline = load_pipeline(str(tiny_model), device=CPU, dtype=torch.float32)
     calls = []
     encoder = weakref.ref(pipeline.text_encoder)
     pipeline.text_encoder.register_forward_pre_hook(lambda *_: calls.append(1))
     jobs = plan(
         [Prompt("a red square"), Prompt("blue"), Prompt("a red square", height=32)], [1, 2], negative_prompt="blue"
     )
-    prompts, negatives = generation.encode_job_prompts(pipeline, jobs, ["Say it well:", "User Prompt: "], device=CPU)
+    prompts, negatives = encode_job_prompts(pipeline, jobs, ["Say it well:", "User Prompt: "], device=CPU)
     assert len(calls) == 3 and set(prompts) == {"a red square", "blue"} and set(negatives) == {"blue"}
     assert not torch.equal(prompts["blue"], negatives["blue"])  # the instruction goes before prompts only
     assert pipeline.text_encoder is None and encoder() is None
-    assert generation.job_texts(plan(["x"], [1], guidance=1.0)) == [("x", False)]
+    assert job_texts(plan(["x"], [1], guidance=1.0)) == [("x", False)]
 
 
 def test_boolean_mask_gives_the_pictures_of_diffusers_own_processor(tiny_model, pipeline, embeds):
-    kit = models.load_pipeline(str(tiny_model), device=CPU, dtype=torch.float32, text_encoder=False)
+    kit = load_pipeline(str(tiny_model), device=CPU, dtype=torch.float32, text_encoder=False)
     seen = []
     kit.transformer.transformer_blocks[0].attn2.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["attention_mask"].dtype), with_kwargs=True
@@ -309,16 +318,16 @@ def test_blend_is_bit_equal_to_diffusers_with_the_same_tiles(pipeline):
         columns = [(start, min(start + 11, 27)) for start in range(0, 27, 7)]
         with torch.no_grad():
             theirs = vae.tiled_decode(latents.to(dtype)).sample
-            ours = generation.decode_tiles(vae.decoder, latents.to(dtype), rows, columns, 8)
+            ours = decode_tiles(vae.decoder, latents.to(dtype), rows, columns, 8)
         assert torch.equal(ours, theirs) and ours.dtype == dtype
 
 
 @pytest.mark.parametrize(
     ("height", "width"), [(4096, 4096), (2304, 2304), (8192, 2048), (2048, 8192), (4352, 3840), (16384, 16384)]
 )
-@pytest.mark.parametrize("limit", sorted(generation.MAX_TILE_PIXELS.values()))
+@pytest.mark.parametrize("limit", sorted(MAX_TILE_PIXELS.values()))
 def test_tiles_cover_the_picture_with_the_overlap_and_little_waste(height, width, limit):
-    rows, columns = generation.plan_tiles(height, width, 32, limit)
+    rows, columns = plan_tiles(height, width, 32, limit)
     for tiles, size in ((rows, height // 32), (columns, width // 32)):
         assert tiles[0][0] == 0 and tiles[-1][1] == size
         assert len({stop - start for start, stop in tiles}) == 1  # one shape
@@ -331,12 +340,12 @@ def test_tiles_cover_the_picture_with_the_overlap_and_little_waste(height, width
 
 @pytest.mark.parametrize("size", [(1024, 1024), (2048, 2048), (1536, 2560)])
 def test_pictures_that_fit_are_decoded_whole(size):
-    assert [len(axis) for axis in generation.plan_tiles(*size, 32, generation.MAX_TILE_PIXELS[2])] == [1, 1]
+    assert [len(axis) for axis in plan_tiles(*size, 32, MAX_TILE_PIXELS[2])] == [1, 1]
 
 
 def test_sizes_that_no_grid_covers_are_refused():
     with pytest.raises(ValueError, match="too large"):
-        generation.check_decodable(131072, 131072, factor=32)
+        check_decodable(131072, 131072, factor=32)
 
 
 class PeakMemory(TorchDispatchMode):
@@ -410,13 +419,13 @@ def test_decoding_4096_px_takes_under_10_gb_and_little_more_than_the_whole(dc_ae
     vae = dc_ae.to(dtype)
     latents = torch.empty(1, 32, size[0] // 32, size[1] // 32, device="meta")
     with torch.no_grad(), PeakMemory() as memory:
-        picture = generation.decode_latents(vae, latents)
+        picture = decode_latents(vae, latents)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in vae.parameters())
     assert picture.shape == (1, 3, *size)
     assert memory.largest < 2**31
     assert memory.peak + weights < 10e9
     whole = flops(lambda: vae.decoder(latents.to(dtype)))
-    assert whole <= flops(lambda: generation.decode_latents(vae, latents)) <= 1.2 * whole
+    assert whole <= flops(lambda: decode_latents(vae, latents)) <= 1.2 * whole
 
 
 def test_the_reference_tiling_costs_nearly_four_times_as_much(dc_ae):
@@ -428,7 +437,7 @@ def test_the_reference_tiling_costs_nearly_four_times_as_much(dc_ae):
         count_h * count_w * flops(lambda h=h, w=w: vae.decoder(latents[:, :, :h, :w]))
         for (h, count_h), (w, count_w) in itertools.product(lengths.items(), repeat=2)
     )
-    assert reference > 3.9 * flops(lambda: generation.decode_latents(vae, latents))
+    assert reference > 3.9 * flops(lambda: decode_latents(vae, latents))
 
 
 QUICKSTART = KIT / "sana_kit" / "quickstart_assets"
@@ -439,8 +448,6 @@ def test_seams_are_invisible_and_bf16_is_as_good_on_a_trained_vae(monkeypatch):
     """512 px of drawings through the quick start's DC-AE: tiles and bf16 against a whole float32 decode."""
     from diffusers import AutoencoderDC
     from PIL import Image
-
-    from sana_kit.dataset import load_pictures
 
     drawings = load_pictures(dataset_name=str(QUICKSTART / "style_dataset"), caption_column="text")
     mosaic = Image.new("RGB", (512, 512))
@@ -455,12 +462,12 @@ def test_seams_are_invisible_and_bf16_is_as_good_on_a_trained_vae(monkeypatch):
 
     with torch.no_grad():
         latents = vae.encode(pixels).latent * vae.config.scaling_factor
-        whole = steps(generation.decode_latents(vae, latents))
-        rounded = steps(generation.decode_latents(half, latents))
-        monkeypatch.setattr(generation, "MAX_TILE_PIXELS", {2: 320 * 320, 4: 320 * 320})
-        monkeypatch.setattr(generation, "TILE_OVERLAP", 8 * 8)  # in latents as at 4096 px
-        rows, columns = generation.plan_tiles(512, 512, 8, 320 * 320)
-        tiled = steps(generation.decode_latents(vae, latents))
+        whole = steps(decode_latents(vae, latents))
+        rounded = steps(decode_latents(half, latents))
+        monkeypatch.setattr("sana_kit.generation.decode.MAX_TILE_PIXELS", {2: 320 * 320, 4: 320 * 320})
+        monkeypatch.setattr("sana_kit.generation.decode.TILE_OVERLAP", 8 * 8)  # in latents as at 4096 px
+        rows, columns = plan_tiles(512, 512, 8, 320 * 320)
+        tiled = steps(decode_latents(vae, latents))
     assert len(rows) == len(columns) == 2
     assert (rounded - whole).abs().mean() < 1.0
     assert (tiled - whole).abs().mean() < 0.5
@@ -474,20 +481,20 @@ def test_seams_are_invisible_and_bf16_is_as_good_on_a_trained_vae(monkeypatch):
 
 
 def test_instruction_default_is_that_of_sana_pipeline(tmp_path):
-    default = generation.parse_instruction("default")
+    default = parse_instruction("default")
     assert default[-1] == "User Prompt: " and len(default) > 5
-    assert generation.parse_instruction("none") is None and generation.parse_instruction(None) is None
-    assert generation.parse_instruction('["one", "two: "]') == ["one", "two: "]
+    assert parse_instruction("none") is None and parse_instruction(None) is None
+    assert parse_instruction('["one", "two: "]') == ["one", "two: "]
     (tmp_path / "lines.txt").write_text("one\ntwo: \n", encoding="utf-8")
     (tmp_path / "list.json").write_text('["one",\n "two: "]', encoding="utf-8")
     for name in ("lines.txt", "list.json"):
-        assert generation.parse_instruction(str(tmp_path / name)) == ["one", "two: "]
+        assert parse_instruction(str(tmp_path / name)) == ["one", "two: "]
 
 
 @pytest.mark.parametrize("value", ["no/such/file", '["one", 2]', '["one"'])
 def test_instruction_that_is_neither_file_nor_list_is_an_error(value):
     with pytest.raises(ValueError, match="--complex_human_instruction"):
-        generation.parse_instruction(value)
+        parse_instruction(value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -504,7 +511,7 @@ def copy_model(source, target, **configs):
 
 
 def problems_of(model, **kwargs):
-    found, problems = models.find_model(str(model), **kwargs)
+    found, problems = find_model(str(model), **kwargs)
     assert (found is None or problems == []) or problems
     return "\n".join(problems)
 
@@ -554,14 +561,14 @@ def test_fp16_is_refused_for_a_transformer_stored_in_bf16(tiny_model, tmp_path):
 
 
 def test_fingerprint_follows_the_weights_and_not_the_place(tiny_model, tmp_path):
-    first = models.find_model(str(tiny_model))[0].fingerprint
+    first = find_model(str(tiny_model))[0].fingerprint
     copied = copy_model(tiny_model, tmp_path / "copy")
-    assert models.find_model(str(copied))[0].fingerprint == first
+    assert find_model(str(copied))[0].fingerprint == first
     weights = copied / "transformer/diffusion_pytorch_model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-10] ^= 1
     weights.write_bytes(data)
-    assert models.find_model(str(copied))[0].fingerprint != first
+    assert find_model(str(copied))[0].fingerprint != first
 
 
 def test_fully_fine_tuned_transformer_takes_the_rest_from_its_base(tiny_model, tmp_path):
@@ -573,12 +580,12 @@ def test_fully_fine_tuned_transformer_takes_the_rest_from_its_base(tiny_model, t
     tuned.save_pretrained(tmp_path / "out/transformer", max_shard_size="100KB")
     assert len(list((tmp_path / "out/transformer").glob("*.safetensors"))) > 1
     assert "--base_model" in problems_of(tmp_path / "out")
-    by_flag = models.load_pipeline(
+    by_flag = load_pipeline(
         str(tmp_path / "out"), base_model=str(tiny_model), device=CPU, dtype=torch.float32, text_encoder=False
     )
     (tmp_path / "out/sana_kit_base.json").write_text(json.dumps({"base_model": str(tiny_model)}))
     for path in (tmp_path / "out", tmp_path / "out/transformer"):
-        loaded = models.load_pipeline(str(path), device=CPU, dtype=torch.float32, text_encoder=False)
+        loaded = load_pipeline(str(path), device=CPU, dtype=torch.float32, text_encoder=False)
         assert torch.equal(loaded.transformer.proj_out.weight, tuned.proj_out.weight)
         assert torch.equal(loaded.vae.decoder.conv_out.weight, by_flag.vae.decoder.conv_out.weight)
     assert "needs no base" in problems_of(tiny_model, base_model=str(tiny_model))
@@ -614,7 +621,7 @@ def write_lora(model, folder, rank=4, alpha=8, seed=0, strength=0.3, **changes):
             parameter.data = torch.randn(parameter.shape, generator=generator) * strength
     settings = {**config.to_dict(), "target_modules": sorted(config.target_modules), **changes}
     keep = {key: value for key, value in settings.items() if isinstance(value, (int, float, str, list, dict, bool))}
-    weights, path = get_peft_model_state_dict(transformer), folder / models.LORA_FILE
+    weights, path = get_peft_model_state_dict(transformer), folder / LORA_FILE
     if diffusers_keeps_alpha():
         SanaPipeline.save_lora_weights(folder, weights, transformer_lora_adapter_metadata=keep)
     else:
@@ -630,7 +637,7 @@ def lora(tiny_model, tmp_path_factory):
 
 
 def with_lora(model, path, embeds, dtype=torch.float32, **kwargs):
-    loaded = models.load_pipeline(
+    loaded = load_pipeline(
         str(model),
         lora_weights=None if path is None else str(path),
         device=CPU,
@@ -681,7 +688,7 @@ def test_fusing_in_bf16_rounds_no_worse_than_bf16_itself(tiny_model, lora, embed
 
 def lora_problems(path, model):
     config = json.loads((model / "transformer/config.json").read_text())
-    found, problems = models.read_lora(str(path), config)
+    found, problems = read_lora(str(path), config)
     assert (found is None) == bool(problems)
     return "\n".join(problems)
 
@@ -691,7 +698,7 @@ def test_lora_that_is_missing_or_not_safetensors(tiny_model, lora, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(lora.read_bytes()[:-50])
     (tmp_path / "empty.safetensors").touch()
     assert "no such file" in lora_problems(tmp_path / "nowhere.safetensors", tiny_model)
-    assert f"holds no {models.LORA_FILE}" in lora_problems(tmp_path, tiny_model)
+    assert f"holds no {LORA_FILE}" in lora_problems(tmp_path, tiny_model)
     assert "not a safetensors file" in lora_problems(tmp_path / "pickle.bin", tiny_model)
     assert "cut off" in lora_problems(tmp_path / "cut.safetensors", tiny_model)
     assert "not a safetensors file" in lora_problems(tmp_path / "empty.safetensors", tiny_model)
@@ -729,20 +736,20 @@ def test_lora_without_metadata_has_alpha_equal_to_rank(tiny_model, lora, tmp_pat
     config = json.loads((tiny_model / "transformer/config.json").read_text())
     weights = load_file(lora)
     save_file(weights, tmp_path / "plain.safetensors")
-    assert set(models.read_lora(str(tmp_path / "plain.safetensors"), config)[0].scaling.values()) == {1.0}
-    assert set(models.read_lora(str(lora), config)[0].scaling.values()) == {2.0}
+    assert set(read_lora(str(tmp_path / "plain.safetensors"), config)[0].scaling.values()) == {1.0}
+    assert set(read_lora(str(lora), config)[0].scaling.values()) == {2.0}
     stems = {name.rsplit(".lora_", 1)[0] for name in weights}
     save_file({**weights, **{f"{stem}.alpha": torch.tensor(2.0) for stem in stems}}, tmp_path / "alpha.safetensors")
-    assert set(models.read_lora(str(tmp_path / "alpha.safetensors"), config)[0].scaling.values()) == {0.5}
+    assert set(read_lora(str(tmp_path / "alpha.safetensors"), config)[0].scaling.values()) == {0.5}
 
 
 def test_all_problems_of_a_load_come_at_once(tiny_model, tmp_path):
     with pytest.raises(ValueError) as error:
-        models.load_pipeline(str(tiny_model), lora_weights=str(tmp_path / "none"), device=CPU, attention="npu_fusion")
+        load_pipeline(str(tiny_model), lora_weights=str(tmp_path / "none"), device=CPU, attention="npu_fusion")
     assert "--lora_weights" in str(error.value) and "npu_fusion" in str(error.value)
 
 
 def test_native_size_is_the_configs(tiny_model):
-    model = models.find_model(str(tiny_model))[0]
+    model = find_model(str(tiny_model))[0]
     assert (model.native_size, model.vae_factor, model.pixel_multiple) == (128, 8, 8)
     assert isinstance(plan(["x"], [1])[0], Job) and devices.accelerator_type() in ("cpu", "cuda", "npu")

@@ -15,7 +15,16 @@ import torch
 from PIL import Image
 from test_generation import write_lora
 
-from sana_kit import generation, inference, models
+from sana_kit.generation.denoise import denoise
+from sana_kit.generation.generate import generate_from_embeddings
+from sana_kit.generation.jobs import plan_jobs
+from sana_kit.generation.texts import encode_job_prompts
+from sana_kit.inference.config import build_parser
+from sana_kit.inference.output import Writer
+from sana_kit.inference.plan import check
+from sana_kit.inference.prompts import read_prompts
+from sana_kit.inference.run import explain, main
+from sana_kit.models.loading import load_pipeline
 
 LORA_DEFAULT = "./output/pytorch_lora_weights.safetensors"
 
@@ -24,7 +33,7 @@ def infer(model, output, *flags, lora_default=None):
     """Exit code of a run with small pictures; flags given later count."""
     argv = ["--model_path", model, "--output_path", output, "--height", "64", "--width", "96"]
     argv += ["--num_inference_steps", "2", "--complex_human_instruction", "none", *flags]
-    return inference.main("test", [str(word) for word in argv], lora_default)
+    return main("test", [str(word) for word in argv], lora_default)
 
 
 def manifest(folder):
@@ -86,8 +95,8 @@ def test_the_rates_are_printed_with_loading_apart(tiny_model, tmp_path, capsys):
 
 
 def test_default_prompts_and_seeds_are_the_kits(tiny_model, tmp_path):
-    args = inference.build_parser("test").parse_args(["--model_path", str(tiny_model), "--output_path", str(tmp_path)])
-    plan = inference.check(args, torch.device("cpu"))
+    args = build_parser("test").parse_args(["--model_path", str(tiny_model), "--output_path", str(tmp_path)])
+    plan = check(args, torch.device("cpu"))
     prompts = {job.prompt for job in plan.jobs}
     assert 8 <= len(prompts) <= 12 and len(plan.jobs) == 4 * len(prompts)
     assert all(job.negative_prompt for job in plan.jobs)
@@ -95,19 +104,19 @@ def test_default_prompts_and_seeds_are_the_kits(tiny_model, tmp_path):
     first = plan.jobs[0]
     assert (first.num_inference_steps, first.guidance_scale) == (28, 2.0)
     assert (first.height, first.width) == (128, 128)  # the tiny model's native size: 16 latents of 8 px
-    assert args.model_path == str(tiny_model) and inference.build_parser("test").parse_args([]).model_path == (
+    assert args.model_path == str(tiny_model) and build_parser("test").parse_args([]).model_path == (
         "Efficient-Large-Model/Sana_1600M_4Kpx_BF16_diffusers"
     )
 
 
 def test_pictures_are_those_of_load_pipeline_and_generate(reference, tiny_model):
     cpu = torch.device("cpu")
-    pipeline = models.load_pipeline(str(tiny_model), device=cpu)
-    jobs = generation.plan_jobs(
+    pipeline = load_pipeline(str(tiny_model), device=cpu)
+    jobs = plan_jobs(
         ["a red square", "a dog"], [8, 23], height=64, width=96, num_inference_steps=2, guidance_scale=2.0
     )
-    prompts, negatives = generation.encode_job_prompts(pipeline, jobs, None, device=cpu)
-    made = generation.generate_from_embeddings(
+    prompts, negatives = encode_job_prompts(pipeline, jobs, None, device=cpu)
+    made = generate_from_embeddings(
         transformer=pipeline.transformer,
         vae=pipeline.vae,
         scheduler=pipeline.scheduler,
@@ -169,7 +178,7 @@ def test_lora_script_without_a_usable_adapter_is_an_error(tiny_model, tmp_path, 
 
 
 def test_all_problems_are_told_at_once_before_anything_is_loaded_or_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(models, "load_text_encoder", None)
+    monkeypatch.setattr("sana_kit.inference.run.load_text_encoder", None)
     (tmp_path / "broken.jsonl").write_text('{"prompt": ""}\nnot json\n{"prompt": "a", "sede": 1}\n', encoding="utf-8")
     (tmp_path / "file").touch()
     code = infer(
@@ -231,7 +240,7 @@ def test_size_that_the_model_cannot_make(tiny_model, tmp_path, capsys):
 )
 def test_misspelt_flags_are_errors_that_name_the_nearest(flag, hint, capsys):
     with pytest.raises(SystemExit) as stop:
-        inference.main("test", [flag])
+        main("test", [flag])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and flag.split("=")[0] in said
     assert f"did you mean {hint}?" in said
@@ -257,7 +266,7 @@ def test_read_only_output_folder(tiny_model, tmp_path, monkeypatch, capsys):
 )
 def test_prompt_files(tmp_path, name, text, prompts):
     (tmp_path / name).write_text(text, encoding="utf-8")
-    found, problems = inference.read_prompts(str(tmp_path / name))
+    found, problems = read_prompts(str(tmp_path / name))
     assert problems == [] and [(p.prompt, p.negative_prompt) for p in found] == prompts
 
 
@@ -266,11 +275,11 @@ def test_prompt_files(tmp_path, name, text, prompts):
 )
 def test_bad_lines_of_a_prompt_file_are_named(tmp_path, line):
     (tmp_path / "a.jsonl").write_text(f'"good"\n{line}\n', encoding="utf-8")
-    assert "line 2" in inference.read_prompts(str(tmp_path / "a.jsonl"))[1][0]
+    assert "line 2" in read_prompts(str(tmp_path / "a.jsonl"))[1][0]
     (tmp_path / "empty.txt").write_text("\n\n")
-    assert "holds no prompt" in inference.read_prompts(str(tmp_path / "empty.txt"))[1][0]
+    assert "holds no prompt" in read_prompts(str(tmp_path / "empty.txt"))[1][0]
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
-    assert "not UTF-8" in inference.read_prompts(str(tmp_path / "latin.txt"))[1][0]
+    assert "not UTF-8" in read_prompts(str(tmp_path / "latin.txt"))[1][0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,8 +309,8 @@ def test_a_finished_run_loads_nothing_and_overwrite_makes_all_again(tiny_model, 
     first = pictures(tmp_path)
     assert infer(tiny_model, tmp_path, *TWO_BY_TWO, "--overwrite") == 0
     assert json.loads((tmp_path / "summary.json").read_text())["made"] == 4 and pictures(tmp_path) == first
-    monkeypatch.setattr(models, "load_text_encoder", None)
-    monkeypatch.setattr(models, "load_pipeline", None)
+    monkeypatch.setattr("sana_kit.inference.run.load_text_encoder", None)
+    monkeypatch.setattr("sana_kit.inference.run.load_pipeline", None)
     assert infer(tiny_model, tmp_path, *TWO_BY_TWO) == 0
     assert json.loads((tmp_path / "summary.json").read_text())["kept"] == 4
 
@@ -358,14 +367,14 @@ def test_one_bad_prompt_does_not_cost_the_others(tiny_model, tmp_path, capsys):
 
 
 def test_out_of_memory_names_its_remedy(tiny_model, tmp_path, monkeypatch, capsys):
-    real = generation.denoise
+    real = denoise
 
-    def denoise(transformer, scheduler, latents, *args, **kwargs):
+    def scarce(transformer, scheduler, latents, *args, **kwargs):
         if latents.shape[0] > 1:
             raise RuntimeError("CUDA out of memory. Tried to allocate 8 GiB")
         return real(transformer, scheduler, latents, *args, **kwargs)
 
-    monkeypatch.setattr(generation, "denoise", denoise)
+    monkeypatch.setattr("sana_kit.generation.generate.denoise", scarce)
     assert infer(tiny_model, tmp_path, *TWO_BY_TWO, "--batch_size", 3) == 1
     said = capsys.readouterr().err
     assert "3 of 4 pictures failed" in said and "--batch_size" in said and len(pictures(tmp_path)) == 1
@@ -408,7 +417,7 @@ def test_writing_overlaps_with_generation(tmp_path):
             return {"file": job, **facts}
 
     failed = []
-    writer = inference.Writer(Slow(), lambda jobs, error: failed.append((jobs, inference.explain(error))))
+    writer = Writer(Slow(), lambda jobs, error: failed.append((jobs, explain(error))))
     for job in range(12):
         writer.submit(job, None, {"seconds": 1})
         assert len(writer._waiting) <= 4

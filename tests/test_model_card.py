@@ -21,7 +21,7 @@ import yaml
 from PIL import Image
 
 from sana_kit import model_card
-from sana_kit.run_log import JsonLinesLog
+from sana_kit.runlog import JsonLinesLog
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "hf_abcdefghijklmnopqrstuvwx"

@@ -16,8 +16,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sana_kit import reports
-from sana_kit.report_pages import smooth, thin
+from sana_kit.reports.__main__ import main
+from sana_kit.reports.charts import smooth, thin
+from sana_kit.reports.contact_sheet import _font_for, contact_sheet, wrap_text
+from sana_kit.reports.pages import refresh_report, write_gallery, write_report
+from sana_kit.reports.result_block import case_name, format_result_block
+from sana_kit.runlog import JsonLinesLog, PhaseClock, ThroughputMeter, console_bar, load_run, read_log
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,7 +40,7 @@ class Clock:
 
 def test_phases_of_a_start_add_up():
     now = [10.0]
-    phases = reports.PhaseClock(started=8.0, clock=lambda: now[0])
+    phases = PhaseClock(started=8.0, clock=lambda: now[0])
     phases.mark("imports")
     now[0] = 13.5
     phases.mark("model")
@@ -48,7 +52,7 @@ def test_phases_of_a_start_add_up():
 
 def test_meter_leaves_out_pauses_and_the_first_lap():
     clock = Clock()
-    meter = reports.ThroughputMeter(images_per_step=16, clock=clock)
+    meter = ThroughputMeter(images_per_step=16, clock=clock)
     meter.start()
     clock.now += 50  # warm-up: the first step takes 50 s
     meter.step()
@@ -75,7 +79,7 @@ def test_meter_leaves_out_pauses_and_the_first_lap():
 
 def test_meter_says_why_a_short_run_has_no_steady_state():
     clock = Clock()
-    meter = reports.ThroughputMeter(images_per_step=2, clock=clock)
+    meter = ThroughputMeter(images_per_step=2, clock=clock)
     assert meter.steps_per_second is None
     with pytest.raises(RuntimeError, match="start"):
         meter.step()
@@ -87,12 +91,12 @@ def test_meter_says_why_a_short_run_has_no_steady_state():
     assert meter.steady_images_per_second() is None and "3 step(s) in 1 lap(s)" in meter.steady_reason
     assert meter.images_per_second == pytest.approx(6.0)
     with pytest.raises(ValueError, match="images_per_step=0"):
-        reports.ThroughputMeter(0)
+        ThroughputMeter(0)
 
 
 def test_a_failing_pause_still_ends():
     clock = Clock()
-    meter = reports.ThroughputMeter(1, clock)
+    meter = ThroughputMeter(1, clock)
     meter.start()
     with pytest.raises(KeyError), meter.paused():
         clock.now += 9
@@ -107,10 +111,10 @@ def test_a_failing_pause_still_ends():
 
 def test_log_writes_whole_strict_lines_on_the_main_process_only(tmp_path):
     path = tmp_path / "out" / "train_log.jsonl"
-    with reports.JsonLinesLog(path, main_process=False) as log:
+    with JsonLinesLog(path, main_process=False) as log:
         log.write("start", step=0)
     assert not path.exists()
-    with reports.JsonLinesLog(path) as log:
+    with JsonLinesLog(path) as log:
         log.write("step", step=1, loss=float("nan"), learning_rate=1e-4, nested={"values": [1.0, float("inf")]})
         line = path.read_text()  # there at once, not at close
     assert line.endswith("\n")
@@ -131,9 +135,9 @@ def test_log_survives_a_kill_in_the_middle_of_a_line(tmp_path, tail, cut):
     path = tmp_path / "train_log.jsonl"
     whole = '{"event":"step","step":1}\n{"event":"step","step":2}\n'
     path.write_text(whole + tail)
-    with reports.JsonLinesLog(path) as log:
+    with JsonLinesLog(path) as log:
         log.write("resume", step=2)
-    lines, damaged = reports.read_log(path)
+    lines, damaged = read_log(path)
     assert damaged == 0
     assert path.read_text().startswith(whole)
     events = [line["event"] for line in lines]
@@ -145,8 +149,8 @@ def test_log_survives_a_kill_in_the_middle_of_a_line(tmp_path, tail, cut):
 def test_log_cuts_a_half_line_longer_than_a_block(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text('{"event":"step","step":5}\n{"x": "' + "y" * 200_000)
-    reports.JsonLinesLog(path).close()
-    lines, damaged = reports.read_log(path)
+    JsonLinesLog(path).close()
+    lines, damaged = read_log(path)
     assert damaged == 0 and [line["event"] for line in lines] == ["step", "warning"]
     assert lines[1]["step"] == 5 and len(lines[1]["message"]) < 400
 
@@ -154,8 +158,8 @@ def test_log_cuts_a_half_line_longer_than_a_block(tmp_path):
 def test_log_that_is_one_half_line(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text('{"event":"sta')
-    reports.JsonLinesLog(path).close()
-    assert [line["event"] for line in reports.read_log(path)[0]] == ["warning"]
+    JsonLinesLog(path).close()
+    assert [line["event"] for line in read_log(path)[0]] == ["warning"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,9 +173,7 @@ class Terminal(io.StringIO):
 
 def test_bar_writes_plain_whole_lines_without_a_terminal():
     file = io.StringIO()
-    with reports.console_bar(
-        4, "Training", images_per_unit=16, initial=1, file=file, plain_interval=0.0, leave=False
-    ) as bar:
+    with console_bar(4, "Training", images_per_unit=16, initial=1, file=file, plain_interval=0.0, leave=False) as bar:
         for _ in range(3):
             bar.update()
             bar.set_postfix(loss="0.5", refresh=False)
@@ -185,7 +187,7 @@ def test_bar_writes_plain_whole_lines_without_a_terminal():
 
 def test_plain_bar_keeps_its_interval_and_always_tells_the_end():
     file = io.StringIO()
-    with reports.console_bar(1000, "Encoding", unit="image", file=file, plain_interval=3600) as bar:
+    with console_bar(1000, "Encoding", unit="image", file=file, plain_interval=3600) as bar:
         for _ in range(1000):
             bar.update()
     assert len(file.getvalue().splitlines()) == 1 and "1000/1000 images" in file.getvalue()
@@ -194,11 +196,11 @@ def test_plain_bar_keeps_its_interval_and_always_tells_the_end():
 
 def test_postfix_writes_no_lines_of_its_own_and_inner_bars_move_no_cursor():
     file = io.StringIO()
-    with reports.console_bar(9, "Training", file=file, plain_interval=3600) as bar:
+    with console_bar(9, "Training", file=file, plain_interval=3600) as bar:
         for _ in range(9):
             bar.update()
             bar.set_postfix(loss=0.5)
-            with reports.console_bar(2, "Validation", unit="image", file=file, plain_interval=3600) as inner:
+            with console_bar(2, "Validation", unit="image", file=file, plain_interval=3600) as inner:
                 inner.update(2)
     lines = file.getvalue().splitlines()
     assert [line.split(":")[0] for line in lines] == ["Validation"] * 9 + ["Training"]
@@ -210,7 +212,7 @@ def test_a_pause_counts_neither_in_the_rate_nor_in_the_time_left(monkeypatch):
     monkeypatch.setattr("time.time", lambda: now[0])
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
     file = io.StringIO()
-    with reports.console_bar(100, "Training", file=file, plain_interval=0.0) as bar:
+    with console_bar(100, "Training", file=file, plain_interval=0.0) as bar:
         for _ in range(50):
             now[0] += 2.0
             bar.update()
@@ -221,10 +223,10 @@ def test_a_pause_counts_neither_in_the_rate_nor_in_the_time_left(monkeypatch):
 
 def test_bar_redraws_on_a_terminal_and_is_silent_elsewhere():
     terminal, other = Terminal(), Terminal()
-    with reports.console_bar(2, "Training", images_per_unit=4, file=terminal) as bar:
+    with console_bar(2, "Training", images_per_unit=4, file=terminal) as bar:
         bar.update(2)
     assert "\r" in terminal.getvalue() and "100%" in terminal.getvalue() and "images/s" in terminal.getvalue()
-    with reports.console_bar(2, "Training", file=other, main_process=False) as bar:
+    with console_bar(2, "Training", file=other, main_process=False) as bar:
         with bar.paused():
             bar.update(2)
         bar.set_postfix(loss=1)
@@ -248,7 +250,7 @@ def test_contact_sheet_places_every_picture(tmp_path):
         "ein Häuschen",
         "averylongwordwithoutspaces" * 3,
     ]
-    path = reports.contact_sheet(
+    path = contact_sheet(
         images, labels, tmp_path / "sheets" / "sheet.png", 3, title="Title", row_labels=["first", "second"]
     )
     sheet = Image.open(path)
@@ -260,7 +262,6 @@ def test_contact_sheet_places_every_picture(tmp_path):
 
 
 def test_contact_sheet_labels_stay_in_their_column():
-    from sana_kit.reports import _font_for, wrap_text
 
     for text in ("a word " * 40, "w" * 300, "一只小狗" * 30, "", "one"):
         font = _font_for([text], 14)
@@ -272,11 +273,11 @@ def test_contact_sheet_labels_stay_in_their_column():
 def test_contact_sheet_names_every_problem(tmp_path):
     image = Image.new("RGB", (8, 8))
     with pytest.raises(ValueError, match="3 labels for 2 images; 1 row labels for 2 rows"):
-        reports.contact_sheet([image, image], ["a"] * 3, tmp_path / "a.png", 1, row_labels=["x"])
+        contact_sheet([image, image], ["a"] * 3, tmp_path / "a.png", 1, row_labels=["x"])
     with pytest.raises(ValueError, match="no image"):
-        reports.contact_sheet([], None, tmp_path / "a.png", 1)
+        contact_sheet([], None, tmp_path / "a.png", 1)
     with pytest.raises(ValueError, match="a.gif"):
-        reports.contact_sheet([image], None, tmp_path / "a.gif", 1)
+        contact_sheet([image], None, tmp_path / "a.gif", 1)
     assert not list(tmp_path.iterdir())
 
 
@@ -319,13 +320,13 @@ def test_result_block_from_the_command_line_without_torch(tmp_path):
 
 def test_result_block_of_a_run_too_short_or_unfinished(tmp_path, capsys):
     short = {**SUMMARY, "images_per_second": None, "iterations_per_second": None, "steady_state_note": "too short"}
-    block = reports.format_result_block({**short, "final_loss": float("nan")}, "Name")
+    block = format_result_block({**short, "final_loss": float("nan")}, "Name")
     assert "Final Performance images/sec: n/a (too short)" in block and "Final Train Loss: n/a" in block
-    assert reports.case_name({**SUMMARY, "train_mode": "full", "device_type": "cuda"}) == "Sana_full_bs8_8p_cuda"
-    assert reports.main(["--result-block", str(tmp_path)]) == 2
+    assert case_name({**SUMMARY, "train_mode": "full", "device_type": "cuda"}) == "Sana_full_bs8_8p_cuda"
+    assert main(["--result-block", str(tmp_path)]) == 2
     assert "summary.json: not there" in capsys.readouterr().err
     (tmp_path / "summary.json").write_text('{"final_loss": 1}')
-    assert reports.main(["--result-block", str(tmp_path)]) == 2
+    assert main(["--result-block", str(tmp_path)]) == 2
     assert "lacks batch_size, world_size, device_type" in capsys.readouterr().err
 
 
@@ -346,7 +347,7 @@ def make_run(folder, steps=60, resume_at=None, validations=(0, 30, 60), finish=T
         "revision": None,
         "validation_prompt": prompts,
     }
-    log = reports.JsonLinesLog(folder / "train_log.jsonl")
+    log = JsonLinesLog(folder / "train_log.jsonl")
 
     def validate(step):
         files = []
@@ -394,12 +395,12 @@ def page_data(path):
 
 def test_a_resumed_run_counts_where_steps_overlap(tmp_path):
     make_run(tmp_path, resume_at=40)
-    run = reports.load_run(tmp_path / "train_log.jsonl")
+    run = load_run(tmp_path / "train_log.jsonl")
     assert [line["step"] for line in run.steps] == list(range(1, 61))
     assert run.steps[39]["loss"] == pytest.approx(1 / 40) and run.steps[40]["loss"] == pytest.approx(2 / 41)
     assert run.repeated_steps == 20 and len(run.resumes) == 1 and run.world_size == 4
     assert [line["step"] for line in run.validations] == [0, 30, 60]  # the first run's step 60 was taken back
-    text, data = page_data(reports.write_report(tmp_path))
+    text, data = page_data(write_report(tmp_path))
     marks = {(mark["step"], mark["text"].split(":")[0]) for mark in data["marks"]}
     assert {(40, "resume"), (20, "warning"), (30, "checkpoint"), (0, "validation")} <= marks
     assert "before: 0.0001" in text and "20 logged step(s) were made again" in text
@@ -407,10 +408,10 @@ def test_a_resumed_run_counts_where_steps_overlap(tmp_path):
 
 def test_steps_after_the_resumed_one_are_taken_back_until_made_again(tmp_path):
     make_run(tmp_path, finish=False)
-    with reports.JsonLinesLog(tmp_path / "train_log.jsonl") as log:
+    with JsonLinesLog(tmp_path / "train_log.jsonl") as log:
         log.write("resume", step=20, world_size=1, config={})
         log.write("step", step=21, loss=7.0)
-    run = reports.load_run(tmp_path / "train_log.jsonl")
+    run = load_run(tmp_path / "train_log.jsonl")
     assert [line["step"] for line in run.steps] == list(range(1, 22)) and run.steps[-1]["loss"] == 7.0
     assert [line["step"] for line in run.validations] == [0] and run.checkpoints == []
     assert run.repeated_steps == 40
@@ -419,13 +420,13 @@ def test_steps_after_the_resumed_one_are_taken_back_until_made_again(tmp_path):
 def test_a_new_start_forgets_the_run_before(tmp_path):
     make_run(tmp_path, steps=60)
     make_run(tmp_path, steps=10, validations=(), finish=False)
-    run = reports.load_run(tmp_path / "train_log.jsonl")
+    run = load_run(tmp_path / "train_log.jsonl")
     assert len(run.steps) == 10 and not run.validations and run.end is None and len(run.warnings) == 1
 
 
 def test_page_keeps_secrets_and_markup_out(tmp_path):
     make_run(tmp_path)
-    text, data = page_data(reports.write_report(tmp_path))
+    text, data = page_data(write_report(tmp_path))
     assert "verysecret" not in text and "(removed)" in text and "Not set: revision." in text
     assert "<b>square" not in text and "alert(1)</script>" not in text
     assert not re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', text)  # nothing is loaded from anywhere
@@ -441,7 +442,7 @@ def test_page_keeps_secrets_and_markup_out(tmp_path):
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), None])
 def test_page_of_a_run_whose_loss_is_never_finite(tmp_path, loss):
     make_run(tmp_path, steps=5, validations=(), loss=loss)
-    text, data = page_data(reports.write_report(tmp_path))
+    text, data = page_data(write_report(tmp_path))
     assert "not finite in 5 of 5" in text and "No validation pictures" in text
     assert "loss" not in [chart["id"] for chart in data["charts"]]
 
@@ -449,17 +450,17 @@ def test_page_of_a_run_whose_loss_is_never_finite(tmp_path, loss):
 def test_page_with_bare_nan_tokens_and_damaged_lines(tmp_path):
     lines = [f'{{"event":"step","step":{n},"loss":{"NaN" if n == 3 else 0.5}}}' for n in range(1, 6)]
     (tmp_path / "train_log.jsonl").write_text("\n".join([*lines, "\0\0\0", '{"event":"st']))
-    text, data = page_data(reports.write_report(tmp_path))
+    text, data = page_data(write_report(tmp_path))
     assert data["charts"][0]["series"][0]["y"] == [0.5, 0.5, None, 0.5, 0.5]
     assert "2 line(s) of the log cannot be read" in text and "no configuration" in text
 
 
 def test_page_of_a_run_that_has_not_begun(tmp_path):
     with pytest.raises(ValueError, match="train_log.jsonl: not there"):
-        reports.write_report(tmp_path)
-    with reports.JsonLinesLog(tmp_path / "train_log.jsonl") as log:
+        write_report(tmp_path)
+    with JsonLinesLog(tmp_path / "train_log.jsonl") as log:
         log.write("start", step=0, world_size=1, config={})
-    assert "No step has been logged yet" in reports.write_report(tmp_path).read_text()
+    assert "No step has been logged yet" in write_report(tmp_path).read_text()
 
 
 def test_a_long_log_is_thinned_quickly_and_keeps_its_spikes(tmp_path):
@@ -470,9 +471,9 @@ def test_a_long_log_is_thinned_quickly_and_keeps_its_spikes(tmp_path):
         for n in range(1, 20_001)
     )
     (tmp_path / "train_log.jsonl").write_text(log)
-    reports.write_report(tmp_path)  # imports
+    write_report(tmp_path)  # imports
     begin = time.process_time()
-    _, data = page_data(reports.write_report(tmp_path))
+    _, data = page_data(write_report(tmp_path))
     assert time.process_time() - begin < 1.0
     chart = data["charts"][0]
     assert len(chart["x"]) <= 1700 and chart["x"][0] == 1 and chart["x"][-1] == 20_000
@@ -489,12 +490,12 @@ def test_smooth_and_thin():
 def test_pictures_shrink_until_the_page_is_small_enough(tmp_path, monkeypatch):
     import random
 
-    from sana_kit import report_pages
-
-    monkeypatch.setattr(report_pages, "_PICTURE_BUDGET_BYTES", 600_000)  # of 6 MB, so that a few pictures do
+    monkeypatch.setattr(
+        "sana_kit.reports.thumbnails._PICTURE_BUDGET_BYTES", 600_000
+    )  # of 6 MB, so that a few pictures do
     noise = random.Random(0)
     prompts = [f"prompt {n}" for n in range(3)]
-    log = reports.JsonLinesLog(tmp_path / "train_log.jsonl")
+    log = JsonLinesLog(tmp_path / "train_log.jsonl")
     for step in range(0, 140, 10):
         files = []
         for n in range(3):
@@ -505,12 +506,12 @@ def test_pictures_shrink_until_the_page_is_small_enough(tmp_path, monkeypatch):
             files.append(f"validation/{path.name}")
         log.write("validation", step=step, files=files, prompts=prompts, seeds=[1] * 3)
     log.close()
-    page = reports.write_report(tmp_path)
+    page = write_report(tmp_path)
     assert 200_000 < page.stat().st_size - 70_000 < 800_000  # base64 of at most 600 kB, and the page itself
     assert "12 steps of each" in page.read_text()
     cached = {file.name: file.stat().st_mtime_ns for file in (tmp_path / ".report_cache").iterdir()}
     assert len(cached) == 3 * 12
-    reports.write_report(tmp_path)
+    write_report(tmp_path)
     again = {file.name: file.stat().st_mtime_ns for file in (tmp_path / ".report_cache").iterdir()}
     assert cached == again  # thumbnails are made once
 
@@ -518,9 +519,9 @@ def test_pictures_shrink_until_the_page_is_small_enough(tmp_path, monkeypatch):
 def test_a_broken_picture_is_told_not_fatal(tmp_path):
     make_run(tmp_path)
     (tmp_path / "validation" / "step-000030" / "00-seed8.png").write_bytes(b"not a picture")
-    assert "1 picture(s) cannot be read: 00-seed8.png" in reports.write_report(tmp_path).read_text()
+    assert "1 picture(s) cannot be read: 00-seed8.png" in write_report(tmp_path).read_text()
     shutil.rmtree(tmp_path / "validation")
-    assert "none of them is in its folder" in reports.write_report(tmp_path).read_text()
+    assert "none of them is in its folder" in write_report(tmp_path).read_text()
 
 
 def test_before_and_after_folders_come_first(tmp_path):
@@ -533,11 +534,11 @@ def test_before_and_after_folders_come_first(tmp_path):
                 Image.new("RGB", (32, 32), color).save(folder / f"{name}-{seed}.png")
                 line = {"file": f"{name}-{seed}.png", "prompt": "an owl", "seed": seed}
                 manifest.write(json.dumps(line) + "\n")
-    text = reports.write_report(tmp_path).read_text()
+    text = write_report(tmp_path).read_text()
     assert text.count('<figure class="compare">') == 2 and "Before and after: an owl" in text
     (tmp_path / "before" / "manifest.jsonl").unlink()  # other names: nothing to pair, so the validation serves
     (tmp_path / "after" / "manifest.jsonl").unlink()
-    text = reports.write_report(tmp_path).read_text()
+    text = write_report(tmp_path).read_text()
     assert text.count('<figure class="compare">') == 2 and "an owl" not in text
 
 
@@ -545,15 +546,15 @@ def test_refresh_never_breaks_a_training_and_never_hides(tmp_path, capsys):
     blocked = tmp_path / "report.html"
     make_run(tmp_path, finish=False)
     blocked.mkdir()  # the page cannot be replaced
-    log = reports.JsonLinesLog(tmp_path / "train_log.jsonl")
-    assert reports.refresh_report(tmp_path, log, step=60) is None
-    assert reports.refresh_report(tmp_path, log, step=61) is None
+    log = JsonLinesLog(tmp_path / "train_log.jsonl")
+    assert refresh_report(tmp_path, log, step=60) is None
+    assert refresh_report(tmp_path, log, step=61) is None
     log.close()
     assert capsys.readouterr().err.count("report.html could not be written") == 1
-    warnings = [line for line in reports.read_log(log.path)[0] if line["event"] == "warning"]
+    warnings = [line for line in read_log(log.path)[0] if line["event"] == "warning"]
     assert len(warnings) == 2 and warnings[-1]["step"] == 60
     blocked.rmdir()
-    assert reports.refresh_report(tmp_path) == blocked
+    assert refresh_report(tmp_path) == blocked
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
 
 
@@ -591,31 +592,31 @@ def test_gallery_pairs_by_prompt_and_seed(tmp_path):
     prompts = ["a red rose", "a cat with a hat", "an <i>owl</i>"]
     base = make_pictures(tmp_path / "base", prompts, [8, 23], skip={("a cat with a hat", 23)})
     lora = make_pictures(tmp_path / "lora", prompts, [8, 23], lora="x.safetensors")
-    text = reports.write_gallery(lora).read_text()
+    text = write_gallery(lora).read_text()
     assert {path.suffix for path in lora.iterdir()} == {".png", ".jsonl", ".html"}  # nothing else is left there
     assert text.count("<article") == 6 and "<i>owl" not in text and 'class="pair"' not in text
     assert "seed 23 · 96 × 64 · 28 steps · guidance 2 · 1.2 s" in text
     assert 'href="00%20lora%20%238.png"' in text
-    text = reports.write_gallery(lora, base).read_text()
+    text = write_gallery(lora, base).read_text()
     assert text.count('class="pair"') == 6 and text.count("no base picture with this prompt") == 1
     (lora / "00 lora #8.png").unlink()
-    assert "1 picture(s) of the manifest are not in the folder" in reports.write_gallery(lora).read_text()
+    assert "1 picture(s) of the manifest are not in the folder" in write_gallery(lora).read_text()
     with pytest.raises(ValueError, match="manifest.jsonl: not there"):
-        reports.write_gallery(tmp_path)
+        write_gallery(tmp_path)
     with pytest.raises(ValueError, match="base_dir"):
-        reports.write_gallery(lora, tmp_path)
+        write_gallery(lora, tmp_path)
 
 
 def test_command_line_writes_pages_and_names_mistakes(tmp_path, capsys):
     make_run(tmp_path / "run")
-    assert reports.main([str(tmp_path / "run")]) == 0 and (tmp_path / "run" / "report.html").is_file()
+    assert main([str(tmp_path / "run")]) == 0 and (tmp_path / "run" / "report.html").is_file()
     make_pictures(tmp_path / "pictures", ["x"], [1])
-    assert reports.main([str(tmp_path / "pictures"), "--gallery"]) == 0
+    assert main([str(tmp_path / "pictures"), "--gallery"]) == 0
     assert (tmp_path / "pictures" / "gallery.html").is_file()
-    assert reports.main([str(tmp_path / "nowhere")]) == 2
+    assert main([str(tmp_path / "nowhere")]) == 2
     for wrong in (["x", "--base", "y"], ["x", "--gallery", "--base", "nowhere"], ["x", "--gallery", "--before", "y"]):
         with pytest.raises(SystemExit) as stop:
-            reports.main(wrong)
+            main(wrong)
         assert stop.value.code == 2
     assert "--base=nowhere: no such folder" in capsys.readouterr().err
 
@@ -678,7 +679,7 @@ def overflow(page):
 @pytest.mark.parametrize("color_scheme", ["light", "dark"])
 def test_report_in_a_browser(tmp_path, open_page, width, color_scheme):
     make_run(tmp_path, resume_at=40)
-    page = open_page(reports.write_report(tmp_path), width, color_scheme)
+    page = open_page(write_report(tmp_path), width, color_scheme)
     assert overflow(page) == [0, []]
     assert page.evaluate("document.documentElement.dataset.charts") == "4"
     for canvas in page.locator(".chart canvas").all():  # each chart is drawn, and within its card
@@ -691,7 +692,7 @@ def test_report_in_a_browser(tmp_path, open_page, width, color_scheme):
 
 def test_report_slider_shows_before_on_the_left_and_after_on_the_right(tmp_path, open_page):
     make_run(tmp_path)
-    page = open_page(reports.write_report(tmp_path))
+    page = open_page(write_report(tmp_path))
     stage = page.locator(".compare .stage").first
     stage.scroll_into_view_if_needed()
 
@@ -717,7 +718,7 @@ def test_report_slider_shows_before_on_the_left_and_after_on_the_right(tmp_path,
 
 def test_report_filter_marks_zoom_and_enlarged_pictures(tmp_path, open_page):
     make_run(tmp_path, resume_at=40, finish=False)
-    page = open_page(reports.write_report(tmp_path), 1000)
+    page = open_page(write_report(tmp_path), 1000)
     assert page.locator(".badge").inner_text() == "not finished"
     page.fill("#filter", "RANK")
     assert (
@@ -744,7 +745,7 @@ def test_gallery_in_a_browser(tmp_path, open_page, width):
     prompts = ["a red rose", "a cat with a hat", "a red cat", "averylongwordwithoutanyspaces" * 6]
     base = make_pictures(tmp_path / "base", prompts, [8, 23], skip={("a red rose", 8)})
     lora = make_pictures(tmp_path / "lora", prompts, [8, 23], lora="x.safetensors")
-    page = open_page(reports.write_gallery(lora, base), width, "dark" if width == 400 else "light")
+    page = open_page(write_gallery(lora, base), width, "dark" if width == 400 else "light")
     assert overflow(page) == [0, []]
     assert page.locator("article:visible").count() == 8
     page.fill("#filter", "Red cat")

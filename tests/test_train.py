@@ -20,7 +20,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train_dreambooth_lora_sana as trainer
-from sana_kit import checkpoints, devices, flow_matching
+from sana_kit import devices
+from sana_kit.distributed import check_world_size
+from sana_kit.errors import CheckpointError
+from sana_kit.files import locked_output_dir
+from sana_kit.models.attention import LinearAttentionProcessor, set_attention
+from sana_kit.models.folder import find_model
+from sana_kit.models.lora import DEFAULT_LORA_LAYERS, lean_lora
+from sana_kit.training import checkpoints
+from sana_kit.training.config import build_parser, parse_args
+from sana_kit.training.engine import _configure_deepspeed
+from sana_kit.training.optim import optimizer_scalars
+from sana_kit.training.recipes import flow_matching_loss, loss_per_sample
+from sana_kit.training.state import pack_random_state
+from sana_kit.training.stream import StreamBatches, TrainingStream, collate
 
 # Name and default of every flag of diffusers' examples/dreambooth/train_dreambooth_lora_sana.py, August 2026.
 UPSTREAM_FLAGS = {
@@ -109,7 +122,7 @@ def run(*flags):
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    return trainer.main(trainer.parse_args([str(flag) for flag in flags]))
+    return trainer.main(parse_args([str(flag) for flag in flags]))
 
 
 @pytest.fixture
@@ -147,7 +160,7 @@ def same(first, second):
 
 
 def test_every_upstream_flag_is_there_with_its_default():
-    ours = {action.dest: action.default for action in trainer.build_parser()._actions}
+    ours = {action.dest: action.default for action in build_parser()._actions}
     assert len(UPSTREAM_FLAGS) == 75
     for name, default in {**UPSTREAM_FLAGS, **OTHER_DEFAULTS}.items():
         assert name in ours, name
@@ -156,18 +169,18 @@ def test_every_upstream_flag_is_there_with_its_default():
 
 def test_help_groups_the_flags_and_a_misspelt_one_is_corrected(capsys):
     with pytest.raises(SystemExit):
-        trainer.parse_args(["--help"])
+        parse_args(["--help"])
     text = capsys.readouterr().out
     for heading in ("model:", "data:", "flow matching:", "optimizer:", "checkpoints and output:", "validation:"):
         assert f"\n{heading}\n" in text
     with pytest.raises(SystemExit) as stop:
-        trainer.parse_args(["--pretrained_model_name_or_path=x", "--train_batchsize=3"])
+        parse_args(["--pretrained_model_name_or_path=x", "--train_batchsize=3"])
     assert stop.value.code == 2
     assert "--train_batchsize: did you mean --train_batch_size?" in capsys.readouterr().err
 
 
 def test_false_is_false_for_prodigys_switches():
-    args = trainer.parse_args(["--pretrained_model_name_or_path=x", "--prodigy_decouple=False"])
+    args = parse_args(["--pretrained_model_name_or_path=x", "--prodigy_decouple=False"])
     assert args.prodigy_decouple is False and args.prodigy_safeguard_warmup is True
 
 
@@ -283,7 +296,7 @@ class _Encoded:
 
 def make_stream(pictures=7, classes=0, seed=1):
     weighting = {"weighting_scheme": "none", "logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29}
-    return trainer.TrainingStream(_Encoded(), pictures, classes, seed=seed, weighting=weighting)
+    return TrainingStream(_Encoded(), pictures, classes, seed=seed, weighting=weighting)
 
 
 @pytest.mark.parametrize("world_size, batch_size, accumulation", [(1, 1, 1), (2, 2, 1), (3, 1, 2), (2, 5, 3)])
@@ -291,7 +304,7 @@ def test_each_epoch_holds_each_picture_once_on_any_number_of_ranks(world_size, b
     stream, steps = make_stream(), 21
     positions = []
     for rank in range(world_size):
-        batches = trainer.StreamBatches(0, steps, batch_size, accumulation, rank, world_size)
+        batches = StreamBatches(0, steps, batch_size, accumulation, rank, world_size)
         assert len(list(batches)) == len(batches) == steps * accumulation
         positions += [p for batch in batches for p in batch]
     assert sorted(positions) == list(range(steps * accumulation * batch_size * world_size))
@@ -300,15 +313,15 @@ def test_each_epoch_holds_each_picture_once_on_any_number_of_ranks(world_size, b
 
 
 def test_a_resumed_stream_goes_on_where_it_was_on_another_number_of_ranks():
-    whole = [p for b in trainer.StreamBatches(0, 4, 2, 1, 0, 1) for p in b]
-    first = [p for rank in range(2) for b in trainer.StreamBatches(0, 1, 2, 1, rank, 2) for p in b]
-    rest = [p for b in trainer.StreamBatches(len(first), 2, 2, 1, 0, 1) for p in b]
+    whole = [p for b in StreamBatches(0, 4, 2, 1, 0, 1) for p in b]
+    first = [p for rank in range(2) for b in StreamBatches(0, 1, 2, 1, rank, 2) for p in b]
+    rest = [p for b in StreamBatches(len(first), 2, 2, 1, 0, 1) for p in b]
     assert sorted(first) + rest == whole
 
 
 def test_collate_keeps_each_caption_with_its_picture_and_pads_with_a_mask():
     stream = make_stream(pictures=5, classes=2)
-    batch = trainer.collate([stream[position] for position in range(4)])
+    batch = collate([stream[position] for position in range(4)])
     assert batch["latents"].shape == (8, 4, 2, 2) and batch["noise"].dtype == torch.float32
     for row in range(8):
         index = batch["latents"][row, 0, 0, 0]
@@ -350,9 +363,9 @@ def test_the_kits_attention_is_diffusers_own_forward_and_backward(tmp_path, qk_n
     def of(dtype, kit):
         transformer = SanaTransformer2DModel.from_pretrained(folder, subfolder="transformer").to(dtype)
         if kit:
-            devices.set_attention(transformer, "auto", torch.device("cpu"))
+            set_attention(transformer, "auto", torch.device("cpu"))
             processor = transformer.transformer_blocks[0].attn1.processor
-            assert isinstance(processor, devices.LinearAttentionProcessor)
+            assert isinstance(processor, LinearAttentionProcessor)
         return gradients(transformer)
 
     exact, exact_gradients = of(torch.float32, kit=False)
@@ -394,7 +407,7 @@ def test_lean_lora_is_pefts_own(variant):
             masters = variant == "masters" and "lora_" in name
             parameter.data = draw(*parameter.shape).to(torch.float32 if masters else dtype) * 0.25
         if lean:
-            trainer.lean_lora(model, "cpu", dtype)
+            lean_lora(model, "cpu", dtype)
             forward = getattr(model["to_q"].forward, "__wrapped__", model["to_q"].forward)  # below an autocast
             assert isinstance(forward, functools.partial) == (variant not in ("dora", "conv"))
         hidden_states = (draw(2, 32, 5, 4) if variant == "conv" else draw(2, 20, 32)).to(dtype).requires_grad_()
@@ -419,7 +432,7 @@ def test_the_loss_is_the_transformers_own_in_float32(tiny_model):
 
     transformer = SanaTransformer2DModel.from_pretrained(tiny_model, subfolder="transformer")
     plain = SanaTransformer2DModel.from_pretrained(tiny_model, subfolder="transformer")
-    devices.set_attention(transformer, "auto", torch.device("cpu"))
+    set_attention(transformer, "auto", torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     batch = {
         "latents": torch.randn(2, 4, 8, 8, generator=generator),
@@ -429,8 +442,8 @@ def test_the_loss_is_the_transformers_own_in_float32(tiny_model):
         "prompt_mask": torch.ones(2, 16, dtype=torch.bool),
     }
     batch["prompt_mask"][0, 5:] = False
-    args = trainer.parse_args(["--pretrained_model_name_or_path=x", "--mixed_precision=no", "--flow_shift=3"])
-    loss = trainer.flow_matching_loss(transformer, dict(batch), args, with_prior=False)
+    args = parse_args(["--pretrained_model_name_or_path=x", "--mixed_precision=no", "--flow_shift=3"])
+    loss = flow_matching_loss(transformer, dict(batch), args, with_prior=False)
     expected = []
     for row in range(2):
         sigma0 = 1 - math.floor(batch["u"][row].item() * 1000) / 1000
@@ -551,7 +564,7 @@ def test_a_checkpoint_of_the_1600m_model_at_rank_4_is_at_most_40_mb(tmp_path):
 
     with torch.device("meta"):
         model = SanaTransformer2DModel(sample_size=32, interpolation_scale=None)
-    model.add_adapter(LoraConfig(r=4, target_modules=list(trainer.DEFAULT_LORA_LAYERS)))
+    model.add_adapter(LoraConfig(r=4, target_modules=list(DEFAULT_LORA_LAYERS)))
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     assert sum(p.numel() for _, p in trainable) == 2_150_400 and len(trainable) == 240
     save_file({f"transformer.{n}": torch.zeros(p.shape, dtype=torch.bfloat16) for n, p in trainable}, tmp_path / "a")
@@ -561,7 +574,7 @@ def test_a_checkpoint_of_the_1600m_model_at_rank_4_is_at_most_40_mb(tmp_path):
     save_file(optimizer, tmp_path / "b")
     size = sum(path.stat().st_size for path in tmp_path.iterdir())
     assert 29e6 < size < 31e6  # and the random states of 8 ranks below, 15 KB each: well under 40 MB
-    state = checkpoints.pack_random_state(devices.random_state(torch.device("cpu")))
+    state = pack_random_state(devices.random_state(torch.device("cpu")))
     torch.save({"world_size": 8, "states": [state] * 8}, tmp_path / "c")
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 40e6
 
@@ -571,8 +584,8 @@ def test_moments_in_whole_numbers_are_refused_rather_than_resumed_wrongly():
     parameter = torch.nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.AdamW([parameter])
     optimizer.state[parameter] = {"step": torch.tensor(1.0), "state1": torch.zeros(3, dtype=torch.uint8)}
-    with pytest.raises(checkpoints.CheckpointError, match="keeps 'state1' as torch.uint8.*--use_8bit_adam"):
-        checkpoints.optimizer_scalars(optimizer)
+    with pytest.raises(CheckpointError, match="keeps 'state1' as torch.uint8.*--use_8bit_adam"):
+        optimizer_scalars(optimizer)
 
 
 def test_others_may_read_what_the_umask_lets_them(six_steps):
@@ -603,7 +616,7 @@ def test_old_checkpoints_go_only_after_the_new_one_is_whole(base_flags, picture_
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(checkpoints.CheckpointError, match="No space left.*checkpoint-3, checkpoint-4.*Free space"):
+    with pytest.raises(CheckpointError, match="No space left.*checkpoint-3, checkpoint-4.*Free space"):
         run(*flags, "--max_train_steps=6", "--resume_from_checkpoint=latest")
     assert [step for step, _ in checkpoints.list_checkpoints(tmp_path)] == [3, 4]
     assert all(checkpoints.find_damage(folder) is None for _, folder in checkpoints.list_checkpoints(tmp_path))
@@ -654,7 +667,7 @@ def test_a_checkpoint_of_another_adapter_is_refused(six_steps, tmp_path, flag, w
 
 
 def test_the_output_folder_belongs_to_one_live_run(base_flags, picture_folder, tmp_path):
-    with checkpoints.locked_output_dir(tmp_path):
+    with locked_output_dir(tmp_path):
         with pytest.raises(ValueError, match="another live run is writing there"):
             run(*base_flags, f"--instance_data_dir={picture_folder}", f"--output_dir={tmp_path}")
     assert run(*base_flags, f"--instance_data_dir={picture_folder}", f"--output_dir={tmp_path}") == 0
@@ -716,13 +729,12 @@ def test_no_secret_in_anything_written(six_steps):
 
 def test_a_second_start_loads_neither_vae_nor_text_encoder(six_steps, tmp_path, monkeypatch):
     output, flags = six_steps
-    from sana_kit import encodings
 
     def refuse(*args, **kwargs):
         raise AssertionError("loaded again")
 
-    monkeypatch.setattr(encodings, "load_vae", refuse)
-    monkeypatch.setattr(encodings, "load_text_encoder", refuse)
+    monkeypatch.setattr("sana_kit.encodings.missing.open_vae", refuse)
+    monkeypatch.setattr("sana_kit.encodings.missing.open_text_encoder", refuse)
     warm = [flag for flag in flags if not flag.startswith("--validation")]
     assert run(*warm, f"--output_dir={tmp_path}", f"--encodings_dir={output / 'encodings'}") == 0
     assert same(weights(output), weights(tmp_path))  # and validation changed nothing about the training
@@ -760,7 +772,6 @@ def test_lora_layers_choose_the_trained_layers(base_flags, picture_folder, tmp_p
 
 
 def test_full_fine_tuning_resumes_to_the_bit_and_its_folder_is_a_model(base_flags, picture_folder, tmp_path):
-    from sana_kit.models import find_model
 
     flags = [
         *base_flags,
@@ -792,14 +803,14 @@ def nan_at(monkeypatch):
     """Make the loss of one call NaN."""
 
     def install(call):
-        calls, original = [], flow_matching.loss_per_sample
+        calls, original = [], loss_per_sample
 
         def poisoned(*args, **kwargs):
             calls.append(1)
             loss = original(*args, **kwargs)
             return loss * float("nan") if len(calls) == call else loss
 
-        monkeypatch.setattr(flow_matching, "loss_per_sample", poisoned)
+        monkeypatch.setattr("sana_kit.training.recipes.loss_per_sample", poisoned)
 
     return install
 
@@ -852,13 +863,16 @@ ERRORS = {
 def test_one_clear_error_before_weights_load_and_nothing_written(
     case, base_flags, picture_folder, tmp_path, monkeypatch
 ):
-    from sana_kit import encodings, models
 
     def refuse(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    for module, name in ((models, "load_transformer"), (encodings, "load_vae"), (encodings, "load_text_encoder")):
-        monkeypatch.setattr(module, name, refuse)
+    for name in (
+        "training.transformer.load_transformer",
+        "encodings.missing.open_vae",
+        "encodings.missing.open_text_encoder",
+    ):
+        monkeypatch.setattr(f"sana_kit.{name}", refuse)
     extra, message = ERRORS[case]
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
@@ -925,17 +939,17 @@ class _Accelerator:
     ],
 )
 def test_flags_and_deepspeed_config_must_agree(config, flags, message):
-    args = trainer.parse_args(["--pretrained_model_name_or_path=x", "--mixed_precision=bf16", *flags])
+    args = parse_args(["--pretrained_model_name_or_path=x", "--mixed_precision=bf16", *flags])
     with pytest.raises(ValueError, match=message):
-        trainer._configure_deepspeed(args, _Accelerator(), config)
+        _configure_deepspeed(args, _Accelerator(), config)
 
 
 def test_flags_reach_the_deepspeed_config():
-    args = trainer.parse_args(
+    args = parse_args(
         ["--pretrained_model_name_or_path=x", "--mixed_precision=bf16", "--max_grad_norm=0.3", "--train_batch_size=6"]
     )
     config = {"zero_optimization": {"stage": 2}, "gradient_clipping": "auto"}
-    trainer._configure_deepspeed(args, _Accelerator(), config)
+    _configure_deepspeed(args, _Accelerator(), config)
     assert config["gradient_clipping"] == 0.3 and config["train_micro_batch_size_per_gpu"] == 6
     assert config["train_batch_size"] == 12 and config["data_types"]["grad_accum_dtype"] == "fp32"
 
@@ -943,7 +957,7 @@ def test_flags_reach_the_deepspeed_config():
 def test_two_ranks_never_believe_that_they_are_alone(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match="launcher started 2 processes.*sees a group of 1"):
-        devices.check_world_size(1)
+        check_world_size(1)
 
 
 @pytest.mark.slow

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from sana_kit.models.attention import set_attention
+
 DTYPES = (torch.float32, torch.bfloat16)
 # Largest difference allowed, as a share of the largest value: sums in another order in float32; a few roundings of
 # 2**-8 in bfloat16, where torch_npu and the CPU round between different steps.
@@ -446,13 +448,12 @@ def draw_pictures(folder, attentions=("diffusers", "sdpa", "npu_fusion")):
     from diffusers import SanaPipeline
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    from sana_kit import devices
 
     for dtype in DTYPES:
         pipeline = SanaPipeline.from_pretrained(folder, torch_dtype=dtype).to("npu")
         for attention_name in attentions:
             if attention_name != "diffusers":
-                devices.set_attention(pipeline.transformer, attention_name, torch.device("npu:0"))
+                set_attention(pipeline.transformer, attention_name, torch.device("npu:0"))
             yield f"{attention_name}_{str(dtype).removeprefix('torch.')}", draw(pipeline)
 
 

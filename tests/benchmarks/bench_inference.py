@@ -18,19 +18,27 @@ import tempfile
 import time
 from pathlib import Path
 
+from sana_kit import flops
+from sana_kit.arithmetic import AUTOENCODER, TRANSFORMERS, roofline_seconds, transformer_ops, vae_decode_ops
+from sana_kit.devices import PEAK_BF16_TFLOPS
+from sana_kit.encodings.prompts import collate_prompt_embeds, parse_instruction
+from sana_kit.generation.decode import MAX_TILE_PIXELS, decode_latents, plan_tiles
+from sana_kit.generation.denoise import denoise, initial_noise
+from sana_kit.generation.jobs import plan_jobs
+from sana_kit.generation.texts import encode_texts, job_texts, split_texts
+from sana_kit.models.loading import load_pipeline
+
 KIT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(KIT), str(KIT / "tests")]
 
 
 def roofline():
     """Least seconds per 4096 px picture of the 1600M model: 28 steps with guidance, then the decode."""
-    from sana_kit import flops, generation
-    from sana_kit.devices import PEAK_BF16_TFLOPS
 
-    transformer, vae = flops.TRANSFORMERS["1600M"], flops.AUTOENCODER
+    transformer, vae = TRANSFORMERS["1600M"], AUTOENCODER
     lengths = [min(start + 32, 128) - start for start in range(0, 128, 14)]
     reference_tiles = [(height * 32, width * 32) for height in lengths for width in lengths]
-    rows, columns = generation.plan_tiles(4096, 4096, 32, generation.MAX_TILE_PIXELS[2])
+    rows, columns = plan_tiles(4096, 4096, 32, MAX_TILE_PIXELS[2])
     kit_tiles = [((b - a) * 32, (d - c) * 32) for a, b in rows for c, d in columns]
     print("Roofline, one 4096 x 4096 px picture, 28 steps, guidance, SANA 1600M (seconds)")
     print(f"{'chip':8} {'float32 rate':>14} {'reference':>24} {'kit':>22} {'ratio':>6}")
@@ -45,16 +53,11 @@ def roofline():
         peak, bandwidth = PEAK_BF16_TFLOPS[chip] * 1e12, flops.bandwidth_of(chip)
 
         def steps(tokens, peak=peak, bandwidth=bandwidth):
-            return (
-                28
-                * 2
-                * flops.roofline_seconds(flops.transformer_ops(transformer, (128, 128), tokens), peak, bandwidth, 2)
-            )
+            return 28 * 2 * roofline_seconds(transformer_ops(transformer, (128, 128), tokens), peak, bandwidth, 2)
 
         def decode(tiles, rate, size, bandwidth=bandwidth):
             return sum(
-                flops.roofline_seconds(flops.vae_decode_ops(vae, *tile), rate, bandwidth, bytes_per_element=size)
-                for tile in tiles
+                roofline_seconds(vae_decode_ops(vae, *tile), rate, bandwidth, bytes_per_element=size) for tile in tiles
             )
 
         reference = steps(300), decode(reference_tiles, peak * share, 2 if share == 1 else 4)
@@ -83,18 +86,18 @@ def measured(folder, steps, rounds):
     import torch
     from diffusers import SanaPipeline
 
-    from sana_kit import generation, models
+    from sana_kit.generation import decode
 
     cpu, size, prompt, negative = torch.device("cpu"), 512, "a red square on white", "blurry"
     # the tiling of 4096 px, an eighth as large: reference tile 128 stride 56, kit at most 272 with 32 shared
-    generation.MAX_TILE_PIXELS = {2: 272 * 272, 4: 272 * 192}
-    generation.TILE_OVERLAP = 32
+    decode.MAX_TILE_PIXELS = {2: 272 * 272, 4: 272 * 192}
+    decode.TILE_OVERLAP = 32
     reference = SanaPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
     reference.set_progress_bar_config(disable=True)
     reference.vae.to(torch.float32)
     reference.vae.enable_tiling(128, 128, 56, 56)
-    kit = models.load_pipeline(str(folder), device=cpu)
-    jobs = generation.plan_jobs(
+    kit = load_pipeline(str(folder), device=cpu)
+    jobs = plan_jobs(
         [prompt], [8], height=size, width=size, num_inference_steps=steps, guidance_scale=2.0, negative_prompt=negative
     )
     seconds = {
@@ -108,8 +111,8 @@ def measured(folder, steps, rounds):
         seconds[way][part] += (time.process_time() - start) / rounds
         return result
 
-    instruction = generation.parse_instruction("default")
-    texts = generation.job_texts(jobs)
+    instruction = parse_instruction("default")
+    texts = job_texts(jobs)
 
     def reference_way():
         encoded = timed(
@@ -143,15 +146,15 @@ def measured(folder, steps, rounds):
         encoded = timed(
             "kit",
             "text",
-            lambda: generation.encode_texts(kit.tokenizer, kit.text_encoder, texts, instruction, device=cpu),
+            lambda: encode_texts(kit.tokenizer, kit.text_encoder, texts, instruction, device=cpu),
         )
-        prompts, negatives = generation.split_texts(encoded)
-        noise, generator = generation.initial_noise(jobs[0], (32, size // 8, size // 8))
-        padded, mask = generation.collate_prompt_embeds([negatives[negative], prompts[prompt]])
+        prompts, negatives = split_texts(encoded)
+        noise, generator = initial_noise(jobs[0], (32, size // 8, size // 8))
+        padded, mask = collate_prompt_embeds([negatives[negative], prompts[prompt]])
         latents = timed(
             "kit",
             "denoise",
-            lambda: generation.denoise(
+            lambda: denoise(
                 kit.transformer,
                 kit.scheduler,
                 noise,
@@ -163,7 +166,7 @@ def measured(folder, steps, rounds):
                 generators=[generator],
             ),
         )
-        return timed("kit", "decode", lambda: generation.decode_latents(kit.vae, latents))
+        return timed("kit", "decode", lambda: decode_latents(kit.vae, latents))
 
     with torch.no_grad():
         for _ in range(rounds):

@@ -17,6 +17,9 @@ import tempfile
 import warnings
 from pathlib import Path
 
+from sana_kit import devices
+from sana_kit.arithmetic import training_bytes
+
 KIT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(KIT), str(KIT / "tests"), str(KIT / "tests" / "benchmarks")]
 
@@ -40,8 +43,6 @@ def peak_of(work, device) -> int:
     """Bytes that `work` takes on the device at its peak above what is there before, as torch's allocator counts."""
     from torch.profiler import ProfilerActivity, profile
 
-    from sana_kit import devices
-
     if device.type != "cpu":
         devices.reset_peak_memory(device)  # to what is there now
         before = devices.peak_memory_bytes(device)
@@ -62,10 +63,10 @@ def role(options) -> None:
     import torch
     from bench_training import build_engine
 
-    from sana_kit import flops
+    from sana_kit import arithmetic
 
     if options.bucket_elements:
-        flops.BUCKET_ELEMENTS = (1, options.bucket_elements)
+        arithmetic.BUCKET_ELEMENTS = (1, options.bucket_elements)
     built = build_engine(options, "--train_batch_size=1", f"--rank={options.rank}")
     accelerator, _, transformer, engine, _ = built
     device = accelerator.device
@@ -113,7 +114,7 @@ def role(options) -> None:
     measured["passing"] = peak - sum(measured.values())
     if accelerator.is_main_process:
         processes = accelerator.num_processes
-        computed = flops.training_bytes(config, options.train_mode, rank=options.rank, devices=processes)
+        computed = training_bytes(config, options.train_mode, rank=options.rank, devices=processes)
         print(json.dumps({"computed": computed, "allocated": measured}), flush=True)
     accelerator.end_training()
 

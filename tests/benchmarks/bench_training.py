@@ -25,6 +25,14 @@ import tempfile
 import time
 from pathlib import Path
 
+from sana_kit import devices
+from sana_kit.arithmetic import AUTOENCODER, TEXT_ENCODER, TRANSFORMERS
+from sana_kit.models.folder import find_model
+from sana_kit.models.loading import load_transformer
+from sana_kit.training.config import parse_args
+from sana_kit.training.engine import create_accelerator, fit_buckets
+from sana_kit.training.optim import create_optimizer
+
 KIT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(KIT), str(KIT / "tests")]
 
@@ -55,10 +63,8 @@ def write_real_model(folder: Path, name: str, resolution: int, light: bool = Fal
     from tiny import make_scheduler, make_tokenizer
     from transformers import Gemma2Config, Gemma2Model
 
-    from sana_kit import devices, flops
-
-    vae = dict(flops.AUTOENCODER)
-    text = {**flops.TEXT_ENCODER, "vocab_size": 600, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    vae = dict(AUTOENCODER)
+    text = {**TEXT_ENCODER, "vocab_size": 600, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
     if light:
         for half in ("encoder", "decoder"):
             vae[f"{half}_block_out_channels"] = [32] * len(vae[f"{half}_block_out_channels"])
@@ -71,7 +77,7 @@ def write_real_model(folder: Path, name: str, resolution: int, light: bool = Fal
             parts = (
                 Gemma2Model(Gemma2Config(**text)),
                 AutoencoderDC(**vae),
-                SanaTransformer2DModel(**{**flops.TRANSFORMERS[name], "sample_size": resolution // 32}),
+                SanaTransformer2DModel(**{**TRANSFORMERS[name], "sample_size": resolution // 32}),
             )
     finally:
         torch.set_default_dtype(torch.float32)
@@ -161,21 +167,19 @@ def build_engine(options, *flags: str):
 
     options: model and train_mode; flags: more of the trainer's.
     """
-    import train_dreambooth_lora_sana as trainer
-    from sana_kit.models import find_model
 
-    args = trainer.parse_args(
+    args = parse_args(
         [f"--pretrained_model_name_or_path={options.model}", "--mixed_precision=bf16", "--report_to=none"]
         + [f"--train_mode={options.train_mode}", *flags]
     )
     found, problems = find_model(str(options.model))
     assert not problems, problems
-    accelerator = trainer.create_accelerator(args)
-    transformer = trainer.load_transformer(args, accelerator, found)
+    accelerator = create_accelerator(args)
+    transformer = load_transformer(args, accelerator, found)
     trained = [p for p in transformer.parameters() if p.requires_grad]
-    trainer.fit_buckets(accelerator, sum(p.numel() for p in trained))
+    fit_buckets(accelerator, sum(p.numel() for p in trained))
     transformer.train()
-    optimizer = trainer.create_optimizer(args, trained, accelerator.device)
+    optimizer = create_optimizer(args, trained, accelerator.device)
     return accelerator, found, transformer, *accelerator.prepare(transformer, optimizer)
 
 

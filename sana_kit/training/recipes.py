@@ -12,7 +12,11 @@ import inspect
 
 import torch
 
+from sana_kit.training.engine import compute_dtype
+
 WEIGHTING_SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none")
+
+
 NUM_TRAIN_TIMESTEPS = 1000
 
 
@@ -93,3 +97,22 @@ def loss_per_sample(prediction: torch.Tensor, target: torch.Tensor, sigma: torch
 
     weights = compute_loss_weighting_for_sd3(weighting_scheme=scheme, sigmas=sigma.view(-1, 1, 1, 1)).float()
     return (weights * (prediction.float() - target) ** 2).flatten(1).mean(1)
+
+
+def flow_matching_loss(model, batch: dict, args, with_prior: bool) -> torch.Tensor:
+    """The loss of one micro-batch, float32 scalar: mean over instance samples, plus the weighted prior loss."""
+    sigma = shifted_sigma(batch["u"], args.flow_shift)  # (B,)
+    noisy, target = add_noise(batch["latents"], batch["noise"], sigma)  # (B, C, h, w), float32
+    dtype = compute_dtype(args)
+    prediction = model(
+        hidden_states=noisy.to(dtype),
+        encoder_hidden_states=batch["prompt_embeds"].to(dtype),
+        encoder_attention_mask=batch["prompt_mask"],
+        timestep=sigma * NUM_TRAIN_TIMESTEPS,
+        return_dict=False,
+    )[0]
+    losses = loss_per_sample(prediction, target, sigma, args.weighting_scheme)  # (B,)
+    if not with_prior:
+        return losses.mean()
+    instance, prior = losses.chunk(2)
+    return instance.mean() + args.prior_loss_weight * prior.mean()

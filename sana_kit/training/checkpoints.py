@@ -20,73 +20,32 @@ import os
 import re
 import shutil
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from sana_kit.run_log import file_sha256, give_usual_mode
+from sana_kit.errors import CheckpointError
+from sana_kit.files import file_sha256, give_usual_mode, sync_path
+from sana_kit.training.engine import collect_optimizer_state, parameter_shape, restore_optimizer_state
+from sana_kit.training.optim import optimizer_scalars
+from sana_kit.training.state import OPTIMIZER_FILE, pack_random_state, unpack_random_state
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"
+
+
 STATE_FILE = "trainer_state.json"
+
+
 RANDOM_FILE = "random_states.pt"
+
+
 MANIFEST_FILE = "manifest.json"
+
+
 FORMAT = 1
+
+
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read; the message names the file and what is left."""
-
-
-# -----------------------------------------------------------------------------------------------------------------
-# The output folder's lock
-
-
-@contextmanager
-def locked_output_dir(output_dir: Path, enabled: bool = True, flag: str = "--output_dir"):
-    """Hold the output folder for this run; a crash releases it, since the lock belongs to the open file.
-
-    Raises:
-        ValueError: another live process holds it.
-    """
-    if not enabled:
-        yield
-        return
-    import fcntl
-
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with open(output_dir / ".lock", "a+", encoding="utf-8") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.seek(0)
-            owner = handle.read().strip() or "unknown process"
-            raise ValueError(
-                f"{flag}={output_dir}: another live run is writing there ({owner}). Wait for it, end it, or"
-                " choose another folder."
-            ) from None
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {os.uname().nodename}")
-        handle.flush()
-        yield  # the lock is released when the file closes; the file itself stays, so that no two runs lock two inodes
-
-
-# -----------------------------------------------------------------------------------------------------------------
-# Whole or not
-
-
-def sync_path(path: Path) -> None:
-    """fsync a file or folder; file systems that cannot sync a folder are left to their own order."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        if not path.is_dir():
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def write_manifest(folder: Path) -> None:
@@ -204,223 +163,6 @@ def remove_leftovers(output_dir: Path) -> list[str]:
                 shutil.rmtree(path)
                 removed.append(path.name)
     return removed
-
-
-# -----------------------------------------------------------------------------------------------------------------
-# Optimizer state per parameter, for every engine
-
-
-def _deepspeed_zero_optimizer(model):
-    """The ZeRO optimizer behind a prepared DeepSpeedEngine, None for other engines."""
-    return model.optimizer if hasattr(model, "zero_optimization_stage") else None
-
-
-def _base_optimizer(optimizer):
-    """The torch optimizer below accelerate's and DeepSpeed's wrappers."""
-    seen = set()
-    while hasattr(optimizer, "optimizer") and id(optimizer) not in seen:
-        seen.add(id(optimizer))
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-def collect_optimizer_state(model, optimizer, named_parameters, keep: bool):
-    """Yield (key, float32 CPU tensor) for the master and each optimizer tensor of every trainable parameter.
-
-    Every rank must iterate it to the end: under ZeRO each tensor is put together by a collective. Only ranks with
-    `keep` get tensors, the others None. Keys: "<parameter name>|master", "<parameter name>|exp_avg", ...
-    """
-    zero = _deepspeed_zero_optimizer(model)
-    base = _base_optimizer(optimizer)
-    if zero is None:
-        for name, parameter in named_parameters:
-            yield f"{name}|master", parameter.detach().float().cpu() if keep else None
-            for key, value in base.state.get(parameter, {}).items():
-                if torch.is_tensor(value) and value.shape == parameter.shape:
-                    yield f"{name}|{key}", value.detach().float().cpu() if keep else None
-        return
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    keys = sorted(k for k, v in _first_flat_state(base).items() if torch.is_tensor(v) and v.dim() > 0)
-    for name, parameter in named_parameters:
-        master = safe_get_full_fp32_param(parameter)
-        yield f"{name}|master", master.cpu() if keep else None
-        for key in keys:
-            value = safe_get_full_optimizer_state(parameter, key)
-            yield f"{name}|{key}", value.cpu() if keep else None
-
-
-def _first_flat_state(base) -> dict:
-    """The state of the first parameter that has one: all parameters, or flat partitions, have the same keys."""
-    return next((state for state in base.state.values() if state), {})
-
-
-def optimizer_family(class_name: str) -> str:
-    """'Adam' for every implementation whose state is Adam's (fused, CPU-offloaded, ...), else the class's own name."""
-    return "Adam" if class_name in ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam", "NpuFusedAdamW") else class_name
-
-
-def optimizer_scalars(optimizer) -> dict:
-    """What the optimizer keeps beside per-parameter tensors: Adam's step count, and numbers of its parameter groups.
-
-    Raises:
-        CheckpointError: a state in whole numbers, such as 8-bit moments.
-    """
-    base = _base_optimizer(optimizer)
-    scalars = {}
-    for key, value in _first_flat_state(base).items():
-        if torch.is_tensor(value) and value.numel() == 1:
-            scalars[key] = value.item()
-        elif isinstance(value, (int, float)):
-            scalars[key] = value
-        elif torch.is_tensor(value) and not value.is_floating_point():
-            raise CheckpointError(
-                f"{type(base).__name__} keeps '{key}' as {value.dtype}, which checkpoints of this kit do not hold: a"
-                " resumed run would go on with other moments. Use --optimizer=AdamW without --use_8bit_adam."
-            )
-    groups = [
-        {k: v for k, v in group.items() if k != "params" and isinstance(v, (int, float, bool, str))}
-        for group in base.param_groups
-    ]
-    return {"class": type(base).__name__, "state": scalars, "groups": groups}
-
-
-def restore_optimizer_state(model, optimizer, named_parameters, scalars: dict, read) -> None:
-    """Put masters and optimizer tensors back, whatever engine and number of processes wrote them.
-
-    Args:
-        read: function (key) -> float32 tensor on CPU, the same on every rank, or None if there is no such key.
-
-    Raises:
-        CheckpointError: the checkpoint was written with another optimizer, or lacks a parameter.
-    """
-    base = _base_optimizer(optimizer)
-    if optimizer_family(scalars["class"]) != optimizer_family(type(base).__name__):
-        raise CheckpointError(
-            f"The checkpoint was written with optimizer {scalars['class']}, this run uses {type(base).__name__}."
-            f" Resume with"
-            " the same --optimizer (and --use_8bit_adam)."
-        )
-    zero = _deepspeed_zero_optimizer(model)
-    stepped = bool(scalars["state"])
-    if zero is None:
-        # torch keeps a fused optimizer's step count on the device, others' on the host.
-        fused = any(group.get("fused") or group.get("capturable") for group in base.param_groups)
-        step_device = str(named_parameters[0][1].device) if fused else "cpu"
-        with torch.no_grad():
-            for name, parameter in named_parameters:
-                parameter.copy_(_required(read, f"{name}|master").to(parameter.device))
-                if stepped:
-                    base.state[parameter] = _fresh_state(read, name, parameter, scalars["state"], step_device)
-    else:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        flats = _flat_partitions(zero, base)
-        device = flats[0].device
-        if stepped:
-            keys = [k for k in ("exp_avg", "exp_avg_sq") if read(f"{named_parameters[0][0]}|{k}") is not None]
-            _create_flat_states(zero, base, flats, keys, scalars["state"])
-        with torch.no_grad():
-            for name, parameter in named_parameters:
-                master = _required(read, f"{name}|master").to(device)
-                safe_set_full_fp32_param(parameter, master)
-                if hasattr(
-                    parameter, "ds_id"
-                ):  # ZeRO-3 keeps a part of the bf16 copy: gathered, set, partitioned again
-                    import deepspeed
-
-                    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                        parameter.data.copy_(master)
-                else:
-                    parameter.copy_(master.to(parameter.device))
-                for key in keys if stepped else ():
-                    safe_set_full_optimizer_state(parameter, _required(read, f"{name}|{key}").to(master.device), key)
-    for group, saved in zip(base.param_groups, scalars["groups"], strict=True):
-        group.update({k: v for k, v in saved.items() if k in group and k in ("d", "k", "d0", "d_max", "d_numerator")})
-
-
-def _required(read, key: str) -> torch.Tensor:
-    value = read(key)
-    if value is None:
-        raise CheckpointError(
-            f"{OPTIMIZER_FILE} lacks '{key}': the checkpoint is of another model, rank or layer choice."
-        )
-    return value
-
-
-def _fresh_state(read, name: str, parameter: torch.nn.Parameter, numbers: dict, step_device: str) -> dict:
-    """An optimizer state for one parameter, single process or DDP: tensors from the file, numbers as torch keeps
-    them.
-    """
-    state = {}
-    for key, number in numbers.items():
-        state[key] = torch.tensor(float(number), device=step_device) if key == "step" else number
-    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "s", "p0", "exp_avg_sq_diff"):
-        value = read(f"{name}|{key}")
-        if value is not None:
-            state[key] = value.to(parameter.device, parameter.dtype)
-    return state
-
-
-def _flat_partitions(zero, base) -> list:
-    """This rank's flat float32 partitions, the parameters that the torch optimizer below ZeRO steps."""
-    if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3 shows them to the optimizer only while it steps
-        return list(zero.fp32_partitioned_groups_flat)
-    return [flat for group in base.param_groups for flat in group["params"]]
-
-
-def _create_flat_states(zero, base, flats: list, keys: list[str], numbers: dict) -> None:
-    """Give each flat ZeRO partition the state that the first step would create, so that it can be filled.
-
-    DeepSpeed creates optimizer states lazily at the first step (0.15 to 0.19); `_lazy_init_hp_params_optimizer_state`
-    then links each parameter's fragment of them.
-    """
-    for flat in flats:
-        state = base.state[flat]
-        for key, number in numbers.items():
-            state[key] = torch.tensor(float(number)) if key == "step" else number
-        for key in keys:
-            state[key] = torch.zeros_like(flat)
-    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
-        zero._lazy_init_hp_params_optimizer_state()
-
-
-# -----------------------------------------------------------------------------------------------------------------
-# Random states as plain numbers and tensors, so that torch.load(weights_only=True) reads them
-
-
-def pack_random_state(state: dict) -> dict:
-    """devices.random_state() without anything that needs a pickle of a class."""
-    version, internal, gauss = state["python"]
-    name, keys, pos, has_gauss, cached = state["numpy"]
-    packed = {
-        "python": [version, list(internal), gauss],
-        "numpy": [str(name), [int(k) for k in keys], int(pos), int(has_gauss), float(cached)],
-        "torch": state["torch"],
-    }
-    if "device" in state:
-        packed["device"] = state["device"].cpu()
-    return packed
-
-
-def unpack_random_state(packed: dict) -> dict:
-    """The inverse of `pack_random_state`."""
-    import numpy as np
-
-    version, internal, gauss = packed["python"]
-    name, keys, pos, has_gauss, cached = packed["numpy"]
-    state = {
-        "python": (version, tuple(internal), gauss),
-        "numpy": (name, np.array(keys, dtype=np.uint32), pos, has_gauss, cached),
-        "torch": packed["torch"],
-    }
-    if "device" in packed:
-        state["device"] = packed["device"]
-    return state
-
-
-# -----------------------------------------------------------------------------------------------------------------
-# Write and read
 
 
 def save_checkpoint(
@@ -569,8 +311,3 @@ def load_checkpoint(
     if packed[0]["world_size"] != accelerator.num_processes:
         return None
     return unpack_random_state(packed[0]["states"][accelerator.process_index])
-
-
-def parameter_shape(parameter: torch.nn.Parameter) -> torch.Size:
-    """The whole shape of a parameter, also where ZeRO-3 holds only a part of it."""
-    return parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape

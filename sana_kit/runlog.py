@@ -1,25 +1,20 @@
-"""A run's own account: throughput meter, JSON-lines log, progress bars, files that are never half-written.
+"""A run's own account: throughput meter, phases, JSON-lines log, progress bars.
 
-Used by the trainer and the inference scripts through sana_kit.reports; sana_kit/report_pages.py reads the log back.
-Nothing here touches a device or imports torch.
+Used by the trainer and the inference scripts; sana_kit/reports/ reads the log back. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Throughput
 
 
 class PhaseClock:
@@ -150,10 +145,6 @@ class ThroughputMeter:
     def images_per_second(self) -> float | None:
         """Images per active second of the whole run, warm-up included; None before the first step."""
         return None if self.steps_per_second is None else self.steps_per_second * self.images_per_step
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# JSON lines
 
 
 def finite(value, name: str = "", found: dict | None = None):
@@ -349,58 +340,6 @@ def finite_number(value) -> float | None:
     except (TypeError, ValueError):
         return None
     return value if math.isfinite(value) else None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-
-def file_sha256(path: str | os.PathLike) -> str:
-    """Hex SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def write_atomic(path: str | os.PathLike, write: Callable) -> Path:
-    """Call `write(binary file)` on a temporary neighbour, then rename it to `path`: never half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
-@lru_cache(maxsize=1)
-def _umask() -> int:
-    """The process's umask. Reading it sets it, so it is read once, before threads write files."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
-
-
-def give_usual_mode(paths: Iterable[Path]) -> None:
-    """Give files the permissions that the umask leaves to new ones.
-
-    safetensors >= 0.8 writes files that only their owner may read: on a folder shared by machines or people the others
-    could neither resume nor draw. File systems that know no permissions refuse; the file is whole all the same.
-    """
-    usual = 0o666 & ~_umask()
-    for path in paths:
-        if path.stat().st_mode & 0o777 != usual:
-            with suppress(OSError):
-                path.chmod(usual)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Console
 
 
 @lru_cache(maxsize=1)

@@ -1,54 +1,14 @@
-"""What a run tells: throughput, the JSON-lines log, progress bars, contact sheets, the result block, report pages.
-
-Used by the trainer and the inference scripts. By hand, from an output folder:
-    python -m sana_kit.reports OUTPUT_DIR                   writes OUTPUT_DIR/report.html (training)
-    python -m sana_kit.reports OUTPUT_DIR --gallery         writes OUTPUT_DIR/gallery.html (inference)
-    python -m sana_kit.reports --result-block OUTPUT_DIR    prints and saves the result block (the bash launcher does)
-Nothing here imports torch, so that these commands start at once.
-"""
+"""Contact sheets: one image of many, with labels."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from .report_pages import refresh_report, write_gallery, write_report
-from .run_log import (
-    JsonLinesLog,
-    PhaseClock,
-    ThroughputMeter,
-    console_bar,
-    give_usual_mode,
-    load_run,
-    read_log,
-    write_atomic,
-)
-
-__all__ = [
-    "JsonLinesLog",
-    "PhaseClock",
-    "ThroughputMeter",
-    "case_name",
-    "console_bar",
-    "contact_sheet",
-    "format_result_block",
-    "give_usual_mode",
-    "load_run",
-    "read_log",
-    "refresh_report",
-    "write_atomic",
-    "write_gallery",
-    "write_report",
-    "write_result_block",
-]
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Contact sheets
+from sana_kit.files import write_atomic
 
 # Fonts with more than ASCII, as distributions, macOS and Windows install them; Pillow's own font is the fallback and
 # lacks even accents. Prompts may be Chinese: where no CJK font is installed its characters are drawn as boxes.
@@ -202,108 +162,3 @@ def contact_sheet(
     if kind is None:
         raise ValueError(f"contact_sheet: {path}: the name must end in .png, .jpg or .webp.")
     return write_atomic(path, lambda file: sheet.save(file, kind, quality=90))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The result block of the bash launcher
-
-
-def _result_line(value, digits: int, reason: str | None) -> str:
-    if isinstance(value, (int, float)) and math.isfinite(value):
-        return f"{value:.{digits}f}"
-    return f"n/a ({reason})" if reason else "n/a"
-
-
-def case_name(summary: dict) -> str:
-    """`Sana_lora_bs8_8p_npu`: train mode, batch size per process, processes and device kind of a run's summary.
-
-    Raises:
-        ValueError: the summary lacks one of them.
-    """
-    missing = [key for key in ("batch_size", "world_size", "device_type") if summary.get(key) is None]
-    if missing:
-        raise ValueError(f"the summary lacks {', '.join(missing)}: it was not written by this kit's trainer.")
-    mode = summary.get("train_mode") or "lora"
-    return f"Sana_{mode}_bs{summary['batch_size']}_{summary['world_size']}p_{summary['device_type']}"
-
-
-def format_result_block(summary: dict, case_name: str) -> str:
-    """The figures that the reference kit's launcher ends with, from the trainer's own summary.
-
-    Args:
-        summary: the content of summary.json: images_per_second and iterations_per_second of the steady state (with
-            `steady_state_note` where they are null), final_loss, duration_seconds.
-        case_name: see `case_name()`.
-    """
-    reason = summary.get("steady_state_note")
-    lines = [
-        "------------------ Final result ------------------",
-        f"Average it/s: {_result_line(summary.get('iterations_per_second'), 4, reason)}",
-        f"Final Performance images/sec: {_result_line(summary.get('images_per_second'), 3, reason)}",
-        f"Final Train Loss: {_result_line(summary.get('final_loss'), 6, None)}",
-        f"E2E Training Duration sec: {_result_line(summary.get('duration_seconds'), 1, None)}",
-        f"CaseName: {case_name}",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def write_result_block(output_dir: str | os.PathLike) -> Path:
-    """Print the result block of the run in `output_dir` and save it there as `{CaseName}.log`; returns that path.
-
-    Raises:
-        ValueError: no summary.json (the run did not end), or one that is not a run's.
-    """
-    path = Path(output_dir) / "summary.json"
-    if not path.is_file():
-        raise ValueError(f"{path}: not there. The trainer writes it at its end; the run did not get so far.")
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}).") from error
-    try:
-        name = case_name(summary)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    block = format_result_block(summary, name)
-    print(block, end="")
-    return write_atomic(Path(output_dir) / f"{name}.log", lambda file: file.write(block.encode()))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    import argparse
-
-    parser = argparse.ArgumentParser(prog="python -m sana_kit.reports", description=__doc__.splitlines()[0])
-    parser.add_argument("output_dir", help="output folder of a training run or of an inference script")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--result-block", action="store_true", help="print and save the run's result block")
-    what.add_argument("--gallery", action="store_true", help="write gallery.html of an inference script's pictures")
-    parser.add_argument("--base", metavar="DIR", help="with --gallery: pictures made without the LoRA, shown beside")
-    parser.add_argument("--before", metavar="DIR", help="pictures before the fine-tuning (default OUTPUT_DIR/before)")
-    parser.add_argument("--after", metavar="DIR", help="pictures after the fine-tuning (default OUTPUT_DIR/after)")
-    options = parser.parse_args(arguments)
-    if options.base and not options.gallery:
-        parser.error("--base goes with --gallery.")
-    if (options.before or options.after) and (options.gallery or options.result_block):
-        parser.error("--before and --after go with the training report.")
-    for flag in ("base", "before", "after"):
-        if getattr(options, flag) and not Path(getattr(options, flag)).is_dir():
-            parser.error(f"--{flag}={getattr(options, flag)}: no such folder.")
-    try:
-        if options.result_block:
-            write_result_block(options.output_dir)
-        elif options.gallery:
-            print(write_gallery(options.output_dir, options.base))
-        else:
-            print(write_report(options.output_dir, options.before, options.after))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

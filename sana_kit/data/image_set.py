@@ -1,0 +1,201 @@
+"""The set of captioned images that a run trains on, opened one at a time; checked before weights load."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from PIL import Image
+
+from sana_kit.data.decode import decode_picture, open_picture
+from sana_kit.data.sources import _JoinedSource
+from sana_kit.errors import PictureError
+
+LISTED_PROBLEMS = 20  # how many bad pictures an error names; the rest are counted
+
+
+class PictureSet:
+    """Captioned pictures, opened one at a time. Picklable; safe to use from several threads.
+
+    Attributes:
+        captions: one string per sample.
+        names: file name relative to the folder, or "train[17]" for row 17 of a table, per sample.
+        report: counts of what was found and skipped, for the log and the summary.
+        notes: the same as sentences, each told once by the trainer.
+    """
+
+    def __init__(self, source, rows, captions, positions, digests, sizes, report, notes):
+        self._source = source
+        self._rows = rows  # (N,) int64, the source's row of each sample
+        self._positions = positions  # (N,) int64, the index that random decisions are keyed by
+        self._digests = digests  # (rows of the source, 32) uint8
+        self._sizes = sizes  # (rows of the source, 2) int32: width, height when upright
+        self.captions: list[str] = captions
+        self.report: dict[str, int] = report
+        self.notes: list[str] = notes
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def names(self) -> list[str]:
+        return [self.name(i) for i in range(len(self))]
+
+    def name(self, i: int) -> str:
+        """The picture's name in messages."""
+        return self._source.name(int(self._rows[i]))
+
+    def read(self, i: int) -> bytes:
+        """The encoded source bytes. Raises PictureError when they cannot be read or changed since they were hashed."""
+        data = self._source.read(int(self._rows[i]))
+        if hashlib.sha256(data).digest() != self._digests[self._rows[i]].tobytes():
+            raise PictureError(f"{self.name(i)}: the picture changed while the run was using it; start again.")
+        return data
+
+    def load(self, i: int) -> Image.Image:
+        """The picture, 8-bit RGB and upright (see `decode_picture`). Raises PictureError when it is corrupt."""
+        return decode_picture(self.read(i), self.name(i))
+
+    def source_hash(self, i: int) -> str:
+        """Hex SHA-256 of the encoded source bytes."""
+        return self._digests[self._rows[i]].tobytes().hex()
+
+    def size(self, i: int) -> tuple[int, int]:
+        """(width, height) in pixels when upright."""
+        width, height = self._sizes[self._rows[i]]
+        return int(width), int(height)
+
+    def position(self, i: int) -> int:
+        """The index for `plan_transform`: it stays when other samples are skipped."""
+        return int(self._positions[i])
+
+    def row(self, i: int) -> int:
+        """The source's row number: equal for repeats of one picture."""
+        return int(self._rows[i])
+
+    def without(self, indices) -> PictureSet:
+        """A set without these samples and the other repeats of their pictures; the rest keep their decisions."""
+        bad = {int(self._rows[i]) for i in indices}
+        keep = np.array([row not in bad for row in self._rows.tolist()], dtype=bool)
+        report = {**self.report, "bad pictures skipped": self.report.get("bad pictures skipped", 0) + len(bad)}
+        return PictureSet(
+            self._source,
+            self._rows[keep],
+            [c for c, k in zip(self.captions, keep, strict=True) if k],
+            self._positions[keep],
+            self._digests,
+            self._sizes,
+            report,
+            list(self.notes),
+        )
+
+    def release(self) -> None:
+        """Give source data held in memory back; the set stays usable."""
+        if hasattr(self._source, "release"):
+            self._source.release()
+
+
+def concat(first: PictureSet, second: PictureSet) -> PictureSet:
+    """The samples of both, in this order; each keeps its random decisions (prior preservation: instance, class)."""
+    report = {k: first.report.get(k, 0) + second.report.get(k, 0) for k in {**first.report, **second.report}}
+    return PictureSet(
+        _JoinedSource(first._source, second._source),
+        np.concatenate([first._rows, second._rows + len(first._source)]),
+        first.captions + second.captions,
+        np.concatenate([first._positions, second._positions]),
+        np.concatenate([first._digests, second._digests]),
+        np.concatenate([first._sizes, second._sizes]),
+        report,
+        first.notes + second.notes,
+    )
+
+
+def prefetch(function, items, workers: int, window: int):
+    """Yield function(item) in order, computed ahead by threads; at most `window` results wait. workers 0: no threads.
+
+    PIL releases the interpreter lock while it decodes and resizes, so threads scale without a copy between processes.
+    """
+    if workers <= 0:
+        yield from map(function, items)
+        return
+    pending: deque = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) >= max(1, window):
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def default_workers() -> int:
+    """Threads for decoding: this process's share of the host's cores, 1 to 16."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(1, min(16, cores // max(1, local)))
+
+
+def progress_bar(total: int, description: str, unit: str = "picture"):
+    """A tqdm bar, on the first rank only."""
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, desc=description, unit=unit, disable=int(os.environ.get("RANK", "0") or 0) != 0)
+
+
+def check_pictures(
+    pictures: PictureSet, indices=None, *, rank: int = 0, world_size: int = 1, num_workers: int | None = None
+) -> list[tuple[int, str]]:
+    """Decode every picture of this rank's share completely: [(sample index, message)] of the bad ones.
+
+    JPEG files are decoded at an eighth of their size, which still reads all their data, so truncation shows at a
+    fraction of the cost. Each distinct picture is decoded once. No model is needed, so it runs before weights load.
+    """
+    first_of_row: dict[int, int] = {}
+    for i in range(len(pictures)) if indices is None else indices:
+        first_of_row.setdefault(pictures.row(i), i)
+    share = list(first_of_row.values())[rank::world_size]
+    workers = default_workers() if num_workers is None else num_workers
+    bad = []
+
+    def check(i):
+        try:
+            data, name = pictures.read(i), pictures.name(i)
+            image = open_picture(data, name)
+            if image.format == "JPEG" and image.mode in ("RGB", "L"):
+                image.draft(image.mode, (max(1, image.width // 8), max(1, image.height // 8)))
+                try:
+                    image.load()
+                except Exception as error:
+                    raise PictureError(
+                        f"{name}: corrupt or truncated picture ({type(error).__name__}: {error})."
+                    ) from None
+            else:
+                decode_picture(data, name)
+        except PictureError as error:
+            return i, str(error)
+        return None
+
+    with progress_bar(len(share), "Checking pictures") as bar:
+        for result in prefetch(check, share, workers, 4 * max(1, workers)):
+            bar.update()
+            if result is not None:
+                bad.append(result)
+    pictures.release()
+    return bad
+
+
+def bad_picture_problems(messages: list[str]) -> str:
+    """One text for an error that names bad pictures and the remedy."""
+    shown = "".join(f"\n    {m}" for m in messages[:LISTED_PROBLEMS])
+    more = f"\n    ... and {len(messages) - LISTED_PROBLEMS} more" if len(messages) > LISTED_PROBLEMS else ""
+    return (
+        f"{len(messages)} picture(s) cannot be used; repair or remove them, or pass --skip_bad_images to go on without"
+        f" them:{shown}{more}"
+    )

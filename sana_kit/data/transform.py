@@ -1,0 +1,81 @@
+"""How an image becomes a training sample: scale, crop, flip. The decision needs no pixels; the pixels follow it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class TransformPlan:
+    """Scale to `scaled` (width, height), take the square of side `resolution` at `crop` (left, top), flip or not."""
+
+    scaled: tuple[int, int]
+    crop: tuple[int, int]
+    flip: bool
+    resolution: int
+
+
+def plan_transform(
+    size: tuple[int, int], *, resolution: int, center_crop: bool, random_flip: bool, seed: int, index: int
+) -> TransformPlan:
+    """The transform's decision for an upright picture of `size` (width, height), without its pixels.
+
+    The random numbers come from a hash of (seed, index) alone: no rank, worker, order or library version matters.
+    """
+    width, height = size
+    short = min(width, height)
+    scaled = tuple(max(resolution, int(resolution * side / short)) for side in size)
+    room = (scaled[0] - resolution, scaled[1] - resolution)
+    digest = hashlib.sha256(f"{int(seed)}:{int(index)}".encode()).digest()
+    if center_crop:
+        crop = (int(round(room[0] / 2.0)), int(round(room[1] / 2.0)))
+    else:
+        crop = tuple(int.from_bytes(digest[8 * k : 8 * k + 8], "big") % (room[k] + 1) for k in (0, 1))
+    return TransformPlan(scaled, crop, bool(random_flip and digest[16] & 1), resolution)
+
+
+def apply_transform(image: Image.Image, plan: TransformPlan) -> np.ndarray:
+    """Scale (bilinear, antialiased), crop and flip an RGB picture: uint8 (resolution, resolution, 3).
+
+    Only the part inside the crop is computed, so a 1 x 10000 picture costs no more than a square one.
+    """
+    x_step, y_step = image.width / plan.scaled[0], image.height / plan.scaled[1]
+    left, top = plan.crop
+    box = (
+        left * x_step,
+        top * y_step,
+        min((left + plan.resolution) * x_step, image.width),
+        min((top + plan.resolution) * y_step, image.height),
+    )
+    image = image.resize((plan.resolution, plan.resolution), Image.Resampling.BILINEAR, box=box)
+    if plan.flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.array(image)
+
+
+def to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 (..., H, W, 3) to float32 (..., 3, H, W) in [-1, 1]."""
+    return pixels.movedim(-1, -3).to(torch.float32).div(255.0).sub(0.5).div(0.5)
+
+
+def transform(
+    image: Image.Image, *, resolution: int, center_crop: bool, random_flip: bool, seed: int, index: int
+) -> torch.Tensor:
+    """A training sample of an RGB picture: float32 (3, resolution, resolution) in [-1, 1].
+
+    The short side is scaled to `resolution`; crop and flip follow from (seed, index) alone, see `plan_transform`.
+    """
+    plan = plan_transform(
+        image.size,
+        resolution=resolution,
+        center_crop=center_crop,
+        random_flip=random_flip,
+        seed=seed,
+        index=index,
+    )
+    return to_unit_range(torch.from_numpy(apply_transform(image, plan)))

@@ -1,0 +1,154 @@
+"""Images from prompt embeddings: the one path of validation, class images and the inference scripts.
+
+A seed belongs to an image, never to a rank: each image's noise comes from a CPU generator of its own, so a job
+gives the same image on every rank, with every number of processes. Jobs that share one call of the transformer
+(a group) are fixed by the job list alone, because bf16 rounds differently with another batch size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from sana_kit.encodings.prompts import collate_prompt_embeds
+from sana_kit.generation.decode import decode_latents, to_pil
+from sana_kit.generation.denoise import denoise, initial_noise
+from sana_kit.generation.jobs import Job, group_jobs
+from sana_kit.generation.sizes import generation_size, resize_and_crop, vae_factor
+
+
+@torch.no_grad()
+def generate_group(
+    group: Sequence[Job],
+    *,
+    transformer,
+    vae,
+    scheduler,
+    prompt_embeds: dict[str, torch.Tensor],
+    negative_prompt_embeds: dict[str, torch.Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    use_resolution_binning: bool | str = "auto",
+    on_step: Callable[[], None] | None = None,
+) -> list:
+    """The pictures of one group (equal size, steps, guidance) as PIL images, in the group's order."""
+    first = group[0]
+    factor = vae_factor(vae)
+    height, width = generation_size(first.height, first.width, transformer.config.sample_size, use_resolution_binning)
+    shape = (transformer.config.in_channels, height // factor, width // factor)
+    noises, generators = zip(*(initial_noise(job, shape) for job in group), strict=True)
+    latents = torch.cat(noises).to(device)
+    embeds = [prompt_embeds[job.prompt] for job in group]
+    if first.guidance_scale > 1.0:
+        embeds = [negative_prompt_embeds[job.negative_prompt] for job in group] + embeds
+    padded, mask = (tensor.to(device) for tensor in collate_prompt_embeds(embeds))
+    latents = denoise(
+        transformer,
+        scheduler,
+        latents,
+        padded,
+        mask,
+        num_inference_steps=first.num_inference_steps,
+        guidance_scale=first.guidance_scale,
+        dtype=dtype,
+        generators=list(generators),
+        on_step=on_step,
+    )
+    pictures = []
+    for latent, job in zip(latents.split(1), group, strict=True):
+        decoded = resize_and_crop(decode_latents(vae, latent), job.height, job.width)
+        pictures.append(to_pil(decoded[0]))
+    return pictures
+
+
+def generate_groups(
+    groups: Sequence[Sequence[Job]],
+    *,
+    transformer,
+    on_picture: Callable,
+    on_error: Callable | None = None,
+    **parts,
+) -> None:
+    """Run groups one after the other; `parts` go to `generate_group`.
+
+    Args:
+        on_picture: called as on_picture(job, image, seconds) for each picture of a group that is done; seconds is its
+            share of the group's time.
+        on_error: called as on_error(group, exception) when a group fails, which is then left out; without it the
+            exception is raised.
+    """
+    training = transformer.training
+    transformer.eval()
+    try:
+        for group in groups:
+            start = time.perf_counter()
+            try:
+                images = generate_group(group, transformer=transformer, **parts)
+            except Exception as error:
+                if on_error is None:
+                    raise
+                on_error(group, error)
+                continue
+            seconds = (time.perf_counter() - start) / len(group)
+            for job, image in zip(group, images, strict=True):
+                on_picture(job, image, seconds)
+    finally:
+        transformer.train(training)
+
+
+def generate_from_embeddings(
+    *,
+    transformer,
+    vae,
+    scheduler,
+    jobs: Sequence[Job],
+    prompt_embeds: dict[str, torch.Tensor],
+    negative_prompt_embeds: dict[str, torch.Tensor],
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    batch_size: int | str = "auto",
+    use_resolution_binning: bool | str = "auto",
+    on_picture: Callable | None = None,
+    on_step: Callable[[], None] | None = None,
+    on_error: Callable | None = None,
+) -> list:
+    """Pictures of `jobs` from prompt embeddings, without text encoder, with the parts that the caller holds.
+
+    Reads no global random state and leaves none changed; a transformer in training mode is put to eval and back.
+
+    Args:
+        transformer: a SanaTransformer2DModel on `device`, bare (unwrapped), with or without an active adapter.
+        vae: an AutoencoderDC on `device`; decodes in its own dtype.
+        scheduler: the checkpoint's own, e.g. DPMSolverMultistepScheduler; it is copied, never changed.
+        prompt_embeds: prompt -> (T, D), encoded with the complex human instruction that the run uses.
+        negative_prompt_embeds: negative prompt -> (T, D), encoded without it; read only where guidance_scale > 1.
+        dtype: what the transformer computes in.
+        batch_size: pictures per call, or "auto" (`resolve_batch_size`).
+        use_resolution_binning: "auto" as `generation_size` says, or False.
+        on_picture: called as on_picture(job, image, seconds) as each picture is ready.
+        on_step: called after each denoising step of a group.
+        on_error: called as on_error(group, exception) when a group fails, which is then left out; without it the
+            exception is raised.
+
+    Returns:
+        PIL images in the order of `jobs` (without those that failed) if `on_picture` is None, else an empty list.
+    """
+    multiple = vae_factor(vae) * (transformer.config.patch_size or 1)
+    pictures: list = []
+    generate_groups(
+        group_jobs(jobs, batch_size, device=device, pixels_per_token=multiple**2),
+        transformer=transformer,
+        vae=vae,
+        scheduler=scheduler,
+        prompt_embeds=prompt_embeds,
+        negative_prompt_embeds=negative_prompt_embeds,
+        device=device,
+        dtype=dtype,
+        use_resolution_binning=use_resolution_binning,
+        on_step=on_step,
+        on_picture=on_picture or (lambda job, image, seconds: pictures.append(image)),
+        on_error=on_error,
+    )
+    return pictures

@@ -1,0 +1,138 @@
+"""Jobs: one image each, fixed before a rank is asked, grouped by what can share a call of the transformer."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+import torch
+
+AUTO_BATCH_TOKENS = 8192  # image tokens per call (twice that with guidance) that keep a big matrix unit busy
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One picture. `height`, `width` in pixels; `index` is its place in the job list; `file_name` without folder."""
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    index: int
+    file_name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One entry of a prompt list; what is None comes from the flags."""
+
+    prompt: str
+    negative_prompt: str | None = None
+    seeds: tuple[int, ...] | None = None
+    height: int | None = None
+    width: int | None = None
+
+
+def slug(text: str, length: int = 40) -> str:
+    """A readable file name part: ASCII letters, digits and single hyphens, at most `length` of them, never empty."""
+    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    words = re.sub(r"[^a-z0-9]+", "-", ascii_text.lower()).strip("-")
+    return words[:length].rstrip("-") or "picture"
+
+
+def job_hash(**values) -> str:
+    """Eight hexadecimal digits that stand for everything that makes a picture what it is."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def plan_jobs(
+    prompts: Iterable[str | Prompt],
+    seeds: Sequence[int],
+    *,
+    height: int,
+    width: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    negative_prompt: str | None = None,
+    fingerprint: str = "",
+) -> list[Job]:
+    """Prompts x seeds as a list of jobs, prompt by prompt, each distinct one once.
+
+    Args:
+        negative_prompt: for every prompt; None keeps each prompt's own (the empty text where it has none).
+        fingerprint: stands for model, LoRA and dtypes in the file names, so that runs of two models in one folder keep
+            their pictures apart.
+
+    File names are `slug-hash-seedN-WIDTHxHEIGHT.png`: made of ASCII letters, digits, hyphens and one dot, so they
+    cannot leave the folder that they are put into.
+    """
+    jobs: dict[str, Job] = {}
+    for entry in prompts:
+        entry = Prompt(entry) if isinstance(entry, str) else entry
+        negative = negative_prompt if negative_prompt is not None else (entry.negative_prompt or "")
+        h, w = entry.height or height, entry.width or width
+        for seed in entry.seeds if entry.seeds is not None else seeds:
+            digest = job_hash(
+                prompt=entry.prompt,
+                negative=negative,
+                steps=num_inference_steps,
+                guidance=float(guidance_scale),
+                fingerprint=fingerprint,
+            )
+            file_name = f"{slug(entry.prompt)}-{digest}-seed{seed}-{w}x{h}.png"
+            jobs.setdefault(
+                file_name,
+                Job(
+                    prompt=entry.prompt,
+                    negative_prompt=negative,
+                    seed=int(seed),
+                    height=int(h),
+                    width=int(w),
+                    num_inference_steps=int(num_inference_steps),
+                    guidance_scale=float(guidance_scale),
+                    index=len(jobs),
+                    file_name=file_name,
+                ),
+            )
+    return list(jobs.values())
+
+
+def resolve_batch_size(batch_size: int | str, height: int, width: int, *, device: torch.device, pixels_per_token: int):
+    """The number of pictures per call for `--batch_size auto|N`.
+
+    'auto' depends on the size and the kind of device alone, never on free memory or the number of processes: the
+    number decides how bf16 rounds. It is 1 on CPU; on accelerators up to 8, by the number of image tokens.
+    """
+    if batch_size != "auto":
+        return int(batch_size)
+    if device.type == "cpu":
+        return 1
+    tokens = max(1, height * width // pixels_per_token)
+    return max(1, min(8, AUTO_BATCH_TOKENS // tokens))
+
+
+def group_jobs(
+    jobs: Sequence[Job], batch_size: int | str, *, device: torch.device, pixels_per_token: int
+) -> list[list[Job]]:
+    """Jobs that share one call of the transformer: neighbours of equal size, steps and guidance, a batch at most.
+
+    Fixed by the job list alone. Whole groups go to a rank, never parts of them.
+    """
+
+    def same(job: Job):
+        return job.height, job.width, job.num_inference_steps, job.guidance_scale
+
+    groups = []
+    for (height, width, *_), run in itertools.groupby(jobs, key=same):
+        run = list(run)
+        size = resolve_batch_size(batch_size, height, width, device=device, pixels_per_token=pixels_per_token)
+        groups += [run[start : start + size] for start in range(0, len(run), size)]
+    return groups

@@ -1,0 +1,150 @@
+"""Attention of SANA's blocks: the kernel of the cross-attention, its mask, and the linear self-attention."""
+
+from __future__ import annotations
+
+import torch
+
+ATTENTION_CHOICES = ("auto", "sdpa", "npu_fusion")
+
+
+class CrossAttentionProcessor:
+    """Cross-attention of a Sana block with a boolean mask that was built once per forward pass.
+
+    diffusers' own processor turns an additive (B, 1, S) bias into (B * heads, 1, S) in every layer, and an additive
+    mask keeps torch_npu from its fused kernel; its NPU processor drops the query and key norms of SANA-1.5 and Sprint.
+
+    Args:
+        kernel: "sdpa" (torch.nn.functional.scaled_dot_product_attention) or "npu_fusion"
+            (torch_npu.npu_fusion_attention, whose mask is True where a token is left out).
+    """
+
+    def __init__(self, kernel: str = "sdpa"):
+        assert kernel in ("sdpa", "npu_fusion"), kernel
+        self.kernel = kernel
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, *args, **kwargs):
+        """hidden_states (B, N, D), encoder_hidden_states (B, S, D), attention_mask bool (B, 1, 1 or N, S), True =
+        use.
+        """
+        batch, length, _ = hidden_states.shape
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        if attn.norm_q is not None:  # before the split into heads: the norm runs across all heads
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+        query, key, value = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (query, key, value))
+        # query (B, heads, N, d), key and value (B, heads, S, d)
+        if self.kernel == "npu_fusion":
+            import torch_npu
+
+            out = torch_npu.npu_fusion_attention(
+                query.contiguous(),
+                key.contiguous(),
+                value.contiguous(),
+                attn.heads,
+                input_layout="BNSD",
+                atten_mask=attention_mask,
+                scale=query.shape[-1] ** -0.5,
+            )[0]
+        else:
+            out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+        out = out.transpose(1, 2).reshape(batch, length, -1).to(query.dtype)
+        out = attn.to_out[1](attn.to_out[0](out))
+        return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
+
+
+class LinearAttentionProcessor:
+    """Sana's linear self-attention, relu(Q) (relu(K)^T V) / relu(Q) sum(relu(K)), with each tensor laid out once.
+
+    The arithmetic is that of diffusers' SanaLinearAttnProcessor2_0, float32 included (Sana, arXiv 2410.10629, section
+    3.2). That one puts features first, (heads, d, N): each product then copies its float32 operands once more, the
+    relu and its gradient walk over strided memory, and V is padded with a row of ones for the denominator. Here one
+    copy both casts and lays out as the products read, forward and backward, and the denominator's sum is one more
+    column of the small K^T V. The order of summation differs, so results agree to float32 rounding.
+    """
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, *args, **kwargs):
+        """hidden_states (B, N, D) -> (B, N, D) in the same dtype."""
+        dtype, (batch, length, _) = hidden_states.dtype, hidden_states.shape
+        query, key, value = (project(hidden_states) for project in (attn.to_q, attn.to_k, attn.to_v))
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+
+        def heads(tensor, *order):  # (B, N, D) as (B, N, heads, d) permuted, float32, contiguous
+            split = tensor.unflatten(-1, (attn.heads, -1)).permute(0, *order)
+            return split.to(torch.float32, memory_format=torch.contiguous_format)
+
+        # relu after the cast: nothing but the copies is kept for the backward pass
+        query, value = heads(query, 2, 1, 3).relu(), heads(value, 2, 1, 3)  # (B, heads, N, d)
+        key = heads(key, 2, 3, 1).relu()  # (B, heads, d, N)
+        context = torch.cat([key @ value, key.sum(-1, keepdim=True)], dim=-1)  # (B, heads, d, d + 1)
+        out, total = (query @ context).split([value.shape[-1], 1], dim=-1)
+        out = (out / (total + 1e-15)).to(dtype).transpose(1, 2).reshape(batch, length, -1)
+        out = attn.to_out[1](attn.to_out[0](out))
+        return out.clip(-65504, 65504) if dtype == torch.float16 else out
+
+
+class _CrossAttentionMask:
+    """Forward pre-hook of the transformer: a (B, S) mask of 0 and 1 becomes the boolean mask of the chosen kernel.
+
+    The model's forward would otherwise turn the (B, S) mask into an additive bias; a 4-dimensional one passes through.
+    """
+
+    def __init__(self, kernel: str, materialize: bool):
+        self.kernel, self.materialize = kernel, materialize
+
+    def __call__(self, module, args, kwargs):
+        mask = kwargs.get("encoder_attention_mask")
+        if mask is None or mask.ndim != 2:
+            return None
+        mask = mask.to(torch.bool)[:, None, None, :]  # (B, 1, 1, S)
+        if self.materialize:
+            # The Ascend kernels broadcast over heads only, so the query axis is written out, once for all layers.
+            hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            patch = module.config.patch_size
+            queries = (hidden_states.shape[-2] // patch) * (hidden_states.shape[-1] // patch)
+            mask = mask.expand(-1, -1, queries, -1).contiguous()  # (B, 1, N, S)
+        if self.kernel == "npu_fusion":
+            mask = ~mask
+        return args, {**kwargs, "encoder_attention_mask": mask}
+
+
+def resolve_attention(attention: str, device: torch.device) -> str:
+    """The kernel for `--attention`: 'auto' is 'sdpa' everywhere.
+
+    torch_npu's scaled_dot_product_attention reaches the same fused kernel as npu_fusion_attention when the mask is
+    boolean, so one code path serves every device; 'npu_fusion' calls the Ascend operator by name.
+
+    Raises:
+        ValueError: 'npu_fusion' without an NPU, or an unknown name.
+    """
+    if attention not in ATTENTION_CHOICES:
+        raise ValueError(f"--attention={attention}: unknown. Use one of {', '.join(ATTENTION_CHOICES)}.")
+    if attention == "npu_fusion" and device.type != "npu":
+        raise ValueError(
+            f"--attention=npu_fusion (--enable_npu_flash_attention) needs an Ascend NPU with torch_npu; this run is on"
+            f" '{device.type}'. Use --attention=auto."
+        )
+    return "sdpa" if attention == "auto" else attention
+
+
+def set_attention(transformer, attention: str, device: torch.device) -> str:
+    """Give a SanaTransformer2DModel the kit's attention processors; returns the cross-attention kernel's name.
+
+    The kernel is chosen for the cross-attention `attn2` only: `attn1` is Sana's linear attention, which no softmax
+    kernel may replace. Calling it again replaces the former choice.
+    """
+    kernel = resolve_attention(attention, device)
+    for block in transformer.transformer_blocks:
+        block.attn1.set_processor(LinearAttentionProcessor())
+        if block.attn2 is not None:
+            block.attn2.set_processor(CrossAttentionProcessor(kernel))
+    previous = getattr(transformer, "_sana_kit_mask_hook", None)
+    if previous is not None:
+        previous.remove()
+    mask = _CrossAttentionMask(kernel, materialize=device.type == "npu")
+    transformer._sana_kit_mask_hook = transformer.register_forward_pre_hook(mask, with_kwargs=True)
+    return kernel

@@ -1,0 +1,242 @@
+"""The patch of diffusers' own trainer, made by `python patch_sana.py PATH`: edits, refusals, and the way back."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import os
+import re
+import sys
+from typing import NamedTuple
+
+import patch_sana
+from patch_sana import _write_atomically
+
+
+class Edit(NamedTuple):
+    """One edit: `pending` is the place as diffusers ships it, `replacement` what it becomes (re.sub template),
+    `applied` what tells that it is there already, ours or made by hand."""
+
+    purpose: str
+    anchor: str  # for messages: the line looked for
+    pending: str
+    replacement: str
+    applied: str
+
+
+EDITS = (
+    Edit(
+        "import DistributedType",
+        "from accelerate import Accelerator",
+        r"^from accelerate import Accelerator$",
+        r"from accelerate import Accelerator, DistributedType",
+        r"^from accelerate import .*\bDistributedType\b",
+    ),
+    Edit(
+        "import the hooks",
+        "if is_wandb_available(): / import wandb",
+        r"^if is_wandb_available\(\):\n(?=    import wandb$)",
+        "from patch_sana import create_load_model_hook, create_save_model_hook\n\n\\g<0>",
+        r"^from patch_sana import .*\bcreate_save_model_hook\b",
+    ),
+    Edit(
+        "keep the VAE in bfloat16, as its authors trained it",
+        "vae.to(dtype=torch.float32)",
+        r"^( +)vae\.to\(dtype=torch\.float32\)$",
+        r"\1vae.to(dtype=torch.bfloat16)  # patch_sana: was torch.float32",
+        r"^ +vae\.to\(dtype=torch\.bfloat16\)",
+    ),
+    Edit(
+        "register the save hook",
+        "accelerator.register_save_state_pre_hook(save_model_hook)",
+        r"^( +)accelerator\.register_save_state_pre_hook\(save_model_hook\)$",
+        "\\1accelerator.register_save_state_pre_hook(\n"
+        "\\1    create_save_model_hook(accelerator=accelerator, unwrap_model=unwrap_model, transformer=transformer)\n"
+        "\\1)",
+        r"^ +(\w+ = |accelerator\.register_save_state_pre_hook\(\s*)create_save_model_hook\(",
+    ),
+    Edit(
+        "register the load hook",
+        "accelerator.register_load_state_pre_hook(load_model_hook)",
+        r"^( +)accelerator\.register_load_state_pre_hook\(load_model_hook\)$",
+        "\\1accelerator.register_load_state_pre_hook(\n"
+        "\\1    create_load_model_hook(\n"
+        "\\1        accelerator=accelerator, unwrap_model=unwrap_model, transformer=transformer, args=args\n"
+        "\\1    )\n"
+        "\\1)",
+        r"^ +(\w+ = |accelerator\.register_load_state_pre_hook\(\s*)create_load_model_hook\(",
+    ),
+    Edit(
+        "save on every rank under DeepSpeed, whose saving has barriers inside",
+        "if accelerator.is_main_process: / if global_step % args.checkpointing_steps == 0:",
+        r"^( +)if accelerator\.is_main_process:\n(?= +if global_step % args\.checkpointing_steps == 0:$)",
+        "\\1if accelerator.is_main_process or accelerator.distributed_type == DistributedType.DEEPSPEED:\n",
+        r"^ +if accelerator\.is_main_process or accelerator\.distributed_type == DistributedType\.DEEPSPEED:\n"
+        r" +if global_step % args\.checkpointing_steps == 0:",
+    ),
+    Edit(
+        "prune old checkpoints on the main process only",
+        "if args.checkpoints_total_limit is not None:",
+        r"^( +)if args\.checkpoints_total_limit is not None:$",
+        r"\1if args.checkpoints_total_limit is not None and accelerator.is_main_process:",
+        r"^ +if args\.checkpoints_total_limit is not None and accelerator\.is_main_process:",
+    ),
+    Edit(
+        # Missing in the reference kit's manual: another rank then makes the new folder while the main process still
+        # counts the old ones: with --checkpoints_total_limit one too many is deleted, with 1 perhaps the new one.
+        "make the new checkpoint's folder only after pruning",
+        'save_path = os.path.join(args.output_dir, f"checkpoint-{global_step}")',
+        r'^( +)save_path = os\.path\.join\(args\.output_dir, f"checkpoint-\{global_step\}"\)$',
+        "\\1if accelerator.distributed_type == DistributedType.DEEPSPEED:\n"
+        "\\1    accelerator.wait_for_everyone()  # patch_sana: no rank makes the new folder before old ones are "
+        "pruned\n"
+        "\\g<0>",
+        r"^ +accelerator\.wait_for_everyone\(\)[^\n]*\n +save_path = ",
+    ),
+    Edit(
+        "print an empty line after each step, which Ubuntu needs to flush the progress bar into a log",
+        "if global_step >= args.max_train_steps: / break",
+        r"^( +)if global_step >= args\.max_train_steps:\n +break\n",
+        '\\g<0>\\1accelerator.print("")\n',
+        r'^ +if global_step >= args\.max_train_steps:\n +break\n\s*accelerator\.print\(""\)',
+    ),
+)
+
+
+# What the edits rely on without touching it.
+CONTEXT = (
+    (
+        "the class SanaTransformer2DModel",
+        r"^ +transformer = SanaTransformer2DModel\.",
+    ),
+    ("the function unwrap_model", r"^ +def unwrap_model\("),
+    ("the call transformer.add_adapter", r"^ +transformer\.add_adapter\("),
+)
+
+
+class Refusal(Exception):
+    """The patch cannot be made; the message says why and what to do. Nothing was written."""
+
+
+def patch_text(text):
+    """Apply every edit to `text`, the source of diffusers' trainer (lines ending in LF).
+
+    Returns (new text, purposes of the edits made). An edit that is there already is left as it is. Raises Refusal
+    naming every anchor that is missing or found more than once.
+    """
+    problems = [f"{name} is missing" for name, pattern in CONTEXT if not re.search(pattern, text, re.MULTILINE)]
+    made = []
+    for edit in EDITS:
+        if re.search(edit.applied, text, re.MULTILINE):
+            continue
+        count = len(re.findall(edit.pending, text, re.MULTILINE))
+        if count == 1:
+            text = re.sub(edit.pending, edit.replacement, text, flags=re.MULTILINE)
+            made.append(edit.purpose)
+        else:
+            times = "is missing" if count == 0 else f"is there {count} times, expected once"
+            problems.append(f"`{edit.anchor}` {times} (to {edit.purpose})")
+    if problems:
+        raise Refusal(
+            "this is not diffusers' train_dreambooth_lora_sana.py as known from March 2025 to August 2026:"
+            + "".join(f"\n  - {problem}" for problem in problems)
+        )
+    try:
+        ast.parse(text)
+    except SyntaxError as error:
+        raise Refusal(f"the patched file would not be valid Python (line {error.lineno}: {error.msg})") from error
+    return text, made
+
+
+def _patch_bytes(data):
+    """`patch_text` on the bytes of a file; line endings (LF or CRLF) stay what they are."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Refusal(f"it is not UTF-8 text ({error})") from error
+    crlf = "\r\n" in text
+    text, made = patch_text(text.replace("\r\n", "\n") if crlf else text)
+    return (text.replace("\n", "\r\n") if crlf else text).encode("utf-8"), made
+
+
+def _read(path):
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+
+
+def _differing_original(path, data):
+    original = _read(path + ".orig")
+    if original is not None and original != data:
+        return Refusal(
+            f"{path}.orig is there already and holds something else than {path}. Move it away if you no longer need "
+            "it, then try again."
+        )
+    return None
+
+
+def _patch(path, dry_run):
+    data = _read(path)
+    patched, made = _patch_bytes(data)
+    here = os.path.realpath(patch_sana.__file__)
+    hooks = os.path.join(os.path.dirname(path), "patch_sana.py")
+    own, beside = _read(here), _read(hooks)
+    copy_hooks = beside != own
+
+    refusals = [_differing_original(path, data)] if made else []
+    if copy_hooks and beside is not None:
+        refusals.append(_differing_original(hooks, beside))
+    refusals = [str(refusal) for refusal in refusals if refusal]
+    if refusals:
+        raise Refusal("\n".join(refusals))
+
+    if dry_run:
+        name = os.path.basename(path)
+        lines = [part.decode("utf-8").splitlines(keepends=True) for part in (data, patched)]
+        sys.stdout.writelines(difflib.unified_diff(*lines, fromfile=f"a/{name}", tofile=f"b/{name}"))
+    if not made and not copy_hooks:
+        print(f"{path} is already patched; nothing to do.")
+        return
+    will = "would " if dry_run else ""
+    # The trainer is replaced last: until then it runs as before.
+    if copy_hooks:
+        if not dry_run:
+            if beside is not None:
+                _write_atomically(hooks + ".orig", beside, mode_of=hooks)
+            _write_atomically(hooks, own, mode_of=here)
+        kept = f" (the one there kept as {os.path.basename(hooks)}.orig)" if beside is not None else ""
+        print(f"{will}copy patch_sana.py to {hooks}{kept}")
+    if made:
+        if not dry_run:
+            _write_atomically(path + ".orig", data, mode_of=path)
+            _write_atomically(path, patched, mode_of=path)
+        for purpose in made:
+            print(f"{will}{purpose}")
+        print(f"{will}keep the original as {path}.orig; --revert restores it")
+
+
+def _revert(path, dry_run):
+    data, original = _read(path), _read(path + ".orig")
+    here = os.path.realpath(patch_sana.__file__)
+    hooks = os.path.join(os.path.dirname(path), "patch_sana.py")
+    if original is None:
+        raise Refusal(f"there is no {path}.orig to go back to.")
+    if data != original and _patch_bytes(original)[0] != data:
+        raise Refusal(
+            f"{path} was changed after it was patched; going back would lose that. To go back all the same: mv "
+            f"{path}.orig {path}"
+        )
+    will = "would " if dry_run else ""
+    print(f"{will}restore {path} from {path}.orig")
+    if not dry_run:
+        os.replace(path + ".orig", path)  # the kept file itself: same bytes, same permissions
+    if _read(hooks + ".orig") is not None:
+        print(f"{will}restore {hooks} from {hooks}.orig")
+        if not dry_run:
+            os.replace(hooks + ".orig", hooks)
+    elif os.path.realpath(hooks) != here and _read(hooks) == _read(here):
+        print(f"{will}remove the copy {hooks}")
+        if not dry_run:
+            os.unlink(hooks)

@@ -1,0 +1,53 @@
+"""Report pages by hand, from an output folder.
+
+    python -m sana_kit.reports OUTPUT_DIR                   writes OUTPUT_DIR/report.html (training)
+    python -m sana_kit.reports OUTPUT_DIR --gallery         writes OUTPUT_DIR/gallery.html (inference)
+    python -m sana_kit.reports --result-block OUTPUT_DIR    prints and saves the result block (the bash launcher does)
+
+Nothing here imports torch, so that these commands start at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sana_kit.reports.pages import write_gallery, write_report
+from sana_kit.reports.result_block import write_result_block
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m sana_kit.reports", description=__doc__.splitlines()[0])
+    parser.add_argument("output_dir", help="output folder of a training run or of an inference script")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--result-block", action="store_true", help="print and save the run's result block")
+    what.add_argument("--gallery", action="store_true", help="write gallery.html of an inference script's pictures")
+    parser.add_argument("--base", metavar="DIR", help="with --gallery: pictures made without the LoRA, shown beside")
+    parser.add_argument("--before", metavar="DIR", help="pictures before the fine-tuning (default OUTPUT_DIR/before)")
+    parser.add_argument("--after", metavar="DIR", help="pictures after the fine-tuning (default OUTPUT_DIR/after)")
+    options = parser.parse_args(arguments)
+    if options.base and not options.gallery:
+        parser.error("--base goes with --gallery.")
+    if (options.before or options.after) and (options.gallery or options.result_block):
+        parser.error("--before and --after go with the training report.")
+    for flag in ("base", "before", "after"):
+        if getattr(options, flag) and not Path(getattr(options, flag)).is_dir():
+            parser.error(f"--{flag}={getattr(options, flag)}: no such folder.")
+    try:
+        if options.result_block:
+            write_result_block(options.output_dir)
+        elif options.gallery:
+            print(write_gallery(options.output_dir, options.base))
+        else:
+            print(write_report(options.output_dir, options.before, options.after))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Class images for prior preservation."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from sana_kit import devices
+from sana_kit.encodings.prompts import parse_instruction
+from sana_kit.files import write_atomic
+from sana_kit.generation.generate import generate_from_embeddings
+from sana_kit.generation.jobs import Job
+from sana_kit.generation.texts import encode_job_prompts
+from sana_kit.models.loading import load_pipeline
+
+logger = logging.getLogger("sana")
+
+
+def generate_class_pictures(args, accelerator, base) -> None:
+    """Fill --class_data_dir up to --num_class_images with pictures of --class_prompt, each rank its share."""
+
+    folder = Path(args.class_data_dir)
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+    suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+    present = len([path for path in folder.iterdir() if path.suffix.lower() in suffixes])
+    missing = args.num_class_images - present
+    accelerator.wait_for_everyone()  # every rank has counted before one adds
+    if missing <= 0:
+        return
+    logger.info("prior preservation: %d pictures in %s, generating %d", present, folder, missing)
+    pipeline = load_pipeline(
+        base,
+        device=accelerator.device,
+        dtype=torch.float32 if args.mixed_precision == "no" else torch.bfloat16,
+        attention=args.attention,
+    )
+    jobs = [
+        Job(
+            index=number,
+            prompt=args.class_prompt,
+            negative_prompt="",
+            seed=(args.seed or 0) + present + number,
+            height=args.resolution,
+            width=args.resolution,
+            num_inference_steps=args.validation_inference_steps,
+            guidance_scale=args.validation_guidance_scale,
+            file_name=f"class-{present + number:05d}.png",
+        )
+        for number in range(missing)
+    ][accelerator.process_index :: accelerator.num_processes]
+    instruction = parse_instruction(args.complex_human_instruction)
+    embeddings, negative_embeddings = encode_job_prompts(
+        pipeline, jobs, instruction, device=accelerator.device, max_sequence_length=args.max_sequence_length
+    )
+    generate_from_embeddings(
+        transformer=pipeline.transformer,
+        vae=pipeline.vae,
+        scheduler=pipeline.scheduler,
+        jobs=jobs,
+        prompt_embeds=embeddings,
+        negative_prompt_embeds=negative_embeddings,
+        device=accelerator.device,
+        dtype=pipeline.transformer.dtype,
+        batch_size=args.sample_batch_size,
+        on_picture=lambda job, image, seconds: write_atomic(
+            folder / job.file_name, lambda target: image.save(target, format="PNG")
+        ),
+    )
+    del pipeline
+    devices.empty_cache(accelerator.device)
+    accelerator.wait_for_everyone()
+    there = len([path for path in folder.iterdir() if path.suffix.lower() in suffixes])
+    if there < args.num_class_images:
+        raise ValueError(
+            f"--class_data_dir={folder}: holds {there} of {args.num_class_images} class pictures on this machine. The"
+            " machines of a run must share this folder, or each must have all class pictures beforehand."
+        )

@@ -1,0 +1,60 @@
+"""What a resumed run needs to be the same run: identity, random states."""
+
+from __future__ import annotations
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+
+
+def pack_random_state(state: dict) -> dict:
+    """devices.random_state() without anything that needs a pickle of a class."""
+    version, internal, gauss = state["python"]
+    name, keys, pos, has_gauss, cached = state["numpy"]
+    packed = {
+        "python": [version, list(internal), gauss],
+        "numpy": [str(name), [int(k) for k in keys], int(pos), int(has_gauss), float(cached)],
+        "torch": state["torch"],
+    }
+    if "device" in state:
+        packed["device"] = state["device"].cpu()
+    return packed
+
+
+def unpack_random_state(packed: dict) -> dict:
+    """The inverse of `pack_random_state`."""
+    import numpy as np
+
+    version, internal, gauss = packed["python"]
+    name, keys, pos, has_gauss, cached = packed["numpy"]
+    state = {
+        "python": (version, tuple(internal), gauss),
+        "numpy": (name, np.array(keys, dtype=np.uint32), pos, has_gauss, cached),
+        "torch": packed["torch"],
+    }
+    if "device" in packed:
+        state["device"] = packed["device"]
+    return state
+
+
+def run_identity(args, num_pictures: int, world_size: int) -> dict:
+    """What a resumed run should share with the one that wrote the checkpoint."""
+    keys = (
+        "pretrained_model_name_or_path",
+        "train_mode",
+        "rank",
+        "lora_alpha",
+        "lora_layers",
+        "resolution",
+        "flow_shift",
+    )
+    keys += ("weighting_scheme", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler")
+    keys += ("max_train_steps", "seed", "mixed_precision", "lora_dropout", "optimizer")
+    return {**{key: getattr(args, key) for key in keys}, "pictures": num_pictures, "world_size": world_size}
+
+
+def differences(before: dict, now: dict) -> list[str]:
+    """One sentence per setting that differs from the checkpoint's."""
+    return [
+        f"{key} was {before[key]} when the checkpoint was written and is {now[key]} now"
+        for key in now
+        if key in before and before[key] != now[key]
+    ]

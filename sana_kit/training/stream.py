@@ -1,0 +1,97 @@
+"""Training samples by their position in an endless stream, and the batches of a rank."""
+
+from __future__ import annotations
+
+import signal
+
+import torch
+
+from sana_kit.encodings.prompts import collate_prompt_embeds
+from sana_kit.training.recipes import draw
+
+# Padding captions to a multiple keeps the number of distinct shapes small, which compilers and the NPU's kernel cache
+# need.
+CAPTION_PAD_MULTIPLE = 16
+
+
+class TrainingStream(torch.utils.data.Dataset):
+    """Training samples by their position in an endless stream: epoch after epoch, each a permutation of all pictures.
+
+    Position p is picture `permutation(epoch p // n)[p % n]`; its noise and time step are drawn from (seed, p). What a
+    sample is depends on no rank, batch size or worker, so that a resumed run, on any number of processes, sees exactly
+    the samples that an undisturbed one would: none twice and none left out within an epoch.
+    """
+
+    def __init__(self, encoded, num_instance: int, num_class: int, *, seed: int, weighting: dict):
+        """`encoded[i]`: latents (C, h, w) and prompt_embeds (T, D); class pictures follow the instance pictures."""
+        self.encoded, self.num_instance, self.num_class = encoded, num_instance, num_class
+        self.seed, self.weighting = seed, weighting
+        self._orders = {}
+
+    def picture_index(self, position: int, size: int | None = None, salt: int = 0) -> int:
+        """Index of the picture at a position among `size` (default: the instance pictures)."""
+        import numpy as np
+
+        size = size or self.num_instance
+        epoch, offset = divmod(position, size)
+        if (salt, epoch) not in self._orders:
+            if len(self._orders) > 4:
+                self._orders.clear()
+            key = [self.seed & 0xFFFFFFFF, self.seed >> 32, epoch, salt]
+            self._orders[(salt, epoch)] = np.random.default_rng(key).permutation(size)
+        return int(self._orders[(salt, epoch)][offset])
+
+    def _sample(self, index: int, position: int) -> dict:
+        item = self.encoded[index]
+        noise, u = draw(tuple(item["latents"].shape), seed=self.seed, position=position, **self.weighting)
+        return {**item, "noise": noise, "u": u}
+
+    def __getitem__(self, position: int) -> list[dict]:
+        """The sample at a position, followed by its class sample under prior preservation."""
+        samples = [self._sample(self.picture_index(position), 2 * position)]
+        if self.num_class:
+            index = self.num_instance + self.picture_index(position, self.num_class, salt=1)
+            samples.append(self._sample(index, 2 * position + 1))
+        return samples
+
+
+class StreamBatches(torch.utils.data.Sampler):
+    """Positions of this rank's micro-batches from `start` on, for `steps` updates."""
+
+    def __init__(self, start: int, steps: int, batch_size: int, accumulation: int, rank: int, world_size: int):
+        self.start, self.micro_steps = start, steps * accumulation
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+
+    def __len__(self) -> int:
+        return self.micro_steps
+
+    def __iter__(self):
+        for micro_step in range(self.micro_steps):
+            first = self.start + (micro_step * self.world_size + self.rank) * self.batch_size
+            yield list(range(first, first + self.batch_size))
+
+
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """For the loader's processes: a SIGTERM to the whole group must not end them while the trainer finishes its
+    step.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def collate(samples: list[list[dict]]) -> dict:
+    """Stack samples; instance samples come first, then their class samples.
+
+    Returns: latents (B, C, h, w) in their stored dtype, noise (B, C, h, w) float32, u (B,) float32, prompt_embeds
+    (B, T, D) padded to the longest caption, prompt_mask (B, T) int64.
+    """
+
+    ordered = [sample[part] for part in range(len(samples[0])) for sample in samples]
+    embeds, mask = collate_prompt_embeds([s["prompt_embeds"] for s in ordered], multiple=CAPTION_PAD_MULTIPLE)
+    return {
+        "latents": torch.stack([s["latents"] for s in ordered]),
+        "noise": torch.stack([s["noise"] for s in ordered]),
+        "u": torch.cat([s["u"] for s in ordered]),
+        "prompt_embeds": embeds,
+        "prompt_mask": mask,
+    }
