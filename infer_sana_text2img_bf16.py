@@ -1,9 +1,9 @@
-"""Pictures from prompts with a SANA model, in bf16, on one device (Ascend NPU, CUDA GPU or CPU).
+"""Images from prompts with a SANA model, in bf16, on one device (Ascend NPU, CUDA GPU or CPU).
 
     python infer_sana_text2img_bf16.py
     python infer_sana_text2img_bf16.py --model_path ./SANA --prompt "a red fox" --seeds 8 23 --height 1024 --width 1024
 
-Started again, the same command keeps finished pictures. `--help` lists the flags; sana_kit/inference.py is what runs.
+Started again, the same command keeps finished images. `--help` lists the flags; sana_kit/inference.py is what runs.
 """
 
 import sys
@@ -11,4 +11,4 @@ import sys
 from sana_kit.inference.run import main
 
 if __name__ == "__main__":
-    sys.exit(main("Pictures from prompts with a SANA model."))
+    sys.exit(main("Images from prompts with a SANA model."))

@@ -1,4 +1,4 @@
-"""Pictures from prompts with a SANA model and LoRA weights, in bf16, on one device (Ascend NPU, CUDA GPU or CPU).
+"""Images from prompts with a SANA model and LoRA weights, in bf16, on one device (Ascend NPU, CUDA GPU or CPU).
 
     python infer_sana_text2img_lora_bf16.py
     python infer_sana_text2img_lora_bf16.py --model_path ./SANA --lora_weights ./output --prompt "a red fox"
@@ -13,7 +13,7 @@ from sana_kit.inference.run import main
 if __name__ == "__main__":
     sys.exit(
         main(
-            "Pictures from prompts with a SANA model and LoRA weights.",
+            "Images from prompts with a SANA model and LoRA weights.",
             lora_default="./output/pytorch_lora_weights.safetensors",
         )
     )

@@ -1,4 +1,4 @@
-"""Fine-tune SANA on your own pictures: LoRA (default) or all weights of the transformer.
+"""Fine-tune SANA on your own images: LoRA (default) or all weights of the transformer.
 
     accelerate launch --config_file bf16_accelerate_config.yaml train_dreambooth_lora_sana.py \
         --pretrained_model_name_or_path=Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers \
@@ -9,7 +9,7 @@ The accelerate config alone chooses the engine: one process, DDP, DeepSpeed ZeRO
 Every flag of diffusers' trainer of the same name is there (`--help` groups them); README.md lists the ones that
 behave otherwise.
 
-The way of the data: pictures and captions -> encoded once (sana_kit/encodings.py) -> VAE and text encoder leave
+The way of the data: images and captions -> encoded once (sana_kit/encodings.py) -> VAE and text encoder leave
 memory -> loader with noise -> transformer -> loss -> engine -> checkpoint-N -> pytorch_lora_weights.safetensors and
 report.html.
 """
@@ -33,13 +33,13 @@ import torch
 from patch_sana import check_adapter, create_load_model_hook, create_save_model_hook
 from sana_kit import devices
 from sana_kit.arithmetic import training_flops_per_image
-from sana_kit.data.discover import load_class_pictures, load_pictures
-from sana_kit.data.image_set import bad_picture_problems, check_pictures, concat
-from sana_kit.distributed import EXIT_INTERRUPTED, StopRequest, under_deepspeed
+from sana_kit.data.discover import load_class_images, load_images
+from sana_kit.data.image_set import bad_image_problems, check_images, concat
+from sana_kit.distributed import EXIT_INTERRUPTED, StopSignal, under_deepspeed
 from sana_kit.encodings.encode import encode
 from sana_kit.encodings.prompts import parse_instruction
 from sana_kit.errors import CheckpointError, EncodingStopped
-from sana_kit.files import locked_output_dir, write_atomic
+from sana_kit.files import lock_folder, write_atomic
 from sana_kit.models.attention import set_attention
 from sana_kit.models.loading import load_scheduler, load_transformer
 from sana_kit.models.lora import DEFAULT_LORA_LAYERS, checkpoint_blocks, lean_lora
@@ -52,15 +52,15 @@ from sana_kit.training.engine import (
     create_accelerator,
     fit_buckets,
     frozen_weights,
-    leave_out_if_not_finite,
+    zero_nonfinite_loss,
 )
 from sana_kit.training.export import finish_outputs, write_final_weights, write_transformer
 from sana_kit.training.optim import create_optimizer
-from sana_kit.training.prior import generate_class_pictures
+from sana_kit.training.prior import generate_class_images
 from sana_kit.training.recipes import flow_matching_loss, read_flow_shift
 from sana_kit.training.recorder import check_finite, is_users_problem, print_summary
 from sana_kit.training.state import differences, run_identity
-from sana_kit.training.stream import StreamBatches, TrainingStream, collate, leave_signals_to_the_trainer
+from sana_kit.training.stream import SampleStream, StreamBatchSampler, collate, ignore_signals_in_worker
 from sana_kit.training.validation import Validation, validation_due
 
 PROCESS_STARTED = time.perf_counter()  # before the imports that take seconds
@@ -136,8 +136,8 @@ def main(args: argparse.Namespace, process_started: float | None = None) -> int:
     devices.prepare_backend(device, allow_tf32=args.allow_tf32)
     output_dir = Path(args.output_dir)
 
-    stop = StopRequest(accelerator)
-    with locked_output_dir(output_dir, enabled=main_process):
+    stop = StopSignal(accelerator)
+    with lock_folder(output_dir, enabled=main_process):
         try:
             return train(args, accelerator, base, output_dir, started, phases, stop)
         except EncodingStopped:
@@ -145,7 +145,7 @@ def main(args: argparse.Namespace, process_started: float | None = None) -> int:
             return EXIT_INTERRUPTED.get(stop.signal, EXIT_INTERRUPTED[signal.SIGTERM])
 
 
-def train(args, accelerator, base, output_dir: Path, started: float, phases: PhaseClock, stop: StopRequest) -> int:
+def train(args, accelerator, base, output_dir: Path, started: float, phases: PhaseClock, stop: StopSignal) -> int:
     """The run itself, once the output folder is ours; `base` is the checked model. See `main`."""
     main_process, world_size, device = accelerator.is_main_process, accelerator.num_processes, accelerator.device
     from accelerate.utils import broadcast_object_list
@@ -174,8 +174,8 @@ def train(args, accelerator, base, output_dir: Path, started: float, phases: Pha
     if args.resume_from_checkpoint == "latest" and resume_folder is None:
         logger.info("no checkpoint in %s yet: starting at step 0", output_dir)
 
-    # ------------------------------------------------------------------------------------- pictures and captions
-    pictures = load_pictures(
+    # ------------------------------------------------------------------------------------- images and captions
+    images = load_images(
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
         instance_data_dir=args.instance_data_dir,
@@ -188,16 +188,14 @@ def train(args, accelerator, base, output_dir: Path, started: float, phases: Pha
     )
     num_class = 0
     if args.with_prior_preservation:
-        if not args.skip_bad_images and (
-            bad := check_pictures(pictures)
-        ):  # before weights load for the class pictures
-            raise ValueError("The training pictures cannot be used:\n- " + bad_picture_problems([m for _, m in bad]))
-        generate_class_pictures(args, accelerator, base)
-        classes = load_class_pictures(args.class_data_dir, args.class_prompt, args.num_class_images)
+        if not args.skip_bad_images and (bad := check_images(images)):  # before weights load for the class images
+            raise ValueError("The training images cannot be used:\n- " + bad_image_problems([m for _, m in bad]))
+        generate_class_images(args, accelerator, base)
+        classes = load_class_images(args.class_data_dir, args.class_prompt, args.num_class_images)
         num_class = len(classes)
-    num_instance = len(pictures)
+    num_instance = len(images)
     if main_process:
-        for note in pictures.notes:
+        for note in images.notes:
             logger.warning("data: %s", note)
             log.write("warning", step=0, message=note)
     instruction = parse_instruction(args.complex_human_instruction)
@@ -205,7 +203,7 @@ def train(args, accelerator, base, output_dir: Path, started: float, phases: Pha
     if validation_prompts(args):
         extra_prompts = [(prompt, instruction) for prompt in validation_prompts(args)] + [("", None)]
     encoded = encode(
-        concat(pictures, classes) if num_class else pictures,
+        concat(images, classes) if num_class else images,
         accelerator=accelerator,
         pretrained_model_name_or_path=args.pretrained_model_name_or_path,
         revision=args.revision,
@@ -227,15 +225,15 @@ def train(args, accelerator, base, output_dir: Path, started: float, phases: Pha
     )
     for message in encoded.messages:
         log.write("warning", step=0, message=message)
-    if len(encoded) != num_instance + num_class:  # bad pictures were skipped; class rows follow all instance rows
-        last_instance_row = max(pictures.row(i) for i in range(num_instance))
-        num_instance = sum(encoded.pictures.row(i) <= last_instance_row for i in range(len(encoded)))
+    if len(encoded) != num_instance + num_class:  # bad images were skipped; class rows follow all instance rows
+        last_instance_row = max(images.row(i) for i in range(num_instance))
+        num_instance = sum(encoded.images.row(i) <= last_instance_row for i in range(len(encoded)))
         num_class = len(encoded) - num_instance
     logger.info(
-        "encodings: %d pictures, %d captions new; %d, %d reused; %.1f s; %.1f MB of latents, %.1f MB of embeddings",
-        encoded.encoded_pictures,
+        "encodings: %d images, %d captions new; %d, %d reused; %.1f s; %.1f MB of latents, %.1f MB of embeddings",
+        encoded.encoded_images,
         encoded.encoded_prompts,
-        encoded.reused_pictures,
+        encoded.reused_images,
         encoded.reused_prompts,
         encoded.seconds,
         encoded.bytes["latents"] / 1e6,
@@ -247,7 +245,7 @@ def train(args, accelerator, base, output_dir: Path, started: float, phases: Pha
     if args.flow_shift is None:
         args.flow_shift = own_shift
     logger.info("flow_shift: %s (the checkpoint's own: %s)", args.flow_shift, own_shift)
-    phases.mark("pictures and encodings")
+    phases.mark("images and encodings")
     devices.seed_everything(args.seed)  # the adapter's random start does not depend on what encoding consumed
     transformer = prepare_transformer(args, accelerator, base)
     phases.mark("transformer")
@@ -322,7 +320,7 @@ def train(args, accelerator, base, output_dir: Path, started: float, phases: Pha
         devices.set_random_state(random_state, device)
 
     # ------------------------------------------------------------------------------------------------------- loader
-    stream = TrainingStream(
+    stream = SampleStream(
         encoded,
         num_instance,
         num_class,
@@ -330,7 +328,7 @@ def train(args, accelerator, base, output_dir: Path, started: float, phases: Pha
         weighting={k: getattr(args, k) for k in ("weighting_scheme", "logit_mean", "logit_std", "mode_scale")},
     )
     steps_left = max(args.max_train_steps - global_step, 0)
-    batches = StreamBatches(
+    batches = StreamBatchSampler(
         samples_seen,
         steps_left,
         args.train_batch_size,
@@ -347,7 +345,7 @@ def train(args, accelerator, base, output_dir: Path, started: float, phases: Pha
         prefetch_factor=4 if workers else None,
         persistent_workers=workers > 0,
         pin_memory=device.type != "cpu",
-        worker_init_fn=leave_signals_to_the_trainer,
+        worker_init_fn=ignore_signals_in_worker,
         generator=torch.Generator(),  # the loader's own draw must not move the state that dropout continues from
     )
 
@@ -375,9 +373,9 @@ def train(args, accelerator, base, output_dir: Path, started: float, phases: Pha
         gradient_checkpointing=False,  # MFU counts the model's work, not the recomputation
     ) * (2 if num_class else 1)
     peak = args.peak_tflops * 1e12 if args.peak_tflops else devices.peak_flops(devices.device_name(device))
-    logger.info("pictures: %d (+ %d of the class), trainable weights: %d", num_instance, num_class, trainable)
+    logger.info("images: %d (+ %d of the class), trainable weights: %d", num_instance, num_class, trainable)
     logger.info(
-        "updates: %d of %d pictures (%d per device x %d accumulation x %d processes), %.2f epochs",
+        "updates: %d of %d images (%d per device x %d accumulation x %d processes), %.2f epochs",
         args.max_train_steps,
         samples_per_step,
         args.train_batch_size,
@@ -455,7 +453,7 @@ def train(args, accelerator, base, output_dir: Path, started: float, phases: Pha
                 loss = flow_matching_loss(model, batch, args, num_class > 0)
                 step_loss += loss.detach() / args.gradient_accumulation_steps
                 if args.on_nan == "skip":
-                    loss, bad = leave_out_if_not_finite(loss, trained, accelerator)
+                    loss, bad = zero_nonfinite_loss(loss, trained, accelerator)
                     skip_update = skip_update or bad
                 with frozen_weights(optimizer, skip_update):  # DeepSpeed's engine steps inside backward
                     accelerator.backward(loss)

@@ -78,8 +78,8 @@ class Op:
     """One product of the forward pass: a layer with weights, or the product of two activations.
 
     Attributes:
-        flops: forward, for one picture.
-        activations: elements read and written, for one picture.
+        flops: forward, for one image.
+        activations: elements read and written, for one image.
         weights: elements of the weight; 0 for a product of two activations.
         in_block: inside a transformer block, so recomputed under gradient checkpointing.
         trainable: whether its weight is trained.
@@ -116,7 +116,7 @@ def _config(config) -> Mapping:
 def transformer_ops(
     transformer_config, latent_hw: tuple[int, int], caption_tokens: int, mode: str = "inference", rank: int = 4
 ) -> list[Op]:
-    """The products of one forward pass of a SanaTransformer2DModel, for one picture.
+    """The products of one forward pass of a SanaTransformer2DModel, for one image.
 
     Args:
         transformer_config: the model's configuration (a mapping, or `transformer.config`).
@@ -208,13 +208,13 @@ def roofline_seconds(
     recomputed: float = 0.0,
     bytes_per_element: int = 2,
 ) -> float:
-    """Least seconds per picture on one device: each product takes as long as its arithmetic or its memory traffic.
+    """Least seconds per image on one device: each product takes as long as its arithmetic or its memory traffic.
 
     Weights are read once per pass and batch, activations once per product; element-wise work is taken as fused away,
     so no real run gets below this.
 
     Args:
-        peak: FLOP/s; bandwidth: bytes/s; batch_size: pictures per pass on the device.
+        peak: FLOP/s; bandwidth: bytes/s; batch_size: images per pass on the device.
     """
     seconds = 0.0
     for op in ops:
@@ -224,7 +224,7 @@ def roofline_seconds(
 
 
 def forward_flops_per_image(transformer_config, latent_hw: tuple[int, int], caption_tokens: int) -> float:
-    """FLOPs of one forward pass of the transformer for one picture (one denoising step without guidance)."""
+    """FLOPs of one forward pass of the transformer for one image (one denoising step without guidance)."""
     return total_flops(transformer_ops(transformer_config, latent_hw, caption_tokens))
 
 
@@ -236,7 +236,7 @@ def training_flops_per_image(
     gradient_checkpointing: bool | float = False,
     rank: int = 4,
 ) -> float:
-    """FLOPs of forward and backward of the transformer for one picture; encoding is not in it, it happens once.
+    """FLOPs of forward and backward of the transformer for one image; encoding is not in it, it happens once.
 
     With LoRA the frozen weights get no gradients, only the inputs that lead back to an adapter do. For the model FLOPs
     utilisation (MFU) leave `gradient_checkpointing` off, whatever the run does: recomputation is no work of the model.
@@ -318,7 +318,7 @@ def _vae_block(kind: str, channels: int, pixels: float, head_dim: int, scales: S
     return ops
 
 
-def _vae_halves(config: Mapping, half: str) -> tuple[list, list, list, list]:
+def vae_halves(config: Mapping, half: str) -> tuple[list, list, list, list]:
     channels, layers = config[f"{half}_block_out_channels"], config[f"{half}_layers_per_block"]
     kinds, scales = config[f"{half}_block_types"], config[f"{half}_qkv_multiscales"]
     kinds = [kinds] * len(channels) if isinstance(kinds, str) else kinds
@@ -326,9 +326,9 @@ def _vae_halves(config: Mapping, half: str) -> tuple[list, list, list, list]:
 
 
 def vae_encode_ops(vae_config, height: int, width: int) -> list[Op]:
-    """The products of AutoencoderDC.encode for one picture of `height` x `width` pixels."""
+    """The products of AutoencoderDC.encode for one image of `height` x `width` pixels."""
     c = _config(vae_config)
-    channels, layers, kinds, scales = _vae_halves(c, "encoder")
+    channels, layers, kinds, scales = vae_halves(c, "encoder")
     unshuffle = c.get("downsample_block_type", "pixel_unshuffle") == "pixel_unshuffle"
     pixels = float(height * width)
 
@@ -353,9 +353,9 @@ def vae_encode_ops(vae_config, height: int, width: int) -> list[Op]:
 
 
 def vae_decode_ops(vae_config, height: int, width: int) -> list[Op]:
-    """The products of AutoencoderDC.decode, whole, for one picture of `height` x `width` pixels."""
+    """The products of AutoencoderDC.decode, whole, for one image of `height` x `width` pixels."""
     c = _config(vae_config)
-    channels, layers, kinds, scales = _vae_halves(c, "decoder")
+    channels, layers, kinds, scales = vae_halves(c, "decoder")
     interpolate = c.get("upsample_block_type", "pixel_shuffle") == "interpolate"
     halvings = sum(1 for i, count in enumerate(layers) if i < len(channels) - 1 and count > 0) + int(layers[0] == 0)
     pixels = height * width / 4.0**halvings

@@ -49,7 +49,7 @@ def _name_cpu_to_accelerate() -> None:
 def process_group_handlers(timeout_seconds: int = 7500) -> list:
     """kwargs_handlers for `Accelerator`: backend gloo on a CPU-only host, else the device's own, and a long timeout.
 
-    The timeout covers the waits of other ranks while one encodes the last pictures or writes a checkpoint. It is
+    The timeout covers the waits of other ranks while one encodes the last images or writes a checkpoint. It is
     longer than the launcher's HCCL_EXEC_TIMEOUT (7200 s), so that HCCL reports a stuck collective first.
     """
     from datetime import timedelta
@@ -149,7 +149,7 @@ class Ranks:
         torch.distributed.all_gather_object(values, value, group=self.group)
         return values
 
-    def together(self, action: Callable, checks_input: bool = False):
+    def run_on_all(self, action: Callable, checks_input: bool = False):
         """Run `action` on every rank; if it fails anywhere, it fails everywhere. Returns this rank's result.
 
         Args:
@@ -190,7 +190,7 @@ class Ranks:
 EXIT_INTERRUPTED = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
-class StopRequest:
+class StopSignal:
     """SIGTERM and SIGINT ask for a stop after the current step; all ranks agree on which step that is.
 
     Every step adds up one flag over the ranks and copies it to the host without waiting; the sum of two steps ago is

@@ -7,8 +7,8 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; the message names the file and what is left."""
 
 
-class PictureError(ValueError):
-    """One picture that cannot be used; the message names it and the reason."""
+class ImageError(ValueError):
+    """One image that cannot be used; the message names it and the reason."""
 
 
 class StoreError(RuntimeError):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 @contextmanager
-def locked_output_dir(output_dir: Path, enabled: bool = True, flag: str = "--output_dir"):
+def lock_folder(output_dir: Path, enabled: bool = True, flag: str = "--output_dir"):
     """Hold the output folder for this run; a crash releases it, since the lock belongs to the open file.
 
     Raises:
@@ -123,7 +123,7 @@ def _umask() -> int:
     return mask
 
 
-def give_usual_mode(paths: Iterable[Path]) -> None:
+def apply_umask(paths: Iterable[Path]) -> None:
     """Give files the permissions that the umask leaves to new ones.
 
     safetensors >= 0.8 writes files that only their owner may read: on a folder shared by machines or people the others

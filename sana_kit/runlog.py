@@ -36,7 +36,7 @@ class PhaseClock:
         self._last = now
 
     def __str__(self) -> str:
-        """e.g. '9.1 s: imports 4.0, pictures 1.1, model 4.0'."""
+        """e.g. '9.1 s: imports 4.0, images 1.1, model 4.0'."""
         parts = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.seconds.items())
         return f"{sum(self.seconds.values()):.1f} s: {parts}"
 

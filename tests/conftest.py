@@ -1,4 +1,4 @@
-"""Fixtures: a tiny real SANA pipeline and small picture sets, made once per session; a runner for the real scripts."""
+"""Fixtures: a tiny real SANA pipeline and small image sets, made once per session; a runner for the real scripts."""
 
 import os
 import subprocess
@@ -20,9 +20,9 @@ def tiny_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def picture_folder(tmp_path_factory):
-    """Six pictures with a caption file each."""
-    return tiny.write_picture_folder(tmp_path_factory.mktemp("pictures") / "folder")
+def image_folder(tmp_path_factory):
+    """Six images with a caption file each."""
+    return tiny.write_image_folder(tmp_path_factory.mktemp("images") / "folder")
 
 
 @pytest.fixture(scope="session")

@@ -98,9 +98,9 @@ def main(args):
 
     # Four squares of one colour each, (4, 3, 64, 64) in [-1, 1], as latents (4, C, 8, 8); embeddings (4, 12, D).
     generator = torch.Generator().manual_seed(args.seed)
-    pictures = torch.rand(4, 3, 1, 1, generator=generator).expand(4, 3, 64, 64) * 2 - 1
+    images = torch.rand(4, 3, 1, 1, generator=generator).expand(4, 3, 64, 64) * 2 - 1
     with torch.no_grad():
-        latents = vae.encode(pictures.to(vae.dtype)).latent * vae.config.scaling_factor
+        latents = vae.encode(images.to(vae.dtype)).latent * vae.config.scaling_factor
     embeddings = torch.randn(4, 12, transformer.config.caption_channels, generator=generator)
     data = torch.utils.data.DataLoader(list(zip(latents.float(), embeddings, strict=True)), batch_size=1)
 

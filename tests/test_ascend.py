@@ -76,10 +76,10 @@ def assert_all_true(found):
 
 @pytest.fixture(scope="session")
 def checks(ascend, tiny_model, tmp_path_factory):
-    """What tests/ascend/device_checks.py found, and the pictures that it drew."""
+    """What tests/ascend/device_checks.py found, and the images that it drew."""
     folder = tmp_path_factory.mktemp("ascend")
     run([sys.executable, KIT / "tests/ascend/device_checks.py", folder, tiny_model], ascend())
-    return {**json.loads((folder / "checks.json").read_text()), "pictures": dict(np.load(folder / "pictures.npz"))}
+    return {**json.loads((folder / "checks.json").read_text()), "images": dict(np.load(folder / "images.npz"))}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -161,14 +161,14 @@ def test_memory_figures(checks):
 
 
 @pytest.mark.parametrize("dtype, largest, mean", [("float32", 2e-5, 1e-6), ("bfloat16", 0.08, 0.004)])
-def test_pipeline_draws_the_cpus_pictures(checks, tiny_model, dtype, largest, mean):
+def test_pipeline_draws_the_cpus_images(checks, tiny_model, dtype, largest, mean):
     """diffusers' attention, the kit's with torch's operator, and with Ascend's, against diffusers' on the CPU."""
     from diffusers import SanaPipeline
 
     pipeline = SanaPipeline.from_pretrained(tiny_model, torch_dtype=getattr(torch, dtype))
     expected = device_checks.draw(pipeline)
     for attention in ("diffusers", "sdpa", "npu_fusion"):
-        difference = np.abs(checks["pictures"][f"{attention}_{dtype}"] - expected)
+        difference = np.abs(checks["images"][f"{attention}_{dtype}"] - expected)
         assert difference.max() <= largest and difference.mean() <= mean, (attention, difference.max())
     # 2 layers x 3 steps, guidance in one batch: for each dtype once by torch's operator, once by Ascend's
     assert checks["pipeline_kernels"]["aclnnFlashAttentionScore"] == 2 * 2 * 2 * 3
@@ -270,7 +270,7 @@ def warm(ascend, trained, tiny_model, parquet_dataset, tmp_path_factory):
 
 
 def test_training_on_npus_equals_the_cpus(trained, tiny_model, parquet_dataset, tmp_path):
-    """ZeRO-2 in bf16, encoding included: the same pictures, noise and steps give the same adapter, up to rounding."""
+    """ZeRO-2 in bf16, encoding included: the same images, noise and steps give the same adapter, up to rounding."""
     environment = {**script_environment(), "PYTHON": sys.executable}
     expected = train(tmp_path / "cpu", environment, tiny_model, parquet_dataset)
     assert [s["step"] for s in trained["steps"]] == [s["step"] for s in expected] == list(range(1, STEPS + 1))
@@ -306,11 +306,11 @@ def test_training_dtypes(trained, warm):
         assert whole_numbers < 10 * STEPS and whole_numbers < 0.03 * sum(rank["operators"].values())
 
 
-def test_validation_pictures(trained):
-    pictures = sorted((trained["folder"] / "validation").rglob("*.png"))
-    assert pictures
-    for picture in pictures:
-        assert Image.open(picture).size == (64, 64) and np.asarray(Image.open(picture)).std() > 1
+def test_validation_images(trained):
+    images = sorted((trained["folder"] / "validation").rglob("*.png"))
+    assert images
+    for image in images:
+        assert Image.open(image).size == (64, 64) and np.asarray(Image.open(image)).std() > 1
 
 
 def test_resume_is_exact(ascend, trained, warm, tiny_model, parquet_dataset):
@@ -330,7 +330,7 @@ def test_resume_is_exact(ascend, trained, warm, tiny_model, parquet_dataset):
 
 
 def generate(script, output, environment, model, processes, *flags):
-    """Pictures of one of the inference scripts as {name: array}."""
+    """Images of one of the inference scripts as {name: array}."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "accelerate.commands.launch", "--num_processes", processes]
@@ -344,7 +344,7 @@ def generate(script, output, environment, model, processes, *flags):
 
 
 def test_inference_scripts(ascend, trained, tiny_model, tmp_path):
-    """Distributed with LoRA on 2 and 3 NPUs, and the single-device script: the same bytes, and the CPU's pictures."""
+    """Distributed with LoRA on 2 and 3 NPUs, and the single-device script: the same bytes, and the CPU's images."""
     lora = ["--lora_weights", trained["folder"]]
     distributed, single = "infer_sana_text2img_distrib.py", "infer_sana_text2img_lora_bf16.py"
     on_two = generate(distributed, tmp_path / "two", ascend(2), tiny_model, 2, *lora, "--attention", "npu_fusion")
@@ -360,7 +360,7 @@ def test_inference_scripts(ascend, trained, tiny_model, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", ["reference", "today"])
-def test_patched_upstream_trainer(ascend, tiny_model, picture_folder, tmp_path, version):
+def test_patched_upstream_trainer(ascend, tiny_model, image_folder, tmp_path, version):
     """diffusers' own trainer after `python patch_sana.py`: trains on 2 NPUs under ZeRO-2, saves, resumes."""
     from test_patch_sana import REFERENCE_COMMIT, STAND_IN_TRANSFORMS
 
@@ -394,13 +394,13 @@ def test_patched_upstream_trainer(ascend, tiny_model, picture_folder, tmp_path, 
     environment = ascend(2, ASCEND_EMULATED_COUNTERS=str(tmp_path / "counters-%p.json"))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
     command += ["--main_process_port", free_port(), runner, tmp_path / TRAINER]
-    command += ["--pretrained_model_name_or_path", tiny_model, "--instance_data_dir", tmp_path / "pictures"]
+    command += ["--pretrained_model_name_or_path", tiny_model, "--instance_data_dir", tmp_path / "images"]
     command += ["--instance_prompt", "a square", "--resolution", 64, "--train_batch_size", 1, "--seed", 0]
     command += ["--mixed_precision", "bf16", "--checkpointing_steps", 2, "--output_dir", tmp_path / "out"]
     command += ["--learning_rate", "1e-3", "--enable_npu_flash_attention"]
-    (tmp_path / "pictures").mkdir()
-    for picture in picture_folder.glob("*.png"):  # upstream opens every file of the folder
-        shutil.copy(picture, tmp_path / "pictures")
+    (tmp_path / "images").mkdir()
+    for image in image_folder.glob("*.png"):  # upstream opens every file of the folder
+        shutil.copy(image, tmp_path / "images")
     run([*command, "--max_train_steps", 2], environment)
     run([*command, "--max_train_steps", 4, "--resume_from_checkpoint", "latest"], environment)
     second, fourth = adapter(tmp_path / "out" / "checkpoint-2"), adapter(tmp_path / "out" / "checkpoint-4")

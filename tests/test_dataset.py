@@ -1,4 +1,4 @@
-"""Finding, checking, decoding and transforming pictures; run with `python -m pytest tests/test_dataset.py`."""
+"""Finding, checking, decoding and transforming images; run with `python -m pytest tests/test_dataset.py`."""
 
 import hashlib
 import io
@@ -17,11 +17,11 @@ import tiny
 import torch
 from PIL import Image
 
-from sana_kit.data.decode import PICTURE_SUFFIXES, decode_picture, inspect_picture
-from sana_kit.data.discover import load_class_pictures, load_pictures
-from sana_kit.data.image_set import check_pictures, concat, prefetch
+from sana_kit.data.decode import IMAGE_SUFFIXES, decode_image, inspect_image
+from sana_kit.data.discover import load_class_images, load_images
+from sana_kit.data.image_set import check_images, concat, prefetch
 from sana_kit.data.transform import apply_transform, plan_transform, transform
-from sana_kit.errors import PictureError
+from sana_kit.errors import ImageError
 
 
 def encoded(image, kind="PNG", **options):
@@ -31,7 +31,7 @@ def encoded(image, kind="PNG", **options):
 
 
 def photo(width=48, height=32, seed=0):
-    """A smooth random RGB picture: JPEG keeps it nearly as it is."""
+    """A smooth random RGB image: JPEG keeps it nearly as it is."""
     small = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -62,62 +62,62 @@ def bomb(side=50_000):
 # Sources
 
 
-def test_picture_folder_gives_each_picture_its_caption_and_tells_other_files_once(tmp_path):
-    folder = tiny.write_picture_folder(tmp_path / "with spaces und Umlaut ü 图", count=3)
+def test_image_folder_gives_each_image_its_caption_and_tells_other_files_once(tmp_path):
+    folder = tiny.write_image_folder(tmp_path / "with spaces und Umlaut ü 图", count=3)
     (folder / "notes.md").write_text("x")
     (folder / ".hidden.png").write_bytes(b"x")
-    (folder / "orphan.txt").write_text("no picture of this name")
+    (folder / "orphan.txt").write_text("no image of this name")
     (folder / "sub").mkdir()
-    pictures = load_pictures(instance_data_dir=str(folder))
-    assert pictures.names == ["picture_00.png", "picture_01.png", "picture_02.png"]
-    assert pictures.captions == [caption for _, caption in tiny.make_pictures(3)]
-    assert [np.array_equal(pictures.load(i), p) for i, (p, _) in enumerate(tiny.make_pictures(3))] == [True] * 3
-    assert pictures.source_hash(1) == hashlib.sha256((folder / "picture_01.png").read_bytes()).hexdigest()
-    assert pictures.report["other files skipped"] == 2
-    told = [n for n in pictures.notes if "notes.md" in n and "orphan.txt" in n]
-    assert len(told) == 1 and len(pictures.notes) == 1
+    images = load_images(instance_data_dir=str(folder))
+    assert images.names == ["image_00.png", "image_01.png", "image_02.png"]
+    assert images.captions == [caption for _, caption in tiny.make_images(3)]
+    assert [np.array_equal(images.load(i), p) for i, (p, _) in enumerate(tiny.make_images(3))] == [True] * 3
+    assert images.source_hash(1) == hashlib.sha256((folder / "image_01.png").read_bytes()).hexdigest()
+    assert images.report["other files skipped"] == 2
+    told = [n for n in images.notes if "notes.md" in n and "orphan.txt" in n]
+    assert len(told) == 1 and len(images.notes) == 1
 
 
 def test_parquet_folder_with_and_without_the_extra_files(tmp_path):
     with_extras = tiny.write_parquet_dataset(tmp_path / "a", extras=True)
     without = tiny.write_parquet_dataset(tmp_path / "b", extras=False)
-    captions = [caption for _, caption in tiny.make_pictures(6)]
+    captions = [caption for _, caption in tiny.make_images(6)]
     for folder in (with_extras, without, without / "data" / "train-001.parquet"):
-        pictures = load_pictures(dataset_name=str(folder), caption_column="text")
-        assert pictures.captions == captions
-        assert pictures.names == [f"train[{i}]" for i in range(6)]
-        assert np.array_equal(pictures.load(4), tiny.make_pictures(6)[4][0])
+        images = load_images(dataset_name=str(folder), caption_column="text")
+        assert images.captions == captions
+        assert images.names == [f"train[{i}]" for i in range(6)]
+        assert np.array_equal(images.load(4), tiny.make_images(6)[4][0])
     # The extra files may hold anything: they are never parsed.
     (with_extras / "dataset_infos.json").write_text("{broken")
     (with_extras / "README.MD").write_text("---\nconfigs: [\n")
-    assert load_pictures(dataset_name=str(with_extras), caption_column="text").captions == captions
+    assert load_images(dataset_name=str(with_extras), caption_column="text").captions == captions
 
 
 def test_parquet_at_the_top_in_several_files_and_row_groups(tmp_path):
-    images = [photo(seed=k) for k in range(10)]
-    for number, part in enumerate((images[:4], images[4:])):
-        columns = {"image": image_cells(part), "text": [f"picture {number} {k}" for k in range(len(part))]}
+    photos = [photo(seed=k) for k in range(10)]
+    for number, part in enumerate((photos[:4], photos[4:])):
+        columns = {"image": image_cells(part), "text": [f"image {number} {k}" for k in range(len(part))]}
         write_parquet(tmp_path, columns, f"train-{number:05d}-of-00002.parquet", row_group_size=3)
-    write_parquet(tmp_path, {"image": image_cells(images[:1]), "text": ["t"]}, "test-00000-of-00001.parquet")
-    pictures = load_pictures(dataset_name=str(tmp_path), caption_column="text")
-    assert pictures.captions[3:5] == ["picture 0 3", "picture 1 0"]
+    write_parquet(tmp_path, {"image": image_cells(photos[:1]), "text": ["t"]}, "test-00000-of-00001.parquet")
+    images = load_images(dataset_name=str(tmp_path), caption_column="text")
+    assert images.captions[3:5] == ["image 0 3", "image 1 0"]
     order = [9, 0, 5, 3, 4, 8, 1]
     with ThreadPoolExecutor(4) as pool:
-        loaded = list(pool.map(pictures.load, order))
-    assert all(np.array_equal(a, images[k]) for a, k in zip(loaded, order, strict=True))
+        loaded = list(pool.map(images.load, order))
+    assert all(np.array_equal(a, photos[k]) for a, k in zip(loaded, order, strict=True))
 
 
-def test_binary_column_and_first_picture_column(tmp_path):
+def test_binary_column_and_first_image_column(tmp_path):
     write_parquet(tmp_path, {"id": [1, 2], "jpg": [encoded(photo(seed=k), "JPEG") for k in (0, 1)]})
-    assert load_pictures(dataset_name=str(tmp_path), image_column=None, instance_prompt="x").size(0) == (48, 32)
-    assert load_pictures(dataset_name=str(tmp_path), image_column="jpg", instance_prompt="x").captions == ["x", "x"]
+    assert load_images(dataset_name=str(tmp_path), image_column=None, instance_prompt="x").size(0) == (48, 32)
+    assert load_images(dataset_name=str(tmp_path), image_column="jpg", instance_prompt="x").captions == ["x", "x"]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_imagefolder_with_metadata(tmp_path, kind):
-    tiny.write_picture_folder(tmp_path / "train" / "pictures", count=2, captions=False)
+    tiny.write_image_folder(tmp_path / "train" / "images", count=2, captions=False)
     rows = [
-        {"file_name": f"pictures/picture_{k:02d}.png", "text": t}
+        {"file_name": f"images/image_{k:02d}.png", "text": t}
         for k, t in enumerate(['a "quoted", caption', "b\u2028c"])
     ]
     path = tmp_path / "train" / f"metadata.{kind}"
@@ -125,34 +125,34 @@ def test_imagefolder_with_metadata(tmp_path, kind):
         path.write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n\n", encoding="utf-8-sig")
     elif kind == "csv":
         path.write_text(
-            'file_name,text\npictures/picture_00.png,"a ""quoted"", caption"\n"pictures/picture_01.png",b\u2028c\n'
+            'file_name,text\nimages/image_00.png,"a ""quoted"", caption"\n"images/image_01.png",b\u2028c\n'
         )
     else:
         pq.write_table(pa.table({k: [r[k] for r in rows] for k in rows[0]}), path)
     for folder in (tmp_path, tmp_path / "train"):
-        pictures = load_pictures(dataset_name=str(folder), caption_column="text")
-        assert pictures.captions == ['a "quoted", caption', "b\u2028c"]
-        assert pictures.names == ["pictures/picture_00.png", "pictures/picture_01.png"]
+        images = load_images(dataset_name=str(folder), caption_column="text")
+        assert images.captions == ['a "quoted", caption', "b\u2028c"]
+        assert images.names == ["images/image_00.png", "images/image_01.png"]
 
 
 def test_table_that_names_files_and_may_not_lead_out(tmp_path):
-    tiny.write_picture_folder(tmp_path / "set", count=2, captions=False)
+    tiny.write_image_folder(tmp_path / "set", count=2, captions=False)
     Image.new("RGB", (8, 8)).save(tmp_path / "outside.png")
-    table = tmp_path / "set" / "pictures.jsonl"
-    table.write_text('{"image": "picture_00.png", "caption": "one"}\n{"image": "picture_01.png", "caption": "two"}\n')
-    assert load_pictures(dataset_name=str(tmp_path / "set"), caption_column="caption").captions == ["one", "two"]
+    table = tmp_path / "set" / "images.jsonl"
+    table.write_text('{"image": "image_00.png", "caption": "one"}\n{"image": "image_01.png", "caption": "two"}\n')
+    assert load_images(dataset_name=str(tmp_path / "set"), caption_column="caption").captions == ["one", "two"]
     for bad in ("../outside.png", str(tmp_path / "outside.png")):
         table.write_text(json.dumps({"image": bad, "caption": "x"}) + "\n")
         with pytest.raises(ValueError, match="row 1.*leads out"):
-            load_pictures(dataset_name=str(tmp_path / "set"), caption_column="caption")
+            load_images(dataset_name=str(tmp_path / "set"), caption_column="caption")
     table.write_text(
-        '{"image": "picture_00.png", "caption": "one"}\n{"image": broken\n{"image": null, "caption": "x"}\n'
+        '{"image": "image_00.png", "caption": "one"}\n{"image": broken\n{"image": null, "caption": "x"}\n'
     )
-    with pytest.raises(ValueError, match="pictures.jsonl, line 2: not JSON"):
-        load_pictures(dataset_name=str(tmp_path / "set"), caption_column="caption")
+    with pytest.raises(ValueError, match="images.jsonl, line 2: not JSON"):
+        load_images(dataset_name=str(tmp_path / "set"), caption_column="caption")
     table.write_text('{"image": "absent.png", "caption": "one"}\n')
     with pytest.raises(ValueError, match="absent.png: cannot be read"):
-        load_pictures(dataset_name=str(tmp_path / "set"), caption_column="caption")
+        load_images(dataset_name=str(tmp_path / "set"), caption_column="caption")
 
 
 def test_arrow_rows_are_read_by_offset_and_nulls_are_named(tmp_path):
@@ -163,19 +163,19 @@ def test_arrow_rows_are_read_by_offset_and_nulls_are_named(tmp_path):
     cells[5] = {"bytes": None, "path": None}
     dataset = datasets.Dataset(pa.table({"text": list("abcdefg"), "image": cells}))
     dataset.save_to_disk(str(tmp_path / "saved"), num_shards=3)
-    pictures = load_pictures(dataset_name=str(tmp_path / "saved"), caption_column="text", skip_bad_images=True)
-    assert pictures.captions == list("abceg") and pictures.report["bad pictures skipped"] == 2
-    assert pictures._source.spans is not None
-    assert [pictures.read(i) for i in range(5)] == [cells[k]["bytes"] for k in (0, 1, 2, 4, 6)]
-    with pytest.raises(ValueError, match=r"train\[3\]: the picture is null(.*\n)*.*train\[5\]: the picture is null"):
-        load_pictures(dataset_name=str(tmp_path / "saved"), caption_column="text")
-    shuffled = load_pictures_of(dataset.select([6, 0]), tmp_path / "chosen")
+    images = load_images(dataset_name=str(tmp_path / "saved"), caption_column="text", skip_bad_images=True)
+    assert images.captions == list("abceg") and images.report["bad images skipped"] == 2
+    assert images._source.spans is not None
+    assert [images.read(i) for i in range(5)] == [cells[k]["bytes"] for k in (0, 1, 2, 4, 6)]
+    with pytest.raises(ValueError, match=r"train\[3\]: the image is null(.*\n)*.*train\[5\]: the image is null"):
+        load_images(dataset_name=str(tmp_path / "saved"), caption_column="text")
+    shuffled = load_images_of(dataset.select([6, 0]), tmp_path / "chosen")
     assert [shuffled.read(i) for i in range(2)] == [cells[6]["bytes"], cells[0]["bytes"]]
 
 
-def load_pictures_of(dataset, folder):
+def load_images_of(dataset, folder):
     dataset.save_to_disk(str(folder))
-    return load_pictures(dataset_name=str(folder), caption_column="text")
+    return load_images(dataset_name=str(folder), caption_column="text")
 
 
 @pytest.mark.parametrize("form", ["dataset", "dict"])
@@ -188,10 +188,10 @@ def test_save_to_disk_folder(tmp_path, form):
     (datasets.DatasetDict({"validation": dataset}) if form == "dict" else dataset).save_to_disk(
         str(tmp_path / "saved")
     )
-    pictures = load_pictures(dataset_name=str(tmp_path / "saved"), caption_column="text", repeats=2)
-    assert pictures.captions == ["a", "a", "b", "b", "c", "c"]
-    again = pickle.loads(pickle.dumps(pictures))
-    assert np.array_equal(again.load(5), photo(seed=2)) and again.source_hash(5) == pictures.source_hash(4)
+    images = load_images(dataset_name=str(tmp_path / "saved"), caption_column="text", repeats=2)
+    assert images.captions == ["a", "a", "b", "b", "c", "c"]
+    again = pickle.loads(pickle.dumps(images))
+    assert np.array_equal(again.load(5), photo(seed=2)) and again.source_hash(5) == images.source_hash(4)
     assert again.name(5) == ("validation[2]" if form == "dict" else "train[2]")
 
 
@@ -210,37 +210,35 @@ def test_hub_data_set_runs_no_script_and_takes_the_right_split(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     for splits, expected in (({"test": one, "train": two}, 2), ({"test": one}, 1)):
         answers["splits"] = datasets.DatasetDict(splits)
-        assert len(load_pictures(dataset_name="someone/set", caption_column="text")) == expected
+        assert len(load_images(dataset_name="someone/set", caption_column="text")) == expected
         assert answers["flag"] is False
     answers["splits"] = datasets.DatasetDict({"test": one, "validation": two})
     with pytest.raises(ValueError, match="none is 'train': test, validation"):
-        load_pictures(dataset_name="someone/set", caption_column="text")
+        load_images(dataset_name="someone/set", caption_column="text")
 
 
 def test_local_splits(tmp_path):
     for split in ("test", "validation"):
         write_parquet(tmp_path, {"image": image_cells([photo()]), "text": ["x"]}, f"data/{split}-0.parquet")
     with pytest.raises(ValueError, match="none is 'train': test, validation"):
-        load_pictures(dataset_name=str(tmp_path), caption_column="text")
+        load_images(dataset_name=str(tmp_path), caption_column="text")
     (tmp_path / "data" / "validation-0.parquet").unlink()
-    assert load_pictures(dataset_name=str(tmp_path), caption_column="text").names == ["test[0]"]
+    assert load_images(dataset_name=str(tmp_path), caption_column="text").names == ["test[0]"]
 
 
 def test_config_is_a_subfolder(tmp_path):
     write_parquet(tmp_path, {"image": image_cells([photo()]), "text": ["x"]}, "small/train-0.parquet")
-    assert len(load_pictures(dataset_name=str(tmp_path), dataset_config_name="small", caption_column="text")) == 1
+    assert len(load_images(dataset_name=str(tmp_path), dataset_config_name="small", caption_column="text")) == 1
     with pytest.raises(ValueError, match="--dataset_config_name=large: no such subfolder.*present: small"):
-        load_pictures(dataset_name=str(tmp_path), dataset_config_name="large", caption_column="text")
+        load_images(dataset_name=str(tmp_path), dataset_config_name="large", caption_column="text")
 
 
-def test_class_pictures(tmp_path):
-    folder = tiny.write_picture_folder(tmp_path / "class", count=5)
-    assert load_class_pictures(str(folder), "a dog", 3).captions == ["a dog"] * 3
-    assert (
-        len(load_class_pictures(str(folder), "a dog", 9)) == len(load_class_pictures(str(folder), "a dog", None)) == 5
-    )
+def test_class_images(tmp_path):
+    folder = tiny.write_image_folder(tmp_path / "class", count=5)
+    assert load_class_images(str(folder), "a dog", 3).captions == ["a dog"] * 3
+    assert len(load_class_images(str(folder), "a dog", 9)) == len(load_class_images(str(folder), "a dog", None)) == 5
     with pytest.raises(ValueError, match="--class_data_dir=.*no such folder"):
-        load_class_pictures(str(tmp_path / "absent"), "a dog", 3)
+        load_class_images(str(tmp_path / "absent"), "a dog", 3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,18 +249,18 @@ def test_empty_captions_take_the_instance_prompt_and_are_counted(tmp_path):
     texts = ["a cat", None, "", "  \n\t ", "a dog"]
     write_parquet(tmp_path, {"image": image_cells([photo(seed=k) for k in range(5)]), "text": texts})
     arguments = {"dataset_name": str(tmp_path), "caption_column": "text"}
-    pictures = load_pictures(**arguments, instance_prompt="sks")
-    assert pictures.captions == ["a cat", "sks", "sks", "sks", "a dog"]
-    assert pictures.report["captions from instance_prompt"] == 3
-    with pytest.raises(ValueError, match=r"3 picture\(s\) have no caption.*train\[1\], train\[2\], train\[3\]"):
-        load_pictures(**arguments)
+    images = load_images(**arguments, instance_prompt="sks")
+    assert images.captions == ["a cat", "sks", "sks", "sks", "a dog"]
+    assert images.report["captions from instance_prompt"] == 3
+    with pytest.raises(ValueError, match=r"3 image\(s\) have no caption.*train\[1\], train\[2\], train\[3\]"):
+        load_images(**arguments)
 
 
 def test_no_caption_column_means_the_instance_prompt(parquet_dataset):
-    pictures = load_pictures(dataset_name=str(parquet_dataset), instance_prompt="a sks dog")
-    assert pictures.captions == ["a sks dog"] * 6 and any("instance prompt" in n for n in pictures.notes)
+    images = load_images(dataset_name=str(parquet_dataset), instance_prompt="a sks dog")
+    assert images.captions == ["a sks dog"] * 6 and any("instance prompt" in n for n in images.notes)
     with pytest.raises(ValueError, match="no captions: give --instance_prompt, or --caption_column"):
-        load_pictures(dataset_name=str(parquet_dataset))
+        load_images(dataset_name=str(parquet_dataset))
 
 
 def test_unusual_captions_arrive_unchanged(tmp_path):
@@ -273,24 +271,24 @@ def test_unusual_captions_arrive_unchanged(tmp_path):
         photo(seed=k).save(folder / f"{k}.png")
         (folder / f"{k}.txt").write_text(text, encoding="utf-8-sig" if k == 3 else "utf-8")
     expected = [t.strip() for t in texts]
-    assert load_pictures(instance_data_dir=str(folder)).captions == expected and len(expected[0]) > 10_000
+    assert load_images(instance_data_dir=str(folder)).captions == expected and len(expected[0]) > 10_000
     write_parquet(tmp_path / "table", {"image": image_cells([photo()] * len(texts)), "text": texts})
-    assert load_pictures(dataset_name=str(tmp_path / "table"), caption_column="text").captions == expected
+    assert load_images(dataset_name=str(tmp_path / "table"), caption_column="text").captions == expected
 
 
 def test_caption_that_is_not_utf8_is_named(tmp_path):
     photo().save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes("Füchse".encode("latin-1"))
     with pytest.raises(ValueError, match="caption a.txt cannot be read as UTF-8"):
-        load_pictures(instance_data_dir=str(tmp_path))
+        load_images(instance_data_dir=str(tmp_path))
 
 
 def test_caption_lists_are_dealt_out_over_the_repeats(tmp_path):
     texts = [["a", " ", "b"], ["c"], [], ["d", "e", "f"]]
     write_parquet(tmp_path, {"image": image_cells([photo(seed=k) for k in range(4)]), "text": texts})
     arguments = {"dataset_name": str(tmp_path), "caption_column": "text", "instance_prompt": "x"}
-    assert load_pictures(**arguments).captions == ["a", "c", "x", "d"]
-    assert load_pictures(**arguments, repeats=3).captions == [
+    assert load_images(**arguments).captions == ["a", "c", "x", "d"]
+    assert load_images(**arguments, repeats=3).captions == [
         "a",
         "b",
         "a",
@@ -304,17 +302,17 @@ def test_caption_lists_are_dealt_out_over_the_repeats(tmp_path):
         "e",
         "f",
     ]
-    assert load_pictures(**arguments).report["pictures with several captions"] == 2
+    assert load_images(**arguments).report["images with several captions"] == 2
 
 
-def test_two_pictures_of_one_name_share_the_caption_file(tmp_path):
+def test_two_images_of_one_name_share_the_caption_file(tmp_path):
     photo(seed=0).save(tmp_path / "a.png")
     photo(seed=1).save(tmp_path / "a.jpg")
     (tmp_path / "a.txt").write_text("both")
-    pictures = load_pictures(instance_data_dir=str(tmp_path))
-    assert (pictures.names, pictures.captions) == (["a.jpg", "a.png"], ["both", "both"])
-    assert pictures.report["captions shared by pictures of one name"] == 1
-    assert pictures.source_hash(0) != pictures.source_hash(1)
+    images = load_images(instance_data_dir=str(tmp_path))
+    assert (images.names, images.captions) == (["a.jpg", "a.png"], ["both", "both"])
+    assert images.report["captions shared by images of one name"] == 1
+    assert images.source_hash(0) != images.source_hash(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,12 +333,12 @@ def test_two_pictures_of_one_name_share_the_caption_file(tmp_path):
 )
 def test_wrong_flags(arguments, message):
     with pytest.raises(ValueError, match=message):
-        load_pictures(**arguments)
+        load_images(**arguments)
 
 
 def test_all_problems_come_at_once():
     with pytest.raises(ValueError) as caught:
-        load_pictures(repeats=0)
+        load_images(repeats=0)
     assert "--repeats=0" in str(caught.value) and "--dataset_name and --instance_data_dir" in str(caught.value)
 
 
@@ -354,56 +352,54 @@ def test_unknown_hub_name_offline(monkeypatch):
     with pytest.raises(
         ValueError, match=r"neither a folder here .* nor to be had from the hub \(ConnectionError: Couldn't"
     ):
-        load_pictures(dataset_name="nobody/nothing", instance_prompt="x")
+        load_images(dataset_name="nobody/nothing", instance_prompt="x")
 
 
 def test_column_errors_list_the_columns(parquet_dataset, tmp_path):
     with pytest.raises(ValueError) as caught:
-        load_pictures(dataset_name=str(parquet_dataset), image_column="picture", caption_column="caption")
+        load_images(dataset_name=str(parquet_dataset), image_column="image", caption_column="caption")
     text = str(caught.value)
-    assert "--image_column=picture: no such column" in text and "--caption_column=caption: no such column" in text
+    assert "--image_column=image: no such column" in text and "--caption_column=caption: no such column" in text
     assert text.count("columns present: image, text") == 2
     write_parquet(tmp_path, {"image": [1, 2], "text": [1.5, 2.5]})
     with pytest.raises(ValueError) as caught:
-        load_pictures(dataset_name=str(tmp_path), caption_column="text")
-    assert "it holds int64, not pictures" in str(caught.value) and "it holds double, not text" in str(caught.value)
+        load_images(dataset_name=str(tmp_path), caption_column="text")
+    assert "it holds int64, not images" in str(caught.value) and "it holds double, not text" in str(caught.value)
 
 
 def test_empty_sources(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no pictures in it"):
-        load_pictures(instance_data_dir=str(tmp_path / "empty"), instance_prompt="x")
+    with pytest.raises(ValueError, match="no images in it"):
+        load_images(instance_data_dir=str(tmp_path / "empty"), instance_prompt="x")
     with pytest.raises(ValueError, match="no data set recognised.*Present: nothing"):
-        load_pictures(dataset_name=str(tmp_path / "empty"), instance_prompt="x")
+        load_images(dataset_name=str(tmp_path / "empty"), instance_prompt="x")
     schema = pa.schema({"image": pa.struct({"bytes": pa.binary(), "path": pa.string()}), "text": pa.string()})
     pq.write_table(schema.empty_table(), tmp_path / "empty" / "train.parquet")
-    with pytest.raises(ValueError, match="the data set has no pictures"):
-        load_pictures(dataset_name=str(tmp_path / "empty"), caption_column="text")
+    with pytest.raises(ValueError, match="the data set has no images"):
+        load_images(dataset_name=str(tmp_path / "empty"), caption_column="text")
 
 
 def test_damaged_tables(tmp_path):
     path = tmp_path / "train.parquet"
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     with pytest.raises(ValueError, match="train.parquet is a Git LFS pointer; run `git lfs pull`"):
-        load_pictures(dataset_name=str(tmp_path), caption_column="text")
+        load_images(dataset_name=str(tmp_path), caption_column="text")
     write_parquet(tmp_path, {"image": image_cells([photo()]), "text": ["x"]}, "train.parquet")
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(ValueError, match="train.parquet is not a readable parquet file"):
-        load_pictures(dataset_name=str(tmp_path), caption_column="text")
+        load_images(dataset_name=str(tmp_path), caption_column="text")
 
 
-def test_null_pictures_are_named_or_skipped(tmp_path):
+def test_null_images_are_named_or_skipped(tmp_path):
     write_parquet(
         tmp_path,
         {"image": image_cells([photo(), None, photo(seed=1)]) + [{"bytes": None, "path": None}], "text": list("abcd")},
     )
     with pytest.raises(ValueError) as caught:
-        load_pictures(dataset_name=str(tmp_path), caption_column="text")
-    assert "train[1]: the picture is null" in str(caught.value) and "train[3]: the picture is null" in str(
-        caught.value
-    )
-    pictures = load_pictures(dataset_name=str(tmp_path), caption_column="text", skip_bad_images=True)
-    assert pictures.captions == ["a", "c"] and pictures.report["bad pictures skipped"] == 2
+        load_images(dataset_name=str(tmp_path), caption_column="text")
+    assert "train[1]: the image is null" in str(caught.value) and "train[3]: the image is null" in str(caught.value)
+    images = load_images(dataset_name=str(tmp_path), caption_column="text", skip_bad_images=True)
+    assert images.captions == ["a", "c"] and images.report["bad images skipped"] == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -412,7 +408,7 @@ def test_null_pictures_are_named_or_skipped(tmp_path):
 GOOD = encoded(photo(200, 200))
 BAD_FILES = {
     "zero-byte.png": b"",
-    "text.jpg": b"this is not a picture, whatever its name says",
+    "text.jpg": b"this is not an image, whatever its name says",
     "program.png": b"\x7fELF" + bytes(200),
     "script.eps.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n",
     "vector.png": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
@@ -431,68 +427,68 @@ BAD_FILES = {
 
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_bad_file_is_named_before_any_model_loads_or_skipped_and_counted(tmp_path, name):
-    folder = tiny.write_picture_folder(tmp_path / "set", count=2)
+    folder = tiny.write_image_folder(tmp_path / "set", count=2)
     (folder / name).write_bytes(BAD_FILES[name])
     try:
-        pictures = load_pictures(instance_data_dir=str(folder), instance_prompt="x")
-        message = dict(check_pictures(pictures, num_workers=2))[pictures.names.index(name)]  # what `encode` raises
-        left = pictures.without([pictures.names.index(name)])
+        images = load_images(instance_data_dir=str(folder), instance_prompt="x")
+        message = dict(check_images(images, num_workers=2))[images.names.index(name)]  # what `encode` raises
+        left = images.without([images.names.index(name)])
     except ValueError as error:
         message = str(error)
         assert "--instance_data_dir" in message and "--skip_bad_images" in message
-        left = load_pictures(instance_data_dir=str(folder), instance_prompt="x", skip_bad_images=True)
+        left = load_images(instance_data_dir=str(folder), instance_prompt="x", skip_bad_images=True)
     assert f"{name}:" in message
-    assert left.names == ["picture_00.png", "picture_01.png"] and left.report["bad pictures skipped"] == 1
-    assert check_pictures(left) == []
+    assert left.names == ["image_00.png", "image_01.png"] and left.report["bad images skipped"] == 1
+    assert check_images(left) == []
 
 
 def test_all_bad(tmp_path):
     (tmp_path / "a.png").write_bytes(b"x")
-    with pytest.raises(ValueError, match="all 1 pictures are bad"):
-        load_pictures(instance_data_dir=str(tmp_path), instance_prompt="x", skip_bad_images=True)
+    with pytest.raises(ValueError, match="all 1 images are bad"):
+        load_images(instance_data_dir=str(tmp_path), instance_prompt="x", skip_bad_images=True)
 
 
 def test_many_bad_files_are_counted_not_all_listed(tmp_path):
     for k in range(50):
         (tmp_path / f"{k:02d}.png").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"50 picture\(s\) cannot be used.*\n.*00.png.*(\n.*)*and 30 more"):
-        load_pictures(instance_data_dir=str(tmp_path), instance_prompt="x")
+    with pytest.raises(ValueError, match=r"50 image\(s\) cannot be used.*\n.*00.png.*(\n.*)*and 30 more"):
+        load_images(instance_data_dir=str(tmp_path), instance_prompt="x")
 
 
 def test_check_is_shared_out_and_finds_what_headers_do_not_show(tmp_path):
-    folder = tiny.write_picture_folder(tmp_path, count=5)
+    folder = tiny.write_image_folder(tmp_path, count=5)
     data = encoded(photo(300, 300), "JPEG")
     (folder / "cut.jpg").write_bytes(data[:-400])
-    pictures = load_pictures(instance_data_dir=str(folder), instance_prompt="x", repeats=2)
-    shares = [check_pictures(pictures, rank=r, world_size=3) for r in range(3)]
+    images = load_images(instance_data_dir=str(folder), instance_prompt="x", repeats=2)
+    shares = [check_images(images, rank=r, world_size=3) for r in range(3)]
     assert sorted(len(s) for s in shares) == [0, 0, 1]
     ((index, message),) = sum(shares, [])
-    assert pictures.name(index) == "cut.jpg" and "truncated" in message
-    left = pictures.without([index])
+    assert images.name(index) == "cut.jpg" and "truncated" in message
+    left = images.without([index])
     assert "cut.jpg" not in left.names and len(left) == 10
     assert [left.position(i) for i in range(10)] == list(range(2, 12))  # as if nothing had been skipped
 
 
-def test_picture_that_changes_under_the_run(tmp_path):
-    folder = tiny.write_picture_folder(tmp_path, count=2)
-    pictures = load_pictures(instance_data_dir=str(folder))
-    photo().save(folder / "picture_01.png")
-    pictures.load(0)
-    with pytest.raises(PictureError, match="picture_01.png: the picture changed"):
-        pictures.load(1)
-    (folder / "picture_01.png").unlink()
-    with pytest.raises(PictureError, match="picture_01.png: cannot be read"):
-        pictures.load(1)
+def test_image_that_changes_under_the_run(tmp_path):
+    folder = tiny.write_image_folder(tmp_path, count=2)
+    images = load_images(instance_data_dir=str(folder))
+    photo().save(folder / "image_01.png")
+    images.load(0)
+    with pytest.raises(ImageError, match="image_01.png: the image changed"):
+        images.load(1)
+    (folder / "image_01.png").unlink()
+    with pytest.raises(ImageError, match="image_01.png: cannot be read"):
+        images.load(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Decoding
 
 
-def test_mislabelled_picture_is_read_by_its_content(tmp_path):
+def test_mislabelled_image_is_read_by_its_content(tmp_path):
     (tmp_path / "really_a_jpeg.png").write_bytes(encoded(photo(), "JPEG"))
-    pictures = load_pictures(instance_data_dir=str(tmp_path), instance_prompt="x")
-    assert pictures.load(0).mode == "RGB" and check_pictures(pictures) == []
+    images = load_images(instance_data_dir=str(tmp_path), instance_prompt="x")
+    assert images.load(0).mode == "RGB" and check_images(images) == []
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
@@ -513,46 +509,46 @@ def test_exif_orientation(kind, value):
     exif[0x0112] = value
     options = {"JPEG": {"quality": 98, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
     data = encoded(image, kind, exif=exif, **options)
-    upright = decode_picture(data, "x")
+    upright = decode_image(data, "x")
     assert np.abs(np.array(upright).astype(int) - turned).mean() < 2
-    _, width, height, _ = inspect_picture(data, "x")
+    _, width, height, _ = inspect_image(data, "x")
     assert (width, height) == upright.size == (turned.shape[1], turned.shape[0])
 
 
 def test_broken_exif_is_ignored():
     data = encoded(photo(), "JPEG", exif=b"Exif\x00\x00garbage that is no TIFF header")
-    assert decode_picture(data, "x").size == (48, 32)
+    assert decode_image(data, "x").size == (48, 32)
 
 
 def test_colour_modes():
     grey = np.tile(np.arange(256, dtype=np.uint8), (4, 1))
     expected = np.stack([grey] * 3, -1)
-    assert np.array_equal(decode_picture(encoded(Image.fromarray(grey)), "L"), expected)
+    assert np.array_equal(decode_image(encoded(Image.fromarray(grey)), "L"), expected)
     sixteen = Image.fromarray(grey.astype(np.uint16) * 257)
     for kind in ("PNG", "TIFF"):
-        assert np.array_equal(decode_picture(encoded(sixteen, kind), "I;16"), expected), kind
+        assert np.array_equal(decode_image(encoded(sixteen, kind), "I;16"), expected), kind
     palette = photo().quantize(16)
-    assert np.array_equal(decode_picture(encoded(palette), "P"), palette.convert("RGB"))
+    assert np.array_equal(decode_image(encoded(palette), "P"), palette.convert("RGB"))
     one_bit = Image.fromarray((grey > 127).astype(np.uint8) * 255).convert("1")
-    assert set(np.unique(decode_picture(encoded(one_bit), "1"))) == {0, 255}
+    assert set(np.unique(decode_image(encoded(one_bit), "1"))) == {0, 255}
     cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
-    assert np.abs(np.array(decode_picture(encoded(cmyk, "JPEG", quality=98), "CMYK"))[0, 0] - (255.0, 0, 0)).max() < 6
+    assert np.abs(np.array(decode_image(encoded(cmyk, "JPEG", quality=98), "CMYK"))[0, 0] - (255.0, 0, 0)).max() < 6
 
 
 def test_alpha_is_laid_over_white():
     rgba = np.zeros((1, 3, 4), np.uint8)
     rgba[0, :, 0], rgba[0, :, 3] = 255, (0, 128, 255)
-    result = np.array(decode_picture(encoded(Image.fromarray(rgba)), "RGBA"))
+    result = np.array(decode_image(encoded(Image.fromarray(rgba)), "RGBA"))
     assert result.tolist() == [[[255, 255, 255], [255, 127, 127], [255, 0, 0]]]
     la = np.array([[[0, 0], [0, 255]]], np.uint8)
-    assert np.array(decode_picture(encoded(Image.fromarray(la)), "LA"))[0, :, 0].tolist() == [255, 0]
+    assert np.array(decode_image(encoded(Image.fromarray(la)), "LA"))[0, :, 0].tolist() == [255, 0]
     palette = Image.new("P", (2, 1))
     palette.putpalette([0, 0, 0, 10, 20, 30])
     palette.putdata([0, 1])
-    assert np.array(decode_picture(encoded(palette, transparency=0), "P")).tolist() == [[[255] * 3, [10, 20, 30]]]
+    assert np.array(decode_image(encoded(palette, transparency=0), "P")).tolist() == [[[255] * 3, [10, 20, 30]]]
     keyed = Image.new("RGB", (2, 1), (1, 2, 3))
     keyed.putpixel((1, 0), (9, 9, 9))
-    assert np.array(decode_picture(encoded(keyed, transparency=(1, 2, 3)), "RGB")).tolist() == [[[255] * 3, [9] * 3]]
+    assert np.array(decode_image(encoded(keyed, transparency=(1, 2, 3)), "RGB")).tolist() == [[[255] * 3, [9] * 3]]
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
@@ -562,13 +558,13 @@ def test_of_an_animation_the_first_frame(tmp_path, kind):
         frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {})
     )
     (tmp_path / f"moving.{kind.lower()}").write_bytes(data)
-    pictures = load_pictures(instance_data_dir=str(tmp_path), instance_prompt="x")
-    assert np.array(pictures.load(0))[0, 0].tolist() == [255, 0, 0]
-    assert pictures.report["animations, first frame taken"] == 1
+    images = load_images(instance_data_dir=str(tmp_path), instance_prompt="x")
+    assert np.array(images.load(0))[0, 0].tolist() == [255, 0, 0]
+    assert images.report["animations, first frame taken"] == 1
 
 
 def test_every_listed_ending_is_offered_to_a_decoder():
-    assert {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"} <= set(PICTURE_SUFFIXES)
+    assert {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"} <= set(IMAGE_SUFFIXES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -632,9 +628,9 @@ def test_tiny_and_extreme_sizes(size):
 # The set
 
 
-def test_concat_keeps_each_sets_captions_pictures_and_decisions(tmp_path):
-    first = load_pictures(instance_data_dir=str(tiny.write_picture_folder(tmp_path / "a", count=3)), repeats=2)
-    second = load_class_pictures(str(tiny.write_picture_folder(tmp_path / "b", count=2, size=90)), "class", 2)
+def test_concat_keeps_each_sets_captions_images_and_decisions(tmp_path):
+    first = load_images(instance_data_dir=str(tiny.write_image_folder(tmp_path / "a", count=3)), repeats=2)
+    second = load_class_images(str(tiny.write_image_folder(tmp_path / "b", count=2, size=90)), "class", 2)
     both = pickle.loads(pickle.dumps(concat(first, second)))
     assert both.captions == first.captions + ["class"] * 2 and len(both) == 8
     assert both.size(7) == second.size(1) and both.source_hash(6) == second.source_hash(0)
@@ -660,6 +656,6 @@ def test_memory_of_a_set_is_hashes_sizes_names_and_captions(tmp_path):
         {"image": image_cells([photo(300, 300, k) for k in range(40)]), "text": ["x"] * 40},
         row_group_size=10,
     )
-    pictures = load_pictures(dataset_name=str(tmp_path), caption_column="text")
+    images = load_images(dataset_name=str(tmp_path), caption_column="text")
     assert os.path.getsize(tmp_path / "data" / "train-001.parquet") > 40 * 10_000
-    assert len(pickle.dumps(pictures)) < 40 * 150 + 2000
+    assert len(pickle.dumps(images)) < 40 * 150 + 2000

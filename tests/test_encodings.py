@@ -20,11 +20,11 @@ import pytest
 import tiny
 import torch
 
-from sana_kit.data.discover import load_pictures
+from sana_kit.data.discover import load_images
 from sana_kit.data.image_set import concat
 from sana_kit.data.transform import transform
 from sana_kit.encodings.encode import encode
-from sana_kit.encodings.missing import encode_pixels, group_size, pictures_that_fit
+from sana_kit.encodings.missing import encode_pixels, group_size, images_that_fit
 from sana_kit.encodings.prompts import collate_prompt_embeds, encode_prompts
 from sana_kit.errors import EncodingStopped, StoreError
 from sana_kit.models.folder import component_identity, vae_geometry
@@ -57,7 +57,7 @@ def pipeline(tiny_model):
 def run(tmp_path, state, tiny_model):
     """A function that encodes into a store of the test's own."""
 
-    def call(pictures, **changes):
+    def call(images, **changes):
         arguments = {
             "accelerator": state,
             "pretrained_model_name_or_path": str(tiny_model),
@@ -65,7 +65,7 @@ def run(tmp_path, state, tiny_model):
             "resolution": 64,
             "num_workers": 2,
         }
-        return encode(pictures, **{**arguments, **changes})
+        return encode(images, **{**arguments, **changes})
 
     return call
 
@@ -136,33 +136,33 @@ def test_negative_prompt_is_encoded_as_by_the_pipeline(pipeline):
     )
 
 
-def test_cut_captions_and_enlarged_pictures_are_told(run, tmp_path):
-    folder = tiny.write_picture_folder(tmp_path / "set", count=3)
-    (folder / "picture_01.txt").write_text("square circle " * 800, encoding="utf-8")
-    tiny.make_pictures(1, size=40)[0][0].save(folder / "picture_02.png")
-    encoded = run(load_pictures(instance_data_dir=str(folder)), max_sequence_length=50)
+def test_cut_captions_and_enlarged_images_are_told(run, tmp_path):
+    folder = tiny.write_image_folder(tmp_path / "set", count=3)
+    (folder / "image_01.txt").write_text("square circle " * 800, encoding="utf-8")
+    tiny.make_images(1, size=40)[0][0].save(folder / "image_02.png")
+    encoded = run(load_images(instance_data_dir=str(folder)), max_sequence_length=50)
     assert encoded.prompt_tokens()[1] == 50 > encoded.prompt_tokens()[0]
     assert [m[:40] for m in encoded.messages] == [
         "1 caption(s) reach --max_sequence_length",
-        "1 picture(s) are smaller than --resoluti",
+        "1 image(s) are smaller than --resoluti",
     ]
 
 
-def test_pictures_too_large_for_one_pass_are_encoded_in_tiles(run, picture_folder, tiny_model, tmp_path, monkeypatch):
+def test_images_too_large_for_one_pass_are_encoded_in_tiles(run, image_folder, tiny_model, tmp_path, monkeypatch):
     from diffusers import AutoencoderDC
 
     vae = AutoencoderDC.from_pretrained(tiny_model, subfolder="vae")
-    pictures = load_pictures(instance_data_dir=str(picture_folder))
-    whole = run(pictures, resolution=192, vae_dtype=torch.float32, store_dir=str(tmp_path / "whole"))
+    images = load_images(instance_data_dir=str(image_folder))
+    whole = run(images, resolution=192, vae_dtype=torch.float32, store_dir=str(tmp_path / "whole"))
     for name, value in (("WHOLE_ENCODE_SIDE", 128), ("ENCODE_TILE", 128), ("ENCODE_STRIDE", 96)):
         monkeypatch.setattr(f"sana_kit.encodings.missing.{name}", value)
-    tiled = run(pictures, resolution=192, vae_dtype=torch.float32)
-    for i in range(len(pictures)):
+    tiled = run(images, resolution=192, vae_dtype=torch.float32)
+    for i in range(len(images)):
         a, b = whole.latents(i), tiled.latents(i)
         assert a.shape == b.shape == (4, 24, 24)
         assert not torch.equal(a, b)
         plan = {"resolution": 192, "center_crop": False, "random_flip": False, "seed": 0, "index": i}
-        corner = transform(pictures.load(i), **plan)[:, :128, :128]
+        corner = transform(images.load(i), **plan)[:, :128, :128]
         with torch.no_grad():
             alone = vae.encode(corner[None]).latent[0] * vae.config.scaling_factor
         # The first tile up to the overlap is that tile encoded alone (the VAE's attention sees no more than the tile).
@@ -170,45 +170,45 @@ def test_pictures_too_large_for_one_pass_are_encoded_in_tiles(run, picture_folde
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_latents_are_the_vaes_times_the_scaling_factor(run, picture_folder, tiny_model, dtype):
+def test_latents_are_the_vaes_times_the_scaling_factor(run, image_folder, tiny_model, dtype):
     from diffusers import AutoencoderDC
 
-    pictures = load_pictures(instance_data_dir=str(picture_folder))
-    encoded = run(pictures, vae_dtype=dtype, random_flip=True, seed=5)
+    images = load_images(instance_data_dir=str(image_folder))
+    encoded = run(images, vae_dtype=dtype, random_flip=True, seed=5)
     vae = AutoencoderDC.from_pretrained(tiny_model, subfolder="vae").to(dtype)
-    for i in range(len(pictures)):
+    for i in range(len(images)):
         decisions = {"resolution": 64, "center_crop": False, "random_flip": True, "seed": 5, "index": i}
-        pixels = transform(pictures.load(i), **decisions)
+        pixels = transform(images.load(i), **decisions)
         with torch.no_grad():
             expected = vae.encode(pixels[None].to(dtype)).latent[0] * vae.config.scaling_factor
         latents = encoded.latents(i)
         assert latents.dtype == dtype and latents.shape == (4, 8, 8)
-        # One picture here, a batch there: the convolutions may round otherwise.
+        # One image here, a batch there: the convolutions may round otherwise.
         assert (latents.float() - expected.float()).norm() < 2e-2 * expected.float().norm()
     assert encoded.scaling_factor == vae.config.scaling_factor
     assert vae_geometry(str(tiny_model)) == {"factor": 8, "latent_channels": 4, "scaling_factor": 0.41407}
 
 
-def test_each_picture_keeps_its_caption_and_each_distinct_thing_is_encoded_once(
-    run, picture_folder, parquet_dataset, pipeline
+def test_each_image_keeps_its_caption_and_each_distinct_thing_is_encoded_once(
+    run, image_folder, parquet_dataset, pipeline
 ):
-    folder = load_pictures(instance_data_dir=str(picture_folder), repeats=2)
-    table = load_pictures(dataset_name=str(parquet_dataset), instance_prompt="a dog")
-    pictures = concat(folder, table)
+    folder = load_images(instance_data_dir=str(image_folder), repeats=2)
+    table = load_images(dataset_name=str(parquet_dataset), instance_prompt="a dog")
+    images = concat(folder, table)
     encoded = run(
-        pictures,
+        images,
         center_crop=True,
         complex_human_instruction=INSTRUCTION,
         extra_prompts=[("A red Square", INSTRUCTION), ("", None), ("a dog", None)],
     )
-    assert encoded.encoded_pictures == len({pictures.source_hash(i) for i in range(len(pictures))}) == 6
-    assert encoded.encoded_prompts == 6 + 1 + 3 and encoded.reused_pictures == encoded.reused_prompts == 0
-    expected = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, pictures.captions, INSTRUCTION)
-    for i in range(len(pictures)):
+    assert encoded.encoded_images == len({images.source_hash(i) for i in range(len(images))}) == 6
+    assert encoded.encoded_prompts == 6 + 1 + 3 and encoded.reused_images == encoded.reused_prompts == 0
+    expected = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, images.captions, INSTRUCTION)
+    for i in range(len(images)):
         embeds = encoded[i]["prompt_embeds"]
         assert embeds.shape == expected[i].shape
         assert (embeds.float() - expected[i].float()).norm() <= TEXT_TOLERANCE * expected[i].float().norm()
-        assert torch.equal(embeds, encoded.prompt(pictures.captions[i], INSTRUCTION))
+        assert torch.equal(embeds, encoded.prompt(images.captions[i], INSTRUCTION))
     assert encoded.prompt_tokens().tolist() == [e.shape[0] for e in expected]
     assert torch.equal(encoded.latents(0), encoded.latents(1)) and not torch.equal(
         encoded.latents(0), encoded.latents(2)
@@ -229,15 +229,15 @@ def test_collate_pads_to_the_longest_rounded_up():
     assert collate_prompt_embeds(rows, multiple=1)[0].shape == (3, 17, 3)
 
 
-def test_result_does_not_depend_on_what_is_already_there(run, picture_folder, tmp_path):
-    pictures = load_pictures(instance_data_dir=str(picture_folder))
-    whole = run(pictures, store_dir=str(tmp_path / "whole"), vae_batch_size=4, text_batch_size=4)
-    part = pictures.without([0, 2, 3])
+def test_result_does_not_depend_on_what_is_already_there(run, image_folder, tmp_path):
+    images = load_images(instance_data_dir=str(image_folder))
+    whole = run(images, store_dir=str(tmp_path / "whole"), vae_batch_size=4, text_batch_size=4)
+    part = images.without([0, 2, 3])
     run(part, vae_batch_size=4, text_batch_size=4)
     for path in shards(tmp_path / "store", "prompts"):
         path.unlink()
-    rest = run(pictures, vae_batch_size=4, text_batch_size=4)
-    assert (rest.reused_pictures, rest.encoded_pictures, rest.encoded_prompts) == (3, 3, 6)
+    rest = run(images, vae_batch_size=4, text_batch_size=4)
+    assert (rest.reused_images, rest.encoded_images, rest.encoded_prompts) == (3, 3, 6)
     latents = [torch.equal(rest.latents(i), whole.latents(i)) for i in (0, 2, 3)]
     assert all(latents) and all(torch.equal(rest.prompt_embeds(i), whole.prompt_embeds(i)) for i in range(6))
 
@@ -246,28 +246,28 @@ def test_result_does_not_depend_on_what_is_already_there(run, picture_folder, tm
 # Found again, never stale
 
 
-def test_second_run_loads_no_model_and_serves_the_same(run, picture_folder, no_models):
-    pictures = load_pictures(instance_data_dir=str(picture_folder))
-    first = run(pictures, complex_human_instruction=INSTRUCTION)
+def test_second_run_loads_no_model_and_serves_the_same(run, image_folder, no_models):
+    images = load_images(instance_data_dir=str(image_folder))
+    first = run(images, complex_human_instruction=INSTRUCTION)
     with no_models():
-        second = run(pictures, complex_human_instruction=INSTRUCTION)
-    assert (second.encoded_pictures, second.reused_pictures) == (0, 6)
+        second = run(images, complex_human_instruction=INSTRUCTION)
+    assert (second.encoded_images, second.reused_images) == (0, 6)
     assert (second.encoded_prompts, second.reused_prompts) == (0, 6)
     assert equal(first, second)
 
 
-def test_changed_picture_caption_flag_or_model_is_encoded_anew_and_the_old_stays(run, tmp_path, tiny_model):
-    folder = tiny.write_picture_folder(tmp_path / "set", count=3)
+def test_changed_image_caption_flag_or_model_is_encoded_anew_and_the_old_stays(run, tmp_path, tiny_model):
+    folder = tiny.write_image_folder(tmp_path / "set", count=3)
 
     def now(**changes):
-        encoded = run(load_pictures(instance_data_dir=str(folder)), **changes)
-        return encoded.encoded_pictures, encoded.encoded_prompts
+        encoded = run(load_images(instance_data_dir=str(folder)), **changes)
+        return encoded.encoded_images, encoded.encoded_prompts
 
     assert now() == (3, 3)
     assert now() == (0, 0)
-    tiny.make_pictures(9)[8][0].save(folder / "picture_01.png")
+    tiny.make_images(9)[8][0].save(folder / "image_01.png")
     assert now() == (1, 0)
-    (folder / "picture_02.txt").write_text("another caption")
+    (folder / "image_02.txt").write_text("another caption")
     assert now() == (0, 1)
     assert now(resolution=48) == (3, 0)
     assert now(vae_dtype=torch.float32) == (3, 0)
@@ -276,7 +276,7 @@ def test_changed_picture_caption_flag_or_model_is_encoded_anew_and_the_old_stays
     assert now(complex_human_instruction=INSTRUCTION) == (0, 3)
     assert now(complex_human_instruction=INSTRUCTION[::-1]) == (0, 3)
     assert sum(now(random_flip=True)) > 0  # those that are flipped
-    assert now(center_crop=True)[0] == 2  # one picture is square: nothing of it is cropped, so nothing changes
+    assert now(center_crop=True)[0] == 2  # one image is square: nothing of it is cropped, so nothing changes
     assert now(seed=1)[0] > 0
     assert now() == (0, 0)  # the encodings of all these flags live beside each other
     copy = shutil.copytree(tiny_model, tmp_path / "copy")
@@ -324,34 +324,34 @@ def test_hub_models_count_by_commit(tmp_path, tiny_model, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [0, 5, 40, -1])
-def test_cut_off_shard_is_named_set_aside_and_encoded_again(run, picture_folder, tmp_path, size):
-    pictures = load_pictures(instance_data_dir=str(picture_folder))
-    first = all_of(run(pictures))
+def test_cut_off_shard_is_named_set_aside_and_encoded_again(run, image_folder, tmp_path, size):
+    images = load_images(instance_data_dir=str(image_folder))
+    first = all_of(run(images))
     (path,) = shards(tmp_path / "store", "latents")
     data = path.read_bytes()
     path.write_bytes(data[:size])
-    again = run(pictures)
-    assert (again.encoded_pictures, again.encoded_prompts) == (6, 0)
+    again = run(images)
+    assert (again.encoded_images, again.encoded_prompts) == (6, 0)
     assert any(path.name in m and "damaged" in m for m in again.messages)
     assert path.with_name(path.name + ".damaged").exists() and not path.exists()
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(first, all_of(again), strict=True))
 
 
-def test_foreign_and_garbage_files_in_the_store(run, picture_folder, tmp_path):
+def test_foreign_and_garbage_files_in_the_store(run, image_folder, tmp_path):
     from safetensors.torch import save_file
 
-    pictures = load_pictures(instance_data_dir=str(picture_folder))
+    images = load_images(instance_data_dir=str(image_folder))
     (tmp_path / "store" / "latents").mkdir(parents=True)
     save_file({"x": torch.zeros(3)}, tmp_path / "store" / "latents" / "foreign.safetensors")
     (tmp_path / "store" / "latents" / "garbage.safetensors").write_bytes(os.urandom(5000))
     (tmp_path / "store" / "latents" / "notes.txt").write_text("mine")
-    encoded = run(pictures)
-    assert encoded.encoded_pictures == 6 and len(encoded.messages) == 2
+    encoded = run(images)
+    assert encoded.encoded_images == 6 and len(encoded.messages) == 2
     assert (tmp_path / "store" / "latents" / "notes.txt").exists()
 
 
-def test_bytes_that_change_while_in_use_are_noticed(run, picture_folder, tmp_path):
-    encoded = run(load_pictures(instance_data_dir=str(picture_folder)))
+def test_bytes_that_change_while_in_use_are_noticed(run, image_folder, tmp_path):
+    encoded = run(load_images(instance_data_dir=str(image_folder)))
     (path,) = shards(tmp_path / "store", "latents")
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -364,14 +364,14 @@ def test_bytes_that_change_while_in_use_are_noticed(run, picture_folder, tmp_pat
         again.latents(0)
 
 
-def test_leftovers_of_a_killed_run_are_removed_when_old(run, picture_folder, tmp_path):
+def test_leftovers_of_a_killed_run_are_removed_when_old(run, image_folder, tmp_path):
     folder = tmp_path / "store" / "latents"
     folder.mkdir(parents=True)
     old, young = folder / ".unfinished-old", folder / ".unfinished-young"
     for path in (old, young):
         path.write_bytes(b"x")
     os.utime(old, (time.time() - 7200,) * 2)
-    run(load_pictures(instance_data_dir=str(picture_folder)))
+    run(load_images(instance_data_dir=str(image_folder)))
     assert not old.exists() and young.exists()
     assert [p.name for p in (tmp_path / "store").iterdir()] in (["latents", "prompts"], ["prompts", "latents"])
 
@@ -380,28 +380,28 @@ def test_leftovers_of_a_killed_run_are_removed_when_old(run, picture_folder, tmp
 # Errors before weights load
 
 
-def test_corrupt_picture_is_an_error_before_any_weight_loads(run, tmp_path, no_models):
-    folder = tiny.write_picture_folder(tmp_path / "set", count=3)
-    tiny.make_pictures(1, size=300)[0][0].save(folder / "cut.jpg")
+def test_corrupt_image_is_an_error_before_any_weight_loads(run, tmp_path, no_models):
+    folder = tiny.write_image_folder(tmp_path / "set", count=3)
+    tiny.make_images(1, size=300)[0][0].save(folder / "cut.jpg")
     data = (folder / "cut.jpg").read_bytes()
     (folder / "cut.jpg").write_bytes(data[: len(data) * 3 // 4])
-    pictures = load_pictures(instance_data_dir=str(folder), instance_prompt="x")
+    images = load_images(instance_data_dir=str(folder), instance_prompt="x")
     with (
         no_models(),
-        pytest.raises(ValueError, match=r"1 picture\(s\) cannot be used.*--skip_bad_images.*\n.*cut.jpg: corrupt"),
+        pytest.raises(ValueError, match=r"1 image\(s\) cannot be used.*--skip_bad_images.*\n.*cut.jpg: corrupt"),
     ):
-        run(pictures)
+        run(images)
     assert not shards(tmp_path / "store", "latents")
-    encoded = run(pictures, skip_bad_images=True)
-    assert len(encoded) == 3 and "cut.jpg" not in encoded.pictures.names
-    assert encoded.pictures.report["bad pictures skipped"] == 1 and any("cut.jpg" in m for m in encoded.messages)
+    encoded = run(images, skip_bad_images=True)
+    assert len(encoded) == 3 and "cut.jpg" not in encoded.images.names
+    assert encoded.images.report["bad images skipped"] == 1 and any("cut.jpg" in m for m in encoded.messages)
 
 
-def test_wrong_flags_come_all_at_once(run, picture_folder, no_models):
-    pictures = load_pictures(instance_data_dir=str(picture_folder))
+def test_wrong_flags_come_all_at_once(run, image_folder, no_models):
+    images = load_images(instance_data_dir=str(image_folder))
     with no_models(), pytest.raises(ValueError) as caught:
         run(
-            pictures,
+            images,
             resolution=100,
             text_encoder_dtype=torch.float16,
             vae_batch_size=0,
@@ -419,23 +419,23 @@ def test_wrong_flags_come_all_at_once(run, picture_folder, no_models):
     assert "--text_batch_size=0" in text
 
 
-def test_incomplete_model_folder(run, picture_folder, tiny_model, tmp_path):
+def test_incomplete_model_folder(run, image_folder, tiny_model, tmp_path):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     shutil.rmtree(model / "text_encoder")
     shutil.rmtree(model / "tokenizer")
     with pytest.raises(
         ValueError, match="text_encoder/config.json is missing(.*\n)*.*tokenizer_config.json is missing"
     ):
-        run(load_pictures(instance_data_dir=str(picture_folder)), pretrained_model_name_or_path=str(model))
+        run(load_images(instance_data_dir=str(image_folder)), pretrained_model_name_or_path=str(model))
 
 
-def test_store_that_cannot_be_made(run, picture_folder, tmp_path, no_models):
+def test_store_that_cannot_be_made(run, image_folder, tmp_path, no_models):
     (tmp_path / "file").write_text("x")
     with no_models(), pytest.raises(StoreError, match="cannot be written"):
-        run(load_pictures(instance_data_dir=str(picture_folder)), store_dir=str(tmp_path / "file" / "store"))
+        run(load_images(instance_data_dir=str(image_folder)), store_dir=str(tmp_path / "file" / "store"))
 
 
-def test_full_disk_leaves_nothing_half_written(run, picture_folder, tmp_path, monkeypatch):
+def test_full_disk_leaves_nothing_half_written(run, image_folder, tmp_path, monkeypatch):
     import safetensors.torch
 
     def full(tensors, path, metadata=None):
@@ -445,19 +445,19 @@ def test_full_disk_leaves_nothing_half_written(run, picture_folder, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(safetensors.torch, "save_file", full)
         with pytest.raises(StoreError, match="could not be written.*No space left"):
-            run(load_pictures(instance_data_dir=str(picture_folder)))
+            run(load_images(instance_data_dir=str(image_folder)))
     assert [p for p in (tmp_path / "store").rglob("*") if p.is_file()] == []
-    assert run(load_pictures(instance_data_dir=str(picture_folder))).encoded_pictures == 6
+    assert run(load_images(instance_data_dir=str(image_folder))).encoded_images == 6
 
 
-def test_too_little_space_is_an_error_before_weights_load(run, picture_folder, no_models, monkeypatch):
+def test_too_little_space_is_an_error_before_weights_load(run, image_folder, no_models, monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
     with no_models(), pytest.raises(StoreError, match="6 latents need .* free"):
-        run(load_pictures(instance_data_dir=str(picture_folder)))
+        run(load_images(instance_data_dir=str(image_folder)))
 
 
-def test_nan_latents_name_the_picture(run, picture_folder, monkeypatch):
+def test_nan_latents_name_the_image(run, image_folder, monkeypatch):
     real = encode_pixels
 
     def broken(vae, pixels):
@@ -466,12 +466,12 @@ def test_nan_latents_name_the_picture(run, picture_folder, monkeypatch):
         return latents
 
     monkeypatch.setattr("sana_kit.encodings.missing.encode_pixels", broken)
-    with pytest.raises(ValueError, match="NaN or infinite latents for picture_01.png"):
-        run(load_pictures(instance_data_dir=str(picture_folder)), vae_batch_size=6)
+    with pytest.raises(ValueError, match="NaN or infinite latents for image_01.png"):
+        run(load_images(instance_data_dir=str(image_folder)), vae_batch_size=6)
 
 
-def test_out_of_memory_halves_the_batch_and_ends_with_a_remedy(run, picture_folder, monkeypatch, tmp_path):
-    pictures = load_pictures(instance_data_dir=str(picture_folder))
+def test_out_of_memory_halves_the_batch_and_ends_with_a_remedy(run, image_folder, monkeypatch, tmp_path):
+    images = load_images(instance_data_dir=str(image_folder))
     real, sizes = encode_pixels, []
 
     def small_device(limit):
@@ -484,12 +484,12 @@ def test_out_of_memory_halves_the_batch_and_ends_with_a_remedy(run, picture_fold
         return encode_pixels
 
     monkeypatch.setattr("sana_kit.encodings.missing.encode_pixels", small_device(2))
-    encoded = run(pictures, vae_batch_size=6)
-    assert encoded.encoded_pictures == 6 and sizes == [6, 3, 1, 1, 1, 1, 1, 1]
+    encoded = run(images, vae_batch_size=6)
+    assert encoded.encoded_images == 6 and sizes == [6, 3, 1, 1, 1, 1, 1, 1]
     assert sum("out of memory" in m for m in encoded.messages) == 2
     monkeypatch.setattr("sana_kit.encodings.missing.encode_pixels", small_device(0))
-    with pytest.raises(RuntimeError, match="cannot encode one picture of 64 px.*--resolution"):
-        run(pictures, vae_batch_size=2, store_dir=str(tmp_path / "other"))
+    with pytest.raises(RuntimeError, match="cannot encode one image of 64 px.*--resolution"):
+        run(images, vae_batch_size=2, store_dir=str(tmp_path / "other"))
 
 
 def test_auto_batch_size_follows_the_free_memory(monkeypatch):
@@ -501,11 +501,11 @@ def test_auto_batch_size_follows_the_free_memory(monkeypatch):
     assert group_size(3, 1024, cpu) == 3
     for free, expected in ((2**40, 8), (8 * 2**30, 2), (1, 1), (None, 8)):
         monkeypatch.setattr("sana_kit.devices.free_memory_bytes", lambda _, free=free: free)
-        assert pictures_that_fit(8, 1024, 128, torch.bfloat16, cpu) == expected
+        assert images_that_fit(8, 1024, 128, torch.bfloat16, cpu) == expected
 
 
-def test_stop_on_request_keeps_what_is_done(run, picture_folder, tmp_path):
-    pictures = load_pictures(instance_data_dir=str(picture_folder))
+def test_stop_on_request_keeps_what_is_done(run, image_folder, tmp_path):
+    images = load_images(instance_data_dir=str(image_folder))
     asked = []
 
     def stop_at_the_third_group():
@@ -513,17 +513,17 @@ def test_stop_on_request_keeps_what_is_done(run, picture_folder, tmp_path):
         return bool(shards(tmp_path / "store", "prompts")) and len(asked) > 6
 
     with pytest.raises(EncodingStopped):
-        run(pictures, vae_batch_size=1, should_stop=stop_at_the_third_group)
-    rest = run(pictures, vae_batch_size=1)
-    assert rest.encoded_prompts == 0 and 0 < rest.encoded_pictures < 6
+        run(images, vae_batch_size=1, should_stop=stop_at_the_third_group)
+    rest = run(images, vae_batch_size=1)
+    assert rest.encoded_prompts == 0 and 0 < rest.encoded_images < 6
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes
 
 
-def test_readable_from_forked_and_spawned_workers(run, picture_folder):
-    encoded = run(load_pictures(instance_data_dir=str(picture_folder)))
+def test_readable_from_forked_and_spawned_workers(run, image_folder):
+    encoded = run(load_images(instance_data_dir=str(image_folder)))
     here = all_of(encoded)
     loader = torch.utils.data.DataLoader(encoded, batch_size=None, num_workers=2, multiprocessing_context="fork")
     for sample, (latents, embeds) in zip(loader, here, strict=True):
@@ -533,10 +533,10 @@ def test_readable_from_forked_and_spawned_workers(run, picture_folder):
     assert all(torch.equal(a["latents"], b) for a, (b, _) in zip(again, here, strict=True))
 
 
-def test_reading_keeps_few_file_handles(run, picture_folder, tmp_path, monkeypatch):
+def test_reading_keeps_few_file_handles(run, image_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("sana_kit.encodings.store.SHARD_ITEMS", 1)
     monkeypatch.setattr("sana_kit.encodings.store.OPEN_SHARDS", 2)
-    encoded = run(load_pictures(instance_data_dir=str(picture_folder)), vae_batch_size=1, text_batch_size=1)
+    encoded = run(load_images(instance_data_dir=str(image_folder)), vae_batch_size=1, text_batch_size=1)
     assert len(shards(tmp_path / "store", "latents")) == 6
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
@@ -556,7 +556,7 @@ from accelerate import PartialState
 from diffusers import AutoencoderDC
 from transformers import AutoModel, AutoTokenizer, Gemma2Model, GemmaTokenizerFast
 from sana_kit import devices, encodings
-from sana_kit.dataset import load_pictures
+from sana_kit.dataset import load_images
 model, work = sys.argv[1:3]
 
 def group(world, job, timeout=90):
@@ -600,14 +600,14 @@ def digest(encoded):
 def encode(folder, store, **changes):
     state = PartialState(cpu=True)
     assert state.num_processes == int(os.environ.get("WORLD_SIZE", 1))
-    encoded = encodings.encode(load_pictures(instance_data_dir=folder, instance_prompt="x"), accelerator=state,
+    encoded = encodings.encode(load_images(instance_data_dir=folder, instance_prompt="x"), accelerator=state,
         pretrained_model_name_or_path=model, store_dir=store, num_workers=1,
         **{{"resolution": 64, "vae_batch_size": 2, "text_batch_size": 2, **changes}})
-    return {{"digest": digest(encoded), "pictures": encoded.encoded_pictures, "prompts": encoded.encoded_prompts,
+    return {{"digest": digest(encoded), "images": encoded.encoded_images, "prompts": encoded.encoded_prompts,
              "samples": len(encoded)}}
 
 out = {{}}
-folder = work + "/pictures"
+folder = work + "/images"
 out["one rank"] = group(1, lambda rank: encode(folder, work + "/store1"))
 out["two ranks"] = group(2, lambda rank: encode(folder, work + "/store2"))
 out["three ranks"] = group(3, lambda rank: encode(folder, work + "/store3"))
@@ -691,11 +691,11 @@ def ranks(tmp_path_factory, tiny_model):
 
 
 def run_ranks(work, tiny_model, kills):
-    tiny.write_picture_folder(work / "pictures", count=7)
-    tiny.write_picture_folder(work / "single", count=1)
-    tiny.write_picture_folder(work / "many", count=20 + 6 * kills)
-    corrupt = tiny.write_picture_folder(work / "corrupt", count=5)
-    tiny.make_pictures(1, size=300)[0][0].save(corrupt / "cut.jpg")
+    tiny.write_image_folder(work / "images", count=7)
+    tiny.write_image_folder(work / "single", count=1)
+    tiny.write_image_folder(work / "many", count=20 + 6 * kills)
+    corrupt = tiny.write_image_folder(work / "corrupt", count=5)
+    tiny.make_images(1, size=300)[0][0].save(corrupt / "cut.jpg")
     data = (corrupt / "cut.jpg").read_bytes()
     (corrupt / "cut.jpg").write_bytes(data[: len(data) * 3 // 4])
     script = work / "ranks.py"
@@ -719,21 +719,21 @@ def test_shares_of_any_number_of_ranks_give_the_same_bits(ranks):
     assert all(len({r["digest"] for r in ranks[k]}) == 1 for k in ("one rank", "two ranks", "three ranks"))
     assert ranks["one rank"][0]["digest"] == ranks["two ranks"][0]["digest"] == ranks["three ranks"][0]["digest"]
     for name in ("one rank", "two ranks", "three ranks"):
-        assert all((r["pictures"], r["prompts"]) == (7, 7) for r in ranks[name])
-    assert all((r["pictures"], r["prompts"]) == (0, 0) for r in ranks["again on two"])
+        assert all((r["images"], r["prompts"]) == (7, 7) for r in ranks[name])
+    assert all((r["images"], r["prompts"]) == (0, 0) for r in ranks["again on two"])
     assert ranks["again on two"][0]["digest"] == ranks["one rank"][0]["digest"]
 
 
 def test_ranks_without_a_share_finish(ranks):
-    assert [r["pictures"] for r in ranks["idle ranks"]] == [1, 1, 1]
+    assert [r["images"] for r in ranks["idle ranks"]] == [1, 1, 1]
     assert ranks["idle left"] == ["latents", "prompts"]
 
 
-def test_corrupt_picture_on_one_share_ends_all_ranks_with_its_name(ranks):
+def test_corrupt_image_on_one_share_ends_all_ranks_with_its_name(ranks):
     for result in ranks["corrupt"]:
         assert result["error"].startswith("ValueError") and "cut.jpg" in result["error"]
     assert ranks["corrupt left"] == ["latents", "prompts"]
-    assert all(r["samples"] == 5 and r["pictures"] == 5 for r in ranks["skipped"])
+    assert all(r["samples"] == 5 and r["images"] == 5 for r in ranks["skipped"])
 
 
 def test_machines_with_folders_of_their_own_each_encode_all(ranks):
@@ -753,7 +753,7 @@ def test_killed_encoding_goes_on_and_ends_with_the_same_bits(ranks):
     assert sorted(ranks["kills"]) == ranks["kills"]  # nothing that was written is lost
     assert ranks["after kills"][0]["digest"] == ranks["undisturbed"][0]["digest"]
     assert 0 < ranks["kills"][0] < ranks["kills"][-1] < 56  # the kills fell into the encoding, and it went on
-    assert ranks["after kills"][0]["pictures"] == 56 - ranks["kills"][-1]
+    assert ranks["after kills"][0]["images"] == 56 - ranks["kills"][-1]
 
 
 def test_concurrent_runs_in_one_store(ranks):

@@ -40,7 +40,7 @@ def farthest(first, second):
 
 @pytest.fixture(scope="session")
 def flags(tiny_model, parquet_dataset):
-    """Two pictures per process, everything random on; a global batch of 4 on two processes."""
+    """Two images per process, everything random on; a global batch of 4 on two processes."""
     return [
         f"--pretrained_model_name_or_path={tiny_model}",
         f"--dataset_name={parquet_dataset}",

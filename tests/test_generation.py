@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from sana_kit import devices
-from sana_kit.data.discover import load_pictures
+from sana_kit.data.discover import load_images
 from sana_kit.encodings.prompts import parse_instruction
 from sana_kit.generation.decode import MAX_TILE_PIXELS, check_decodable, decode_latents, decode_tiles, plan_tiles
 from sana_kit.generation.generate import generate_from_embeddings
@@ -73,7 +73,7 @@ def generate(pipeline, embeds, jobs, **kwargs):
 
 
 def levels(a, b):
-    """Largest difference of two pictures in 8-bit steps."""
+    """Largest difference of two images in 8-bit steps."""
     return int(np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max())
 
 
@@ -110,7 +110,7 @@ def test_file_names_are_distinct_and_stable():
     assert plan(["A red Fox, at dawn!"], [8])[0].file_name.startswith("a-red-fox-at-dawn-")
 
 
-def test_plan_is_prompts_times_seeds_with_each_picture_once():
+def test_plan_is_prompts_times_seeds_with_each_image_once():
     listed = [Prompt("one", negative_prompt="own"), "two", Prompt("three", seeds=(1,), height=32, width=64), "two"]
     jobs = plan(listed, [8, 23])
     assert [(j.prompt, j.seed) for j in jobs] == [("one", 8), ("one", 23), ("two", 8), ("two", 23), ("three", 1)]
@@ -169,35 +169,35 @@ def test_nearest_bin_is_that_of_diffusers():
         assert nearest_bin(height, width, 32) == expected
 
 
-def test_resized_pictures_have_exactly_the_size_asked_for():
+def test_resized_images_have_exactly_the_size_asked_for():
     from diffusers.image_processor import PixArtImageProcessor
 
     rng = np.random.default_rng(0)
     shorter = 0
     for _ in range(200):
         made, asked = rng.integers(4, 40, 2) * 8, rng.integers(30, 320, 2)
-        picture = torch.zeros(1, 1, *made.tolist())
-        assert resize_and_crop(picture, *asked.tolist()).shape[-2:] == tuple(asked.tolist())
-        theirs = PixArtImageProcessor.resize_and_crop_tensor(picture, int(asked[1]), int(asked[0]))
+        image = torch.zeros(1, 1, *made.tolist())
+        assert resize_and_crop(image, *asked.tolist()).shape[-2:] == tuple(asked.tolist())
+        theirs = PixArtImageProcessor.resize_and_crop_tensor(image, int(asked[1]), int(asked[0]))
         shorter += theirs.shape[-2:] != tuple(asked.tolist())
     assert shorter > 0, "diffusers' own function no longer falls a pixel short: the kit's can go"
 
 
-def test_binned_pictures_are_resized_to_the_size_asked_for(pipeline, embeds):
-    """500 x 375 is no multiple of 8: the tiny model works at its 512 px bin and the picture is cut to size."""
+def test_binned_images_are_resized_to_the_size_asked_for(pipeline, embeds):
+    """500 x 375 is no multiple of 8: the tiny model works at its 512 px bin and the image is cut to size."""
     jobs = plan(["a red square"], [8], height=375, width=500, steps=1)
     assert generation_size(375, 500, 16) == (416, 576)
-    (picture,) = generate(pipeline, embeds, jobs, use_resolution_binning="auto")
-    assert picture.size == (500, 375)
-    reference = reference_picture(pipeline, jobs[0], use_resolution_binning=True)
-    assert reference.size == (500, 375) and levels(picture, reference) <= 1
+    (image,) = generate(pipeline, embeds, jobs, use_resolution_binning="auto")
+    assert image.size == (500, 375)
+    reference = reference_image(pipeline, jobs[0], use_resolution_binning=True)
+    assert reference.size == (500, 375) and levels(image, reference) <= 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Denoising
 
 
-def reference_picture(pipeline, job, use_resolution_binning=False):
+def reference_image(pipeline, job, use_resolution_binning=False):
     """What SanaPipeline itself makes of a job, alone and without instruction."""
     return pipeline(
         job.prompt,
@@ -213,23 +213,23 @@ def reference_picture(pipeline, job, use_resolution_binning=False):
 
 
 @pytest.mark.parametrize("guidance", [2.0, 1.0])
-def test_pictures_are_those_of_sana_pipeline(pipeline, embeds, guidance):
+def test_images_are_those_of_sana_pipeline(pipeline, embeds, guidance):
     jobs = plan(["a red square", "a small green dog"], [8, 23], guidance=guidance, negative_prompt="blue")
-    pictures = generate(pipeline, embeds, jobs)
-    assert len(pictures) == 4
-    for job, picture in zip(jobs, pictures, strict=True):
-        assert levels(picture, reference_picture(pipeline, job)) <= 1
-    assert levels(pictures[0], pictures[1]) > 20  # another seed is another picture
+    images = generate(pipeline, embeds, jobs)
+    assert len(images) == 4
+    for job, image in zip(jobs, images, strict=True):
+        assert levels(image, reference_image(pipeline, job)) <= 1
+    assert levels(images[0], images[1]) > 20  # another seed is another image
 
 
-def test_batches_change_a_picture_by_rounding_only(pipeline, embeds):
+def test_batches_change_a_image_by_rounding_only(pipeline, embeds):
     jobs = plan(["a red square", "a small green dog"], [8, 23], negative_prompt="blue")
     alone, together = generate(pipeline, embeds, jobs, batch_size=1), generate(pipeline, embeds, jobs, batch_size=4)
     assert all(levels(a, b) <= 1 for a, b in zip(alone, together, strict=True))
 
 
 @pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++"])
-def test_stochastic_schedulers_draw_from_each_pictures_own_generator(pipeline, embeds, algorithm):
+def test_stochastic_schedulers_draw_from_each_images_own_generator(pipeline, embeds, algorithm):
     from diffusers import DPMSolverMultistepScheduler
 
     class Parts:
@@ -261,7 +261,7 @@ def test_a_failing_group_is_reported_and_the_others_are_made(pipeline, embeds):
         pipeline,
         embeds,
         jobs,
-        on_picture=lambda job, image, seconds: made.append((job.index, image.size, seconds > 0)),
+        on_image=lambda job, image, seconds: made.append((job.index, image.size, seconds > 0)),
         on_error=lambda group, error: failed.append(([job.index for job in group], type(error))),
     )
     assert made == [(0, (96, 64), True), (2, (96, 64), True)] and failed == [([1], KeyError)]
@@ -269,7 +269,7 @@ def test_a_failing_group_is_reported_and_the_others_are_made(pipeline, embeds):
         generate(pipeline, embeds, jobs)
 
 
-def test_a_picture_of_nan_is_an_error_and_no_black_picture(pipeline, embeds):
+def test_a_image_of_nan_is_an_error_and_no_black_image(pipeline, embeds):
     broken = {"a red square": torch.full_like(embeds[0]["a red square"], float("nan"))}
     with pytest.raises(FloatingPointError, match="NaN"):
         generate(pipeline, (broken, embeds[1]), plan(["a red square"], [8]))
@@ -290,7 +290,7 @@ def test_each_distinct_text_is_encoded_once_and_the_encoder_freed(tiny_model):
     assert job_texts(plan(["x"], [1], guidance=1.0)) == [("x", False)]
 
 
-def test_boolean_mask_gives_the_pictures_of_diffusers_own_processor(tiny_model, pipeline, embeds):
+def test_boolean_mask_gives_the_images_of_diffusers_own_processor(tiny_model, pipeline, embeds):
     kit = load_pipeline(str(tiny_model), device=CPU, dtype=torch.float32, text_encoder=False)
     seen = []
     kit.transformer.transformer_blocks[0].attn2.register_forward_pre_hook(
@@ -326,7 +326,7 @@ def test_blend_is_bit_equal_to_diffusers_with_the_same_tiles(pipeline):
     ("height", "width"), [(4096, 4096), (2304, 2304), (8192, 2048), (2048, 8192), (4352, 3840), (16384, 16384)]
 )
 @pytest.mark.parametrize("limit", sorted(MAX_TILE_PIXELS.values()))
-def test_tiles_cover_the_picture_with_the_overlap_and_little_waste(height, width, limit):
+def test_tiles_cover_the_image_with_the_overlap_and_little_waste(height, width, limit):
     rows, columns = plan_tiles(height, width, 32, limit)
     for tiles, size in ((rows, height // 32), (columns, width // 32)):
         assert tiles[0][0] == 0 and tiles[-1][1] == size
@@ -339,7 +339,7 @@ def test_tiles_cover_the_picture_with_the_overlap_and_little_waste(height, width
 
 
 @pytest.mark.parametrize("size", [(1024, 1024), (2048, 2048), (1536, 2560)])
-def test_pictures_that_fit_are_decoded_whole(size):
+def test_images_that_fit_are_decoded_whole(size):
     assert [len(axis) for axis in plan_tiles(*size, 32, MAX_TILE_PIXELS[2])] == [1, 1]
 
 
@@ -419,9 +419,9 @@ def test_decoding_4096_px_takes_under_10_gb_and_little_more_than_the_whole(dc_ae
     vae = dc_ae.to(dtype)
     latents = torch.empty(1, 32, size[0] // 32, size[1] // 32, device="meta")
     with torch.no_grad(), PeakMemory() as memory:
-        picture = decode_latents(vae, latents)
+        image = decode_latents(vae, latents)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in vae.parameters())
-    assert picture.shape == (1, 3, *size)
+    assert image.shape == (1, 3, *size)
     assert memory.largest < 2**31
     assert memory.peak + weights < 10e9
     whole = flops(lambda: vae.decoder(latents.to(dtype)))
@@ -449,7 +449,7 @@ def test_seams_are_invisible_and_bf16_is_as_good_on_a_trained_vae(monkeypatch):
     from diffusers import AutoencoderDC
     from PIL import Image
 
-    drawings = load_pictures(dataset_name=str(QUICKSTART / "style_dataset"), caption_column="text")
+    drawings = load_images(dataset_name=str(QUICKSTART / "style_dataset"), caption_column="text")
     mosaic = Image.new("RGB", (512, 512))
     for place in range(64):
         mosaic.paste(drawings.load(place % len(drawings)).resize((64, 64)), (place % 8 * 64, place // 8 * 64))
@@ -457,8 +457,8 @@ def test_seams_are_invisible_and_bf16_is_as_good_on_a_trained_vae(monkeypatch):
     vae = AutoencoderDC.from_pretrained(QUICKSTART / "model/vae", torch_dtype=torch.float32).eval()
     half = AutoencoderDC.from_pretrained(QUICKSTART / "model/vae", torch_dtype=torch.bfloat16).eval()
 
-    def steps(picture):  # 8-bit steps, unrounded
-        return (picture.clamp(-1, 1) + 1) * 127.5
+    def steps(image):  # 8-bit steps, unrounded
+        return (image.clamp(-1, 1) + 1) * 127.5
 
     with torch.no_grad():
         latents = vae.encode(pixels).latent * vae.config.scaling_factor
@@ -652,15 +652,15 @@ def test_lora_is_what_diffusers_makes_of_it_fused_and_apart(tiny_model, lora, em
     from diffusers import SanaPipeline
 
     _, base = with_lora(tiny_model, None, embeds)
-    fused, picture = with_lora(tiny_model, lora, embeds)
+    fused, image = with_lora(tiny_model, lora, embeds)
     _, apart = with_lora(tiny_model, lora.parent, embeds, fuse_lora=False)
     theirs = SanaPipeline.from_pretrained(tiny_model)
     theirs.load_lora_weights(lora.parent, adapter_name="default")
     if not diffusers_keeps_alpha():
         theirs.set_adapters("default", 2.0)  # alpha 8 of rank 4
     expected = generate(theirs, embeds, plan(["a red square"], [8]))[0]
-    assert levels(picture, expected) <= 1 and levels(apart, expected) <= 1
-    assert levels(picture, base) > 20
+    assert levels(image, expected) <= 1 and levels(apart, expected) <= 1
+    assert levels(image, base) > 20
     assert not any("lora" in name for name, _ in fused.transformer.named_parameters())
 
 
@@ -675,13 +675,13 @@ def test_lora_scale_goes_from_none_to_more(tiny_model, lora, embeds):
 
 
 def test_fusing_in_bf16_rounds_no_worse_than_bf16_itself(tiny_model, lora, embeds):
-    """The fused picture is as near to the float32 one as the picture with the adapter apart is."""
+    """The fused image is as near to the float32 one as the image with the adapter apart is."""
     _, exact = with_lora(tiny_model, lora, embeds)
     _, fused = with_lora(tiny_model, lora, embeds, dtype=torch.bfloat16)
     _, apart = with_lora(tiny_model, lora, embeds, dtype=torch.bfloat16, fuse_lora=False)
 
-    def error(picture):
-        return float(np.abs(np.asarray(picture).astype(float) - np.asarray(exact)).mean())
+    def error(image):
+        return float(np.abs(np.asarray(image).astype(float) - np.asarray(exact)).mean())
 
     assert error(fused) < 1.5 * error(apart) + 0.1
 

@@ -30,7 +30,7 @@ LORA_DEFAULT = "./output/pytorch_lora_weights.safetensors"
 
 
 def infer(model, output, *flags, lora_default=None):
-    """Exit code of a run with small pictures; flags given later count."""
+    """Exit code of a run with small images; flags given later count."""
     argv = ["--model_path", model, "--output_path", output, "--height", "64", "--width", "96"]
     argv += ["--num_inference_steps", "2", "--complex_human_instruction", "none", *flags]
     return main("test", [str(word) for word in argv], lora_default)
@@ -40,8 +40,8 @@ def manifest(folder):
     return {line["file"]: line for line in map(json.loads, (folder / "manifest.jsonl").read_text().splitlines())}
 
 
-def pictures(folder):
-    """file name -> bytes of the pictures of a run."""
+def images(folder):
+    """file name -> bytes of the images of a run."""
     return {path.name: path.read_bytes() for path in folder.glob("*-seed*.png")}
 
 
@@ -60,20 +60,20 @@ def reference(tiny_model, tmp_path_factory):
 # What a run leaves
 
 
-def test_a_run_writes_pictures_manifest_sheet_gallery_and_summary(reference, tiny_model):
+def test_a_run_writes_images_manifest_sheet_gallery_and_summary(reference, tiny_model):
     import hashlib
 
     lines = manifest(reference)
-    assert len(lines) == 4 and set(lines) == set(pictures(reference))
+    assert len(lines) == 4 and set(lines) == set(images(reference))
     assert [(line["prompt"], line["seed"]) for line in lines.values()] == [
         (prompt, seed) for prompt in ("a red square", "a dog") for seed in (8, 23)
     ]
     for name, line in lines.items():
         data = (reference / name).read_bytes()
         assert line["sha256"] == hashlib.sha256(data).hexdigest() and line["seconds"] > 0
-        picture = Image.open(reference / name)
-        assert picture.size == (96, 64) and picture.mode == "RGB"
-        assert json.loads(picture.text["sana"])["prompt"] == line["prompt"]
+        image = Image.open(reference / name)
+        assert image.size == (96, 64) and image.mode == "RGB"
+        assert json.loads(image.text["sana"])["prompt"] == line["prompt"]
         assert (line["height"], line["width"], line["num_inference_steps"]) == (64, 96, 2)
         assert (line["guidance_scale"], line["model"], line["lora_weights"]) == (2.0, str(tiny_model), None)
     sheet = Image.open(reference / "contact_sheet.png")
@@ -109,7 +109,7 @@ def test_default_prompts_and_seeds_are_the_kits(tiny_model, tmp_path):
     )
 
 
-def test_pictures_are_those_of_load_pipeline_and_generate(reference, tiny_model):
+def test_images_are_those_of_load_pipeline_and_generate(reference, tiny_model):
     cpu = torch.device("cpu")
     pipeline = load_pipeline(str(tiny_model), device=cpu)
     jobs = plan_jobs(
@@ -125,22 +125,22 @@ def test_pictures_are_those_of_load_pipeline_and_generate(reference, tiny_model)
         negative_prompt_embeds=negatives,
         device=cpu,
     )
-    for name, picture in zip(manifest(reference), made, strict=True):
-        assert np.array_equal(np.asarray(Image.open(reference / name)), np.asarray(picture))
+    for name, image in zip(manifest(reference), made, strict=True):
+        assert np.array_equal(np.asarray(Image.open(reference / name)), np.asarray(image))
 
 
-def test_instruction_reaches_the_pictures(reference, tiny_model, tmp_path):
+def test_instruction_reaches_the_images(reference, tiny_model, tmp_path):
     flags = ("--complex_human_instruction", '["Draw well.", "User Prompt: "]')
     assert infer(tiny_model, tmp_path, *TWO_BY_TWO, *flags) == 0
-    assert not set(pictures(tmp_path)) & set(pictures(reference))  # another picture has another name
-    assert not set(pictures(tmp_path).values()) & set(pictures(reference).values())
+    assert not set(images(tmp_path)) & set(images(reference))  # another image has another name
+    assert not set(images(tmp_path).values()) & set(images(reference).values())
 
 
 def test_whole_groups_in_batches_of_two_differ_by_rounding_only(reference, tiny_model, tmp_path):
     assert infer(tiny_model, tmp_path, *TWO_BY_TWO, "--batch_size", 3, "--dtype", "fp32") == 0
     assert infer(tiny_model, tmp_path / "alone", *TWO_BY_TWO, "--dtype", "fp32") == 0
     assert json.loads((tmp_path / "summary.json").read_text())["largest_group"] == 3
-    for name in pictures(tmp_path):
+    for name in images(tmp_path):
         a, b = (np.asarray(Image.open(folder / name)).astype(int) for folder in (tmp_path, tmp_path / "alone"))
         assert np.abs(a - b).max() <= 1
 
@@ -149,19 +149,19 @@ def test_whole_groups_in_batches_of_two_differ_by_rounding_only(reference, tiny_
 # LoRA
 
 
-def test_lora_changes_pictures_and_stays_apart_in_the_same_folder(reference, tiny_model, tmp_path):
+def test_lora_changes_images_and_stays_apart_in_the_same_folder(reference, tiny_model, tmp_path):
     lora = write_lora(tiny_model, tmp_path / "lora")
     out = tmp_path / "out"
     assert infer(tiny_model, out, *TWO_BY_TWO) == 0
-    before = pictures(out)
-    assert before == pictures(reference)
+    before = images(out)
+    assert before == images(reference)
     assert infer(tiny_model, out, *TWO_BY_TWO, "--lora_weights", lora) == 0
-    after = pictures(out)
+    after = images(out)
     assert len(after) == 8 and all(after[name] == data for name, data in before.items())
     assert len(set(after.values())) == 8
     assert sum(line["lora_weights"] == str(lora) for line in manifest(out).values()) == 4
     assert infer(tiny_model, out, *TWO_BY_TWO, "--lora_weights", tmp_path / "lora", "--no_fuse_lora") == 0
-    assert len(pictures(out)) == 12
+    assert len(images(out)) == 12
 
 
 def test_lora_script_without_a_usable_adapter_is_an_error(tiny_model, tmp_path, monkeypatch, capsys):
@@ -286,29 +286,29 @@ def test_bad_lines_of_a_prompt_file_are_named(tmp_path, line):
 # Nothing lost
 
 
-def test_resume_keeps_whole_pictures_and_makes_the_others_again(reference, tiny_model, tmp_path, capsys):
+def test_resume_keeps_whole_images_and_makes_the_others_again(reference, tiny_model, tmp_path, capsys):
     out = tmp_path / "out"
     assert infer(tiny_model, out, *TWO_BY_TWO) == 0
-    names = sorted(pictures(out))
+    names = sorted(images(out))
     (out / names[0]).unlink()
     (out / names[1]).write_bytes(b"damaged")
     half = out / f".{names[2]}.123.tmp"
-    half.write_bytes(b"half a picture")
+    half.write_bytes(b"half an image")
     kept = {name: (out / name).stat().st_mtime_ns for name in names[2:]}
     capsys.readouterr()
     assert infer(tiny_model, out, *TWO_BY_TWO) == 0
     said = capsys.readouterr().out
-    assert "2 of them finished before" in said and "2 finished picture(s) are missing or damaged" in said
-    assert pictures(out) == pictures(reference) and not half.exists()
+    assert "2 of them finished before" in said and "2 finished image(s) are missing or damaged" in said
+    assert images(out) == images(reference) and not half.exists()
     assert {name: (out / name).stat().st_mtime_ns for name in names[2:]} == kept
     assert len(manifest(out)) == 4
 
 
 def test_a_finished_run_loads_nothing_and_overwrite_makes_all_again(tiny_model, tmp_path, monkeypatch):
     assert infer(tiny_model, tmp_path, *TWO_BY_TWO) == 0
-    first = pictures(tmp_path)
+    first = images(tmp_path)
     assert infer(tiny_model, tmp_path, *TWO_BY_TWO, "--overwrite") == 0
-    assert json.loads((tmp_path / "summary.json").read_text())["made"] == 4 and pictures(tmp_path) == first
+    assert json.loads((tmp_path / "summary.json").read_text())["made"] == 4 and images(tmp_path) == first
     monkeypatch.setattr("sana_kit.inference.run.load_text_encoder", None)
     monkeypatch.setattr("sana_kit.inference.run.load_pipeline", None)
     assert infer(tiny_model, tmp_path, *TWO_BY_TWO) == 0
@@ -316,20 +316,20 @@ def test_a_finished_run_loads_nothing_and_overwrite_makes_all_again(tiny_model, 
 
 
 def test_resumed_groups_are_computed_whole(tiny_model, tmp_path):
-    """With several pictures per call the bytes of a missing one are those of the undisturbed run."""
+    """With several images per call the bytes of a missing one are those of the undisturbed run."""
     flags = (*TWO_BY_TWO, "--batch_size", 3)
     assert infer(tiny_model, tmp_path, *flags) == 0
-    first = pictures(tmp_path)
+    first = images(tmp_path)
     (tmp_path / sorted(first)[1]).unlink()
     assert infer(tiny_model, tmp_path, *flags) == 0
-    assert pictures(tmp_path) == first
+    assert images(tmp_path) == first
 
 
 def test_lines_of_a_killed_run_are_taken_over(reference, tiny_model, tmp_path):
     """A kill leaves parts of the manifest, the last line perhaps cut off."""
     out = tmp_path / "out"
     out.mkdir()
-    for name, data in pictures(reference).items():
+    for name, data in images(reference).items():
         (out / name).write_bytes(data)
     lines = [json.dumps(line) for line in manifest(reference).values()]
     (out / ".manifest-rank00000.jsonl").write_text("\n".join(lines[:2]) + "\n")
@@ -339,20 +339,20 @@ def test_lines_of_a_killed_run_are_taken_over(reference, tiny_model, tmp_path):
     assert len(manifest(out)) == 4 and not list(out.glob(".manifest-rank*"))
 
 
-def test_failing_pictures_are_reported_with_the_others_done(reference, tiny_model, tmp_path, capsys):
-    names = sorted(pictures(reference))
+def test_failing_images_are_reported_with_the_others_done(reference, tiny_model, tmp_path, capsys):
+    names = sorted(images(reference))
     out = tmp_path / "out"
-    (out / names[1]).mkdir(parents=True)  # this picture cannot be written
+    (out / names[1]).mkdir(parents=True)  # this image cannot be written
     assert infer(tiny_model, out, *TWO_BY_TWO) == 1
     said = capsys.readouterr().err
-    assert "1 of 4 pictures failed, the others are done" in said and names[1] in said
+    assert "1 of 4 images failed, the others are done" in said and names[1] in said
     assert {name: (out / name).read_bytes() for name in names if name != names[1]} == {
-        name: data for name, data in pictures(reference).items() if name != names[1]
+        name: data for name, data in images(reference).items() if name != names[1]
     }
     assert names[1] not in manifest(out) and (out / "contact_sheet.png").is_file()
     (out / names[1]).rmdir()
     assert infer(tiny_model, out, *TWO_BY_TWO) == 0
-    assert pictures(out) == pictures(reference)
+    assert images(out) == images(reference)
 
 
 def test_one_bad_prompt_does_not_cost_the_others(tiny_model, tmp_path, capsys):
@@ -360,7 +360,7 @@ def test_one_bad_prompt_does_not_cost_the_others(tiny_model, tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text('"a dog"\n"bad \\ud800 text"\n"a cat"\n', encoding="utf-8")
     out = tmp_path / "out"
     assert infer(tiny_model, out, "--prompts_file", tmp_path / "p.jsonl", "--seeds", 8, "--batch_size", 2) == 1
-    assert "1 of 3 pictures failed" in capsys.readouterr().err
+    assert "1 of 3 images failed" in capsys.readouterr().err
     assert {line["prompt"] for line in manifest(out).values()} == {"a dog", "a cat"}
     failed = json.loads((out / "summary.json").read_text())["failed"]
     assert len(failed) == 1 and failed[0]["error"]
@@ -377,7 +377,7 @@ def test_out_of_memory_names_its_remedy(tiny_model, tmp_path, monkeypatch, capsy
     monkeypatch.setattr("sana_kit.generation.generate.denoise", scarce)
     assert infer(tiny_model, tmp_path, *TWO_BY_TWO, "--batch_size", 3) == 1
     said = capsys.readouterr().err
-    assert "3 of 4 pictures failed" in said and "--batch_size" in said and len(pictures(tmp_path)) == 1
+    assert "3 of 4 images failed" in said and "--batch_size" in said and len(images(tmp_path)) == 1
 
 
 def test_two_runs_in_one_folder_do_not_mix(reference, tiny_model, tmp_path, capsys):
@@ -391,7 +391,7 @@ def test_two_runs_in_one_folder_do_not_mix(reference, tiny_model, tmp_path, caps
         assert f"--output_path={out}: another live run is writing there" in capsys.readouterr().err
         assert os.listdir(out) == [".lock"]
     assert infer(tiny_model, out, *TWO_BY_TWO) == 0  # a crash leaves the file, not the lock
-    assert pictures(out) == pictures(reference)
+    assert images(out) == images(reference)
 
 
 def test_prompts_that_are_cut_are_told(tiny_model, tmp_path, capsys):
@@ -401,13 +401,13 @@ def test_prompts_that_are_cut_are_told(tiny_model, tmp_path, capsys):
     assert "1 prompt(s) have more than --max_sequence_length=4 tokens" in said and "a red square on white" in said
 
 
-def test_pictures_asked_for_twice_are_made_once(tiny_model, tmp_path, capsys):
+def test_images_asked_for_twice_are_made_once(tiny_model, tmp_path, capsys):
     assert infer(tiny_model, tmp_path, "--prompt", "a dog", "--prompt", "a dog", "--seeds", 8, 8, 23) == 0
-    assert len(pictures(tmp_path)) == 2 and "4 of 6 pictures were asked for twice" in capsys.readouterr().out
+    assert len(images(tmp_path)) == 2 and "4 of 6 images were asked for twice" in capsys.readouterr().out
 
 
 def test_writing_overlaps_with_generation(tmp_path):
-    """The writer's thread keeps the order, bounds what waits, and names the picture that failed."""
+    """The writer's thread keeps the order, bounds what waits, and names the image that failed."""
 
     class Slow:
         def save(self, job, image, facts):

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from conftest import KIT, script_environment
 from test_generation import write_lora
-from test_inference import infer, manifest, pictures
+from test_inference import images, infer, manifest
 
 SMALL = ("--height", 64, "--width", 96, "--num_inference_steps", 2, "--complex_human_instruction", "none")
 JOBS = ("--prompt", "a red square", "--prompt", "a dog", "--seeds", 8, 23, 42)
@@ -31,7 +31,7 @@ def test_single_device_script_is_the_same_run(base, tiny_model, run_script, tmp_
     flags = ("--model_path", tiny_model, *SMALL, *JOBS)
     done = run_script("infer_sana_text2img_bf16.py", *flags, engine="python", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert pictures(tmp_path / "infer_result") == pictures(base)
+    assert images(tmp_path / "infer_result") == images(base)
     assert "images/s" in done.stdout and "it/s" in done.stdout
 
 
@@ -39,7 +39,7 @@ def test_two_processes_make_the_same_bytes(base, tiny_model, run_script, tmp_pat
     flags = ("--model_path", tiny_model, "--output_path", tmp_path / "out", *SMALL, *JOBS)
     done = run_script("infer_sana_text2img_distrib.py", *flags, processes=2, engine="ddp")
     assert done.returncode == 0, done.stderr
-    assert pictures(tmp_path / "out") == pictures(base)
+    assert images(tmp_path / "out") == images(base)
     assert list(manifest(tmp_path / "out")) == list(manifest(base))
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["world_size"] == 2 and summary["made"] == 6
@@ -47,14 +47,14 @@ def test_two_processes_make_the_same_bytes(base, tiny_model, run_script, tmp_pat
 
 
 def test_three_processes_two_of_them_idle_with_lora_and_groups(tiny_model, run_script, tmp_path):
-    """Six pictures in groups of four are two groups: the third rank has nothing to do."""
+    """Six images in groups of four are two groups: the third rank has nothing to do."""
     lora = write_lora(tiny_model, tmp_path / "lora")
     flags = ("--lora_weights", lora, *JOBS, "--batch_size", 4)
     assert infer(tiny_model, tmp_path / "alone", *flags) == 0
     where = ("--model_path", tiny_model, "--output_path", tmp_path / "out", *SMALL)
     done = run_script("infer_sana_text2img_lora_bf16.py", *where, *flags, processes=3, engine="ddp")
     assert done.returncode == 0, done.stderr
-    assert pictures(tmp_path / "out") == pictures(tmp_path / "alone") and len(pictures(tmp_path / "out")) == 6
+    assert images(tmp_path / "out") == images(tmp_path / "alone") and len(images(tmp_path / "out")) == 6
 
 
 # A user's script, with one fault put in on one rank.
@@ -99,7 +99,7 @@ def test_a_ranks_failure_ends_the_run_with_its_error(tiny_model, run_script, tmp
 
 
 def test_a_killed_run_goes_on_where_it_was(tiny_model, run_script, tmp_path):
-    """SIGKILL of launcher and ranks while pictures are written; the same command makes the rest, byte for byte."""
+    """SIGKILL of launcher and ranks while images are written; the same command makes the rest, byte for byte."""
     jobs = ("--prompt", "a red square", "--prompt", "a dog", "--seeds", *range(60), "--num_inference_steps", 6)
     out = tmp_path / "out"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
@@ -116,18 +116,18 @@ def test_a_killed_run_goes_on_where_it_was(tiny_model, run_script, tmp_path):
             command, env=script_environment(), cwd=KIT, stdout=log, stderr=log, start_new_session=True
         )
         deadline = time.monotonic() + 200
-        while len(pictures(out)) < 5 and run.poll() is None and time.monotonic() < deadline:
+        while len(images(out)) < 5 and run.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
         tree = [*psutil.Process(run.pid).children(recursive=True), psutil.Process(run.pid)]
         for process in tree:  # the ranks lead sessions of their own
             process.kill()
         run.wait()
         psutil.wait_procs(tree, timeout=30)
-    cut = pictures(out)
+    cut = images(out)
     assert 5 <= len(cut) < 120, (tmp_path / "log").read_text()
     assert infer(tiny_model, out, *jobs) == 0
     summary = json.loads((out / "summary.json").read_text())
     assert 3 <= summary["kept"] <= len(cut) and summary["kept"] + summary["made"] == 120
     assert infer(tiny_model, tmp_path / "whole", *jobs) == 0
-    assert pictures(out) == pictures(tmp_path / "whole")
+    assert images(out) == images(tmp_path / "whole")
     assert not list(out.glob(".manifest-rank*")) and not list(out.glob("*.tmp"))

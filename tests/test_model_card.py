@@ -33,7 +33,7 @@ def front_matter(text):
 
 @pytest.fixture
 def run_folder(tmp_path):
-    """A finished run's folder: log, validation pictures, weights, and things that must stay on the machine."""
+    """A finished run's folder: log, validation images, weights, and things that must stay on the machine."""
     folder = tmp_path / "my-lora"
     prompts = ['a "quoted" prompt: with\nlines & `ticks` | bars', "一只小狗"]
     config = {
@@ -60,7 +60,7 @@ def run_folder(tmp_path):
     (folder / "checkpoint-500").mkdir()
     (folder / "checkpoint-500" / "optimizer.bin").write_bytes(b"state")
     (folder / "encodings").mkdir()
-    (folder / "encodings" / "latents.safetensors").write_bytes(b"private pictures")
+    (folder / "encodings" / "latents.safetensors").write_bytes(b"private images")
     return folder
 
 
@@ -131,7 +131,7 @@ def test_local_paths_are_not_told(run_folder, tmp_path):
     assert front_matter(write(run_folder, base_model=str(base)).read_text())["base_model"] == "Owner/Known"
 
 
-def test_full_fine_tuning_and_no_pictures(tmp_path):
+def test_full_fine_tuning_and_no_images(tmp_path):
     text = write(
         tmp_path, train_mode="full", rank=None, validation_prompts=["an owl"], versions={"torch": "1"}
     ).read_text()
@@ -275,7 +275,7 @@ def command(folder, hub_url, tmp_path, *arguments, token=TOKEN):
     )
 
 
-def test_push_uploads_card_pictures_and_weights_and_nothing_else(run_folder, tmp_path, hub):
+def test_push_uploads_card_images_and_weights_and_nothing_else(run_folder, tmp_path, hub):
     done = command(run_folder, hub.url, tmp_path, "--push_to_hub", "my-lora", "--private")
     assert done.returncode == 0, done.stderr
     assert f"{hub.url}/tester/my-lora" in done.stdout

@@ -62,7 +62,7 @@ def kit(tmp_path):
     for name in (
         *(".git/config", ".venv/bin/python", "env/pyvenv.cfg", "env/lib/x.py", "sana_kit/__pycache__/devices.pyc"),
         *("output/pytorch_lora_weights.safetensors", "my_run/train_log.jsonl", "my_run/report.html", "run.log"),
-        *("pictures_made/manifest.jsonl", "pictures_made/a.png", "a_model/model_index.json", ".gitignore"),
+        *("images_made/manifest.jsonl", "images_made/a.png", "a_model/model_index.json", ".gitignore"),
         *(".pytest_cache/x", ".report_cache/y.webp", "tests/.ruff_cache/z"),
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
-from tiny import make_tiny_pipeline, write_picture_folder  # noqa: E402
+from tiny import make_tiny_pipeline, write_image_folder  # noqa: E402
 
 import patch_sana  # noqa: E402
 
@@ -864,7 +864,7 @@ def test_patch_upstream_trainers(upstream_trainer, capsys):
 
 
 STAND_IN_TRANSFORMS = '''
-"""The few transforms that diffusers' trainer uses, on PIL pictures: torchvision has no build for every torch."""
+"""The few transforms that diffusers' trainer uses, on PIL images: torchvision has no build for every torch."""
 import enum, random
 import numpy, torch
 from PIL import Image, ImageOps
@@ -941,13 +941,13 @@ def test_patched_upstream_trainer_trains_saves_and_resumes_under_zero2(upstream_
     )
     runner = tmp_path / "run_with_gloo.py"
     runner.write_text(GLOO_RUNNER)
-    pictures = write_picture_folder(tmp_path / "pictures", count=4, captions=False)
+    images = write_image_folder(tmp_path / "images", count=4, captions=False)
     assert patch_sana.main([str(upstream_trainer)]) == 0
 
     out = tmp_path / "out"
     flags = {
         "pretrained_model_name_or_path": tiny_model,
-        "instance_data_dir": pictures,
+        "instance_data_dir": images,
         "instance_prompt": "a square",
         "resolution": 64,
         "train_batch_size": 1,

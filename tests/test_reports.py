@@ -18,7 +18,7 @@ from PIL import Image
 
 from sana_kit.reports.__main__ import main
 from sana_kit.reports.charts import smooth, thin
-from sana_kit.reports.contact_sheet import _font_for, contact_sheet, wrap_text
+from sana_kit.reports.contact_sheet import contact_sheet, font_for, wrap_text
 from sana_kit.reports.pages import refresh_report, write_gallery, write_report
 from sana_kit.reports.result_block import case_name, format_result_block
 from sana_kit.runlog import JsonLinesLog, PhaseClock, ThroughputMeter, console_bar, load_run, read_log
@@ -237,7 +237,7 @@ def test_bar_redraws_on_a_terminal_and_is_silent_elsewhere():
 # Contact sheets
 
 
-def test_contact_sheet_places_every_picture(tmp_path):
+def test_contact_sheet_places_every_image(tmp_path):
     colors = ["red", "lime", "blue", "yellow", "aqua"]
     images = [Image.new("RGB", (120, 120), color) for color in colors[:4]]
     images[1].save(tmp_path / "lime.png")
@@ -264,7 +264,7 @@ def test_contact_sheet_places_every_picture(tmp_path):
 def test_contact_sheet_labels_stay_in_their_column():
 
     for text in ("a word " * 40, "w" * 300, "一只小狗" * 30, "", "one"):
-        font = _font_for([text], 14)
+        font = font_for([text], 14)
         lines = wrap_text(text, font, 150, 3)
         assert 1 <= len(lines) <= 3 and all(font.getlength(line) <= 150 for line in lines)
         assert lines[-1].endswith("…") == (len(text) > 20)
@@ -339,7 +339,7 @@ def make_run(folder, steps=60, resume_at=None, validations=(0, 30, 60), finish=T
     prompts = ["a red <b>square</b> & more", "a blue circle, with a rather long description that goes on and on"]
     config = {
         "pretrained_model_name_or_path": "Some/Model",
-        "dataset_name": "pictures",
+        "dataset_name": "images",
         "rank": 4,
         "learning_rate": 1e-4,
         "max_train_steps": steps,
@@ -443,7 +443,7 @@ def test_page_keeps_secrets_and_markup_out(tmp_path):
 def test_page_of_a_run_whose_loss_is_never_finite(tmp_path, loss):
     make_run(tmp_path, steps=5, validations=(), loss=loss)
     text, data = page_data(write_report(tmp_path))
-    assert "not finite in 5 of 5" in text and "No validation pictures" in text
+    assert "not finite in 5 of 5" in text and "No validation images" in text
     assert "loss" not in [chart["id"] for chart in data["charts"]]
 
 
@@ -487,12 +487,10 @@ def test_smooth_and_thin():
     assert thin([0.0, 1.0], 10) == [0, 1]
 
 
-def test_pictures_shrink_until_the_page_is_small_enough(tmp_path, monkeypatch):
+def test_images_shrink_until_the_page_is_small_enough(tmp_path, monkeypatch):
     import random
 
-    monkeypatch.setattr(
-        "sana_kit.reports.thumbnails._PICTURE_BUDGET_BYTES", 600_000
-    )  # of 6 MB, so that a few pictures do
+    monkeypatch.setattr("sana_kit.reports.thumbnails._IMAGE_BUDGET_BYTES", 600_000)  # of 6 MB, so that a few images do
     noise = random.Random(0)
     prompts = [f"prompt {n}" for n in range(3)]
     log = JsonLinesLog(tmp_path / "train_log.jsonl")
@@ -516,10 +514,10 @@ def test_pictures_shrink_until_the_page_is_small_enough(tmp_path, monkeypatch):
     assert cached == again  # thumbnails are made once
 
 
-def test_a_broken_picture_is_told_not_fatal(tmp_path):
+def test_a_broken_image_is_told_not_fatal(tmp_path):
     make_run(tmp_path)
-    (tmp_path / "validation" / "step-000030" / "00-seed8.png").write_bytes(b"not a picture")
-    assert "1 picture(s) cannot be read: 00-seed8.png" in write_report(tmp_path).read_text()
+    (tmp_path / "validation" / "step-000030" / "00-seed8.png").write_bytes(b"not an image")
+    assert "1 image(s) cannot be read: 00-seed8.png" in write_report(tmp_path).read_text()
     shutil.rmtree(tmp_path / "validation")
     assert "none of them is in its folder" in write_report(tmp_path).read_text()
 
@@ -562,7 +560,7 @@ def test_refresh_never_breaks_a_training_and_never_hides(tmp_path, capsys):
 # Gallery
 
 
-def make_pictures(folder, prompts, seeds, lora=None, skip=()):
+def make_images(folder, prompts, seeds, lora=None, skip=()):
     folder.mkdir(parents=True)
     with open(folder / "manifest.jsonl", "w") as manifest:
         for index, prompt in enumerate(prompts):
@@ -590,17 +588,17 @@ def make_pictures(folder, prompts, seeds, lora=None, skip=()):
 
 def test_gallery_pairs_by_prompt_and_seed(tmp_path):
     prompts = ["a red rose", "a cat with a hat", "an <i>owl</i>"]
-    base = make_pictures(tmp_path / "base", prompts, [8, 23], skip={("a cat with a hat", 23)})
-    lora = make_pictures(tmp_path / "lora", prompts, [8, 23], lora="x.safetensors")
+    base = make_images(tmp_path / "base", prompts, [8, 23], skip={("a cat with a hat", 23)})
+    lora = make_images(tmp_path / "lora", prompts, [8, 23], lora="x.safetensors")
     text = write_gallery(lora).read_text()
     assert {path.suffix for path in lora.iterdir()} == {".png", ".jsonl", ".html"}  # nothing else is left there
     assert text.count("<article") == 6 and "<i>owl" not in text and 'class="pair"' not in text
     assert "seed 23 · 96 × 64 · 28 steps · guidance 2 · 1.2 s" in text
     assert 'href="00%20lora%20%238.png"' in text
     text = write_gallery(lora, base).read_text()
-    assert text.count('class="pair"') == 6 and text.count("no base picture with this prompt") == 1
+    assert text.count('class="pair"') == 6 and text.count("no base image with this prompt") == 1
     (lora / "00 lora #8.png").unlink()
-    assert "1 picture(s) of the manifest are not in the folder" in write_gallery(lora).read_text()
+    assert "1 image(s) of the manifest are not in the folder" in write_gallery(lora).read_text()
     with pytest.raises(ValueError, match="manifest.jsonl: not there"):
         write_gallery(tmp_path)
     with pytest.raises(ValueError, match="base_dir"):
@@ -610,9 +608,9 @@ def test_gallery_pairs_by_prompt_and_seed(tmp_path):
 def test_command_line_writes_pages_and_names_mistakes(tmp_path, capsys):
     make_run(tmp_path / "run")
     assert main([str(tmp_path / "run")]) == 0 and (tmp_path / "run" / "report.html").is_file()
-    make_pictures(tmp_path / "pictures", ["x"], [1])
-    assert main([str(tmp_path / "pictures"), "--gallery"]) == 0
-    assert (tmp_path / "pictures" / "gallery.html").is_file()
+    make_images(tmp_path / "images", ["x"], [1])
+    assert main([str(tmp_path / "images"), "--gallery"]) == 0
+    assert (tmp_path / "images" / "gallery.html").is_file()
     assert main([str(tmp_path / "nowhere")]) == 2
     for wrong in (["x", "--base", "y"], ["x", "--gallery", "--base", "nowhere"], ["x", "--gallery", "--before", "y"]):
         with pytest.raises(SystemExit) as stop:
@@ -697,9 +695,9 @@ def test_report_slider_shows_before_on_the_left_and_after_on_the_right(tmp_path,
     stage.scroll_into_view_if_needed()
 
     def colors():
-        picture = Image.open(io.BytesIO(stage.screenshot())).convert("RGB")
-        y = picture.height * 3 // 4
-        return [picture.getpixel((int(picture.width * x), y)) for x in (0.1, 0.4, 0.6, 0.9)]
+        image = Image.open(io.BytesIO(stage.screenshot())).convert("RGB")
+        y = image.height * 3 // 4
+        return [image.getpixel((int(image.width * x), y)) for x in (0.1, 0.4, 0.6, 0.9)]
 
     def is_red(color):
         return color[0] > 200 and color[1] < 60
@@ -716,7 +714,7 @@ def test_report_slider_shows_before_on_the_left_and_after_on_the_right(tmp_path,
     assert [is_red(color) for color in colors()] == [False, False, False, False]
 
 
-def test_report_filter_marks_zoom_and_enlarged_pictures(tmp_path, open_page):
+def test_report_filter_marks_zoom_and_enlarged_images(tmp_path, open_page):
     make_run(tmp_path, resume_at=40, finish=False)
     page = open_page(write_report(tmp_path), 1000)
     assert page.locator(".badge").inner_text() == "not finished"
@@ -743,8 +741,8 @@ def test_report_filter_marks_zoom_and_enlarged_pictures(tmp_path, open_page):
 @pytest.mark.parametrize("width", [400, 1400])
 def test_gallery_in_a_browser(tmp_path, open_page, width):
     prompts = ["a red rose", "a cat with a hat", "a red cat", "averylongwordwithoutanyspaces" * 6]
-    base = make_pictures(tmp_path / "base", prompts, [8, 23], skip={("a red rose", 8)})
-    lora = make_pictures(tmp_path / "lora", prompts, [8, 23], lora="x.safetensors")
+    base = make_images(tmp_path / "base", prompts, [8, 23], skip={("a red rose", 8)})
+    lora = make_images(tmp_path / "lora", prompts, [8, 23], lora="x.safetensors")
     page = open_page(write_gallery(lora, base), width, "dark" if width == 400 else "light")
     assert overflow(page) == [0, []]
     assert page.locator("article:visible").count() == 8

@@ -23,17 +23,17 @@ import train_dreambooth_lora_sana as trainer
 from sana_kit import devices
 from sana_kit.distributed import check_world_size
 from sana_kit.errors import CheckpointError
-from sana_kit.files import locked_output_dir
+from sana_kit.files import lock_folder
 from sana_kit.models.attention import LinearAttentionProcessor, set_attention
 from sana_kit.models.folder import find_model
 from sana_kit.models.lora import DEFAULT_LORA_LAYERS, lean_lora
 from sana_kit.training import checkpoints
 from sana_kit.training.config import build_parser, parse_args
-from sana_kit.training.engine import _configure_deepspeed
+from sana_kit.training.engine import configure_deepspeed
 from sana_kit.training.optim import optimizer_scalars
 from sana_kit.training.recipes import flow_matching_loss, loss_per_sample
 from sana_kit.training.state import pack_random_state
-from sana_kit.training.stream import StreamBatches, TrainingStream, collate
+from sana_kit.training.stream import SampleStream, StreamBatchSampler, collate
 
 # Name and default of every flag of diffusers' examples/dreambooth/train_dreambooth_lora_sana.py, August 2026.
 UPSTREAM_FLAGS = {
@@ -242,7 +242,7 @@ def test_an_imagefolder_with_metadata(base_flags, tmp_path):
     folder = tmp_path / "imagefolder"
     folder.mkdir()
     with open(folder / "metadata.jsonl", "w") as file:
-        for index, (image, caption) in enumerate(tiny.make_pictures(3)):
+        for index, (image, caption) in enumerate(tiny.make_images(3)):
             image.save(folder / f"{index}.png")
             file.write(json.dumps({"file_name": f"{index}.png", "description": caption}) + "\n")
     flags = [f"--dataset_name={folder}", "--caption_column=description", f"--output_dir={tmp_path / 'o'}"]
@@ -252,17 +252,17 @@ def test_an_imagefolder_with_metadata(base_flags, tmp_path):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_instance_prompt_alone_works_at_every_batch_size(base_flags, tmp_path, batch_size):
-    folder = tiny.write_picture_folder(tmp_path / "pictures", captions=False)
-    (folder / "notes.pdf").write_text("not a picture")
+    folder = tiny.write_image_folder(tmp_path / "images", captions=False)
+    (folder / "notes.pdf").write_text("not an image")
     flags = [f"--instance_data_dir={folder}", f"--output_dir={tmp_path / 'o'}", f"--train_batch_size={batch_size}"]
     assert run(*base_flags, *flags, "--max_train_steps=2", "--random_flip", "--repeats=2") == 0
     assert events(tmp_path / "o", "end")[0]["summary"]["batch_size"] == batch_size
 
 
-def test_prior_preservation_generates_class_pictures_and_adds_their_loss(base_flags, picture_folder, tmp_path):
+def test_prior_preservation_generates_class_images_and_adds_their_loss(base_flags, image_folder, tmp_path):
     flags = [
         *base_flags,
-        f"--instance_data_dir={picture_folder}",
+        f"--instance_data_dir={image_folder}",
         "--with_prior_preservation",
         f"--class_data_dir={tmp_path / 'class'}",
         "--class_prompt=a square",
@@ -288,39 +288,39 @@ def test_prior_preservation_generates_class_pictures_and_adds_their_loss(base_fl
 
 
 class _Encoded:
-    """Stands for EncodedPictures: sample i is a constant i."""
+    """Stands for EncodedImages: sample i is a constant i."""
 
     def __getitem__(self, i):
         return {"latents": torch.full((4, 2, 2), float(i)), "prompt_embeds": torch.full((3 + i % 2, 8), float(i))}
 
 
-def make_stream(pictures=7, classes=0, seed=1):
+def make_stream(images=7, classes=0, seed=1):
     weighting = {"weighting_scheme": "none", "logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29}
-    return TrainingStream(_Encoded(), pictures, classes, seed=seed, weighting=weighting)
+    return SampleStream(_Encoded(), images, classes, seed=seed, weighting=weighting)
 
 
 @pytest.mark.parametrize("world_size, batch_size, accumulation", [(1, 1, 1), (2, 2, 1), (3, 1, 2), (2, 5, 3)])
-def test_each_epoch_holds_each_picture_once_on_any_number_of_ranks(world_size, batch_size, accumulation):
+def test_each_epoch_holds_each_image_once_on_any_number_of_ranks(world_size, batch_size, accumulation):
     stream, steps = make_stream(), 21
     positions = []
     for rank in range(world_size):
-        batches = StreamBatches(0, steps, batch_size, accumulation, rank, world_size)
+        batches = StreamBatchSampler(0, steps, batch_size, accumulation, rank, world_size)
         assert len(list(batches)) == len(batches) == steps * accumulation
         positions += [p for batch in batches for p in batch]
     assert sorted(positions) == list(range(steps * accumulation * batch_size * world_size))
-    order = [stream.picture_index(p) for p in range(14)]
+    order = [stream.image_index(p) for p in range(14)]
     assert sorted(order[:7]) == sorted(order[7:]) == list(range(7)) and order[:7] != order[7:]
 
 
 def test_a_resumed_stream_goes_on_where_it_was_on_another_number_of_ranks():
-    whole = [p for b in StreamBatches(0, 4, 2, 1, 0, 1) for p in b]
-    first = [p for rank in range(2) for b in StreamBatches(0, 1, 2, 1, rank, 2) for p in b]
-    rest = [p for b in StreamBatches(len(first), 2, 2, 1, 0, 1) for p in b]
+    whole = [p for b in StreamBatchSampler(0, 4, 2, 1, 0, 1) for p in b]
+    first = [p for rank in range(2) for b in StreamBatchSampler(0, 1, 2, 1, rank, 2) for p in b]
+    rest = [p for b in StreamBatchSampler(len(first), 2, 2, 1, 0, 1) for p in b]
     assert sorted(first) + rest == whole
 
 
-def test_collate_keeps_each_caption_with_its_picture_and_pads_with_a_mask():
-    stream = make_stream(pictures=5, classes=2)
+def test_collate_keeps_each_caption_with_its_image_and_pads_with_a_mask():
+    stream = make_stream(images=5, classes=2)
     batch = collate([stream[position] for position in range(4)])
     assert batch["latents"].shape == (8, 4, 2, 2) and batch["noise"].dtype == torch.float32
     for row in range(8):
@@ -600,10 +600,10 @@ def test_others_may_read_what_the_umask_lets_them(six_steps):
     ] == []
 
 
-def test_old_checkpoints_go_only_after_the_new_one_is_whole(base_flags, picture_folder, tmp_path, monkeypatch):
+def test_old_checkpoints_go_only_after_the_new_one_is_whole(base_flags, image_folder, tmp_path, monkeypatch):
     flags = [
         *base_flags,
-        f"--instance_data_dir={picture_folder}",
+        f"--instance_data_dir={image_folder}",
         f"--output_dir={tmp_path}",
         "--checkpointing_steps=1",
         "--checkpoints_total_limit=2",
@@ -666,18 +666,18 @@ def test_a_checkpoint_of_another_adapter_is_refused(six_steps, tmp_path, flag, w
         run(*flags, f"--output_dir={copy}", "--resume_from_checkpoint=latest", flag)
 
 
-def test_the_output_folder_belongs_to_one_live_run(base_flags, picture_folder, tmp_path):
-    with locked_output_dir(tmp_path):
+def test_the_output_folder_belongs_to_one_live_run(base_flags, image_folder, tmp_path):
+    with lock_folder(tmp_path):
         with pytest.raises(ValueError, match="another live run is writing there"):
-            run(*base_flags, f"--instance_data_dir={picture_folder}", f"--output_dir={tmp_path}")
-    assert run(*base_flags, f"--instance_data_dir={picture_folder}", f"--output_dir={tmp_path}") == 0
+            run(*base_flags, f"--instance_data_dir={image_folder}", f"--output_dir={tmp_path}")
+    assert run(*base_flags, f"--instance_data_dir={image_folder}", f"--output_dir={tmp_path}") == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a run writes
 
 
-def test_log_summary_and_validation_pictures(six_steps):
+def test_log_summary_and_validation_images(six_steps):
     output, _ = six_steps
     steps = events(output, "step")
     assert [e["step"] for e in steps] == [1, 2, 3, 4, 5, 6]
@@ -697,7 +697,7 @@ def test_log_summary_and_validation_pictures(six_steps):
     summary = json.loads((output / "summary.json").read_text())
     assert summary["global_step"] == 6 and summary["final_loss"] == steps[-1]["loss"]
     assert summary["images_per_second"] > 0 and summary["duration_seconds"] > 0
-    phases = ["imports", "checks", "processes", "pictures and encodings", "transformer", "engine, checkpoint"]
+    phases = ["imports", "checks", "processes", "images and encodings", "transformer", "engine, checkpoint"]
     assert list(summary["start_seconds"]) == [*phases, "first validation", "first step"]
     assert 0 < sum(summary["start_seconds"].values()) <= summary["duration_seconds"]
     assert (output / "report.html").stat().st_size > 10_000
@@ -742,26 +742,26 @@ def test_a_second_start_loads_neither_vae_nor_text_encoder(six_steps, tmp_path, 
         run(*warm, f"--output_dir={tmp_path}", f"--encodings_dir={output / 'encodings'}", "--resolution=56")
 
 
-def test_the_final_adapter_in_float32(six_steps, base_flags, picture_folder, tmp_path):
-    flags = [*base_flags, f"--instance_data_dir={picture_folder}", "--max_train_steps=2", f"--output_dir={tmp_path}"]
+def test_the_final_adapter_in_float32(six_steps, base_flags, image_folder, tmp_path):
+    flags = [*base_flags, f"--instance_data_dir={image_folder}", "--max_train_steps=2", f"--output_dir={tmp_path}"]
     assert run(*flags, "--upcast_before_saving") == 0
     assert {tensor.dtype for tensor in weights(tmp_path).values()} == {torch.float32}
 
 
-def test_gradient_checkpointing_and_its_interval_change_no_bit(base_flags, picture_folder, tmp_path):
+def test_gradient_checkpointing_and_its_interval_change_no_bit(base_flags, image_folder, tmp_path):
     results = []
     for index, extra in enumerate(
         ([], ["--gradient_checkpointing"], ["--gradient_checkpointing", "--gradient_checkpointing_interval=2"])
     ):
         output = tmp_path / str(index)
-        flags = [f"--instance_data_dir={picture_folder}", f"--output_dir={output}", "--max_train_steps=2"]
+        flags = [f"--instance_data_dir={image_folder}", f"--output_dir={output}", "--max_train_steps=2"]
         assert run(*base_flags, *flags, *extra) == 0
         results.append(weights(output))
     assert same(results[0], results[1]) and same(results[0], results[2])
 
 
-def test_lora_layers_choose_the_trained_layers(base_flags, picture_folder, tmp_path):
-    flags = [f"--instance_data_dir={picture_folder}", f"--output_dir={tmp_path}", "--max_train_steps=1"]
+def test_lora_layers_choose_the_trained_layers(base_flags, image_folder, tmp_path):
+    flags = [f"--instance_data_dir={image_folder}", f"--output_dir={tmp_path}", "--max_train_steps=1"]
     assert run(*base_flags, *flags, "--lora_layers=attn2.to_q,ff.conv_point") == 0
     layers = {key.split(".lora")[0].split(".", 3)[3] for key in weights(tmp_path)}
     assert layers == {"attn2.to_q", "ff.conv_point"}
@@ -771,11 +771,11 @@ def test_lora_layers_choose_the_trained_layers(base_flags, picture_folder, tmp_p
 # Full-parameter fine-tuning
 
 
-def test_full_fine_tuning_resumes_to_the_bit_and_its_folder_is_a_model(base_flags, picture_folder, tmp_path):
+def test_full_fine_tuning_resumes_to_the_bit_and_its_folder_is_a_model(base_flags, image_folder, tmp_path):
 
     flags = [
         *base_flags,
-        f"--instance_data_dir={picture_folder}",
+        f"--instance_data_dir={image_folder}",
         "--train_mode=full",
         "--max_train_steps=4",
         "--checkpointing_steps=2",
@@ -815,18 +815,18 @@ def nan_at(monkeypatch):
     return install
 
 
-def test_a_nan_loss_stops_and_names_step_pictures_and_checkpoint(base_flags, picture_folder, tmp_path, nan_at):
+def test_a_nan_loss_stops_and_names_step_images_and_checkpoint(base_flags, image_folder, tmp_path, nan_at):
     nan_at(4)
-    flags = [f"--instance_data_dir={picture_folder}", f"--output_dir={tmp_path}", "--max_train_steps=9"]
-    with pytest.raises(FloatingPointError, match=r"loss nan at step 4, pictures \[\d, \d\].*checkpoint-3"):
+    flags = [f"--instance_data_dir={image_folder}", f"--output_dir={tmp_path}", "--max_train_steps=9"]
+    with pytest.raises(FloatingPointError, match=r"loss nan at step 4, images \[\d, \d\].*checkpoint-3"):
         run(*base_flags, *flags, "--checkpointing_steps=3")
     assert "loss nan at step 4" in events(tmp_path, "warning")[-1]["message"]
     assert not (tmp_path / "pytorch_lora_weights.safetensors").exists()
 
 
-def test_a_nan_loss_is_skipped_and_counted_when_asked_for(base_flags, picture_folder, tmp_path, nan_at):
+def test_a_nan_loss_is_skipped_and_counted_when_asked_for(base_flags, image_folder, tmp_path, nan_at):
     nan_at(2)
-    flags = [f"--instance_data_dir={picture_folder}", f"--output_dir={tmp_path}", "--max_train_steps=4"]
+    flags = [f"--instance_data_dir={image_folder}", f"--output_dir={tmp_path}", "--max_train_steps=4"]
     assert run(*base_flags, *flags, "--on_nan=skip") == 0
     assert events(tmp_path, "end")[0]["summary"]["skipped_updates"] == 1
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path).values())
@@ -853,7 +853,7 @@ ERRORS = {
     "tracker": (["--report_to=mlflow"], "unknown; use one of tensorboard"),
     "token": (["--report_to=wandb", "--hub_token=t"], "must not be given with --report_to=wandb"),
     "column": (["--caption_column=text"], "columns belong to --dataset_name"),
-    "empty": (["--instance_data_dir=@empty"], "no pictures"),
+    "empty": (["--instance_data_dir=@empty"], "no images"),
     "corrupt": (["--instance_data_dir=@corrupt"], "bad.png"),
     "output": (["--output_dir=@file"], "is a file"),
 }
@@ -861,7 +861,7 @@ ERRORS = {
 
 @pytest.mark.parametrize("case", ERRORS)
 def test_one_clear_error_before_weights_load_and_nothing_written(
-    case, base_flags, picture_folder, tmp_path, monkeypatch
+    case, base_flags, image_folder, tmp_path, monkeypatch
 ):
 
     def refuse(*args, **kwargs):
@@ -876,11 +876,11 @@ def test_one_clear_error_before_weights_load_and_nothing_written(
     extra, message = ERRORS[case]
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
-    corrupt = tiny.write_picture_folder(tmp_path / "corrupt", count=2)
-    (corrupt / "bad.png").write_bytes((corrupt / "picture_00.png").read_bytes()[:300])
+    corrupt = tiny.write_image_folder(tmp_path / "corrupt", count=2)
+    (corrupt / "bad.png").write_bytes((corrupt / "image_00.png").read_bytes()[:300])
     flags = [*base_flags, f"--output_dir={tmp_path / 'out'}"]
     if "@no-instance" not in extra and not any("instance_data_dir" in flag for flag in extra):
-        flags.append(f"--instance_data_dir={picture_folder}")
+        flags.append(f"--instance_data_dir={image_folder}")
     for flag in extra:
         for name in ("empty", "corrupt", "file"):
             flag = flag.replace(f"@{name}", str(tmp_path / name))
@@ -905,12 +905,12 @@ def test_all_problems_are_told_at_once(base_flags, tmp_path):
         assert flag in str(problem.value)
 
 
-def test_a_corrupt_picture_can_be_skipped(base_flags, tmp_path):
-    folder = tiny.write_picture_folder(tmp_path / "pictures", count=3)
-    (folder / "picture_01.png").write_bytes((folder / "picture_01.png").read_bytes()[:400])
+def test_a_corrupt_image_can_be_skipped(base_flags, tmp_path):
+    folder = tiny.write_image_folder(tmp_path / "images", count=3)
+    (folder / "image_01.png").write_bytes((folder / "image_01.png").read_bytes()[:400])
     flags = [f"--instance_data_dir={folder}", f"--output_dir={tmp_path / 'o'}", "--max_train_steps=2"]
     assert run(*base_flags, *flags, "--skip_bad_images") == 0
-    assert any("picture_01.png" in entry["message"] for entry in events(tmp_path / "o", "warning"))
+    assert any("image_01.png" in entry["message"] for entry in events(tmp_path / "o", "warning"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -941,7 +941,7 @@ class _Accelerator:
 def test_flags_and_deepspeed_config_must_agree(config, flags, message):
     args = parse_args(["--pretrained_model_name_or_path=x", "--mixed_precision=bf16", *flags])
     with pytest.raises(ValueError, match=message):
-        _configure_deepspeed(args, _Accelerator(), config)
+        configure_deepspeed(args, _Accelerator(), config)
 
 
 def test_flags_reach_the_deepspeed_config():
@@ -949,7 +949,7 @@ def test_flags_reach_the_deepspeed_config():
         ["--pretrained_model_name_or_path=x", "--mixed_precision=bf16", "--max_grad_norm=0.3", "--train_batch_size=6"]
     )
     config = {"zero_optimization": {"stage": 2}, "gradient_clipping": "auto"}
-    _configure_deepspeed(args, _Accelerator(), config)
+    configure_deepspeed(args, _Accelerator(), config)
     assert config["gradient_clipping"] == 0.3 and config["train_micro_batch_size_per_gpu"] == 6
     assert config["train_batch_size"] == 12 and config["data_types"]["grad_accum_dtype"] == "fp32"
 
@@ -961,8 +961,8 @@ def test_two_ranks_never_believe_that_they_are_alone(monkeypatch):
 
 
 @pytest.mark.slow
-def test_compiled_blocks_train_the_same_adapter(base_flags, picture_folder, tmp_path):
-    flags = [*base_flags, f"--instance_data_dir={picture_folder}", "--max_train_steps=2"]
+def test_compiled_blocks_train_the_same_adapter(base_flags, image_folder, tmp_path):
+    flags = [*base_flags, f"--instance_data_dir={image_folder}", "--max_train_steps=2"]
     assert run(*flags, f"--output_dir={tmp_path / 'plain'}") == 0
     assert run(*flags, f"--output_dir={tmp_path / 'compiled'}", "--compile") == 0
     plain, compiled = weights(tmp_path / "plain"), weights(tmp_path / "compiled")

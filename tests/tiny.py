@@ -1,4 +1,4 @@
-"""Tiny, real things for the tests: a complete SanaPipeline folder of about half a megabyte, and small picture sets.
+"""Tiny, real things for the tests: a complete SanaPipeline folder of about half a megabyte, and small image sets.
 
 Used by conftest.py; by hand: `python tests/tiny.py OUTPUT_FOLDER` writes a tiny pipeline there.
 """
@@ -140,7 +140,7 @@ def make_tiny_pipeline(folder, seed=0, sample_size=16, qk_norm=None, layers=2, l
     return Path(folder)
 
 
-# Sizes for the benchmarks: VAE encode : text encode : transformer forward = 5.2 : 1.2 : 3.0 FLOPs per 256 px picture,
+# Sizes for the benchmarks: VAE encode : text encode : transformer forward = 5.2 : 1.2 : 3.0 FLOPs per 256 px image,
 # as of the 1600M model at 1024 px.
 SCALED_VAE = {
     "latent_channels": 8,
@@ -171,8 +171,8 @@ SCALED_TRANSFORMER = {
 }
 
 
-def make_pictures(count=6, size=80, seed=0):
-    """`count` distinct (PIL RGB picture, caption) pairs: a coloured square on a light ground, wider than high."""
+def make_images(count=6, size=80, seed=0):
+    """`count` distinct (PIL RGB image, caption) pairs: a coloured square on a light ground, wider than high."""
     generator = np.random.default_rng(seed)
     pairs = []
     for index in range(count):
@@ -184,14 +184,14 @@ def make_pictures(count=6, size=80, seed=0):
     return pairs
 
 
-def write_picture_folder(folder, count=6, captions=True, size=80):
-    """Pictures as PNG with a .txt caption of the same name beside each."""
+def write_image_folder(folder, count=6, captions=True, size=80):
+    """Images as PNG with a .txt caption of the same name beside each."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for index, (image, caption) in enumerate(make_pictures(count, size)):
-        image.save(folder / f"picture_{index:02d}.png")
+    for index, (image, caption) in enumerate(make_images(count, size)):
+        image.save(folder / f"image_{index:02d}.png")
         if captions:
-            (folder / f"picture_{index:02d}.txt").write_text(caption, encoding="utf-8")
+            (folder / f"image_{index:02d}.txt").write_text(caption, encoding="utf-8")
     return folder
 
 
@@ -202,13 +202,13 @@ def write_parquet_dataset(folder, count=6, extras=True, size=80):
 
     folder = Path(folder)
     (folder / "data").mkdir(parents=True, exist_ok=True)
-    pairs = make_pictures(count, size)
+    pairs = make_images(count, size)
     features = Features({"image": ImageFeature(), "text": Value("string")})
     dataset = Dataset.from_dict({"image": [p for p, _ in pairs], "text": [c for _, c in pairs]}, features=features)
     dataset.to_parquet(str(folder / "data" / "train-001.parquet"))
     if extras:
         (folder / "dataset_infos.json").write_text(json.dumps({}), encoding="utf-8")
-        (folder / "README.MD").write_text("# pictures\n", encoding="utf-8")
+        (folder / "README.MD").write_text("# images\n", encoding="utf-8")
     return folder
 
 

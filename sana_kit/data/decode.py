@@ -9,13 +9,13 @@ import warnings
 import numpy as np
 from PIL import Image
 
-from sana_kit.errors import PictureError
+from sana_kit.errors import ImageError
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 
 
 # Only these decoders are offered a file: PIL also has readers that start other programs (EPS) or follow references.
-PICTURE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 
 
 ORIENTATION_TAG = 0x0112
@@ -32,40 +32,38 @@ TRANSPOSITIONS = {
 }
 
 
-def open_picture(data: bytes, name: str) -> Image.Image:
+def open_image(data: bytes, name: str) -> Image.Image:
     """Open encoded bytes without decoding the pixels.
 
     Raises:
-        PictureError: no picture of a known format, broken header, or more pixels than PIL's limit (178,956,970).
+        ImageError: no image of a known format, broken header, or more pixels than PIL's limit (178,956,970).
     """
     if not data:
-        raise PictureError(f"{name}: the file is empty (0 bytes).")
+        raise ImageError(f"{name}: the file is empty (0 bytes).")
     if data.startswith(b"version https://git-lfs"):
-        raise PictureError(f"{name}: this is a Git LFS pointer, not the picture; run `git lfs pull` in the data set.")
+        raise ImageError(f"{name}: this is a Git LFS pointer, not the image; run `git lfs pull` in the data set.")
     Image.init()
     try:
         with warnings.catch_warnings():
             # PIL warns at half its limit; the limit itself is an error below.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(data), formats=[f for f in PICTURE_FORMATS if f in Image.OPEN])
+            return Image.open(io.BytesIO(data), formats=[f for f in IMAGE_FORMATS if f in Image.OPEN])
     except Image.DecompressionBombError as error:
-        raise PictureError(
-            f"{name}: too many pixels for a picture ({error}). Scale it down or leave it out."
-        ) from None
+        raise ImageError(f"{name}: too many pixels for an image ({error}). Scale it down or leave it out.") from None
     except Image.UnidentifiedImageError:
-        known = ", ".join(f for f in PICTURE_FORMATS if f in Image.OPEN)
-        raise PictureError(
-            f"{name}: not a picture of a known format ({known}), or its header is broken ({len(data)} bytes)."
+        known = ", ".join(f for f in IMAGE_FORMATS if f in Image.OPEN)
+        raise ImageError(
+            f"{name}: not an image of a known format ({known}), or its header is broken ({len(data)} bytes)."
         ) from None
     except Exception as error:  # decoders raise whatever they like on broken headers
-        raise PictureError(f"{name}: the header cannot be read ({type(error).__name__}: {error}).") from None
+        raise ImageError(f"{name}: the header cannot be read ({type(error).__name__}: {error}).") from None
 
 
 def orientation(image: Image.Image, data: bytes) -> int:
     """The EXIF orientation 1 to 8 (1 where there is none or the EXIF block is unreadable, as viewers do)."""
     try:
         if image.format == "PNG":
-            # PIL decodes the whole picture to find a late eXIf chunk, so the chunks are walked here.
+            # PIL decodes the whole image to find a late eXIf chunk, so the chunks are walked here.
             block = image.info.get("exif") or _png_exif(data)
             if block is None and "Raw profile type exif" not in image.info:
                 return 1
@@ -93,29 +91,29 @@ def _png_exif(data: bytes) -> bytes | None:
     return None
 
 
-def decode_picture(data: bytes, name: str) -> Image.Image:
-    """Decode encoded bytes to an 8-bit RGB picture, upright; of an animation the first frame.
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """Decode encoded bytes to an 8-bit RGB image, upright; of an animation the first frame.
 
     Transparency is laid over white; 16-bit grey is scaled to 8 bits; CMYK goes through PIL's conversion. ICC profiles
     are not applied, as in diffusers.
 
     Raises:
-        PictureError: corrupt or truncated data, or pixels without a known range (float, 32-bit integer).
+        ImageError: corrupt or truncated data, or pixels without a known range (float, 32-bit integer).
     """
-    image = open_picture(data, name)
+    image = open_image(data, name)
     try:
         image.load()
     except Exception as error:  # OSError for truncation, but also SyntaxError, struct.error, ValueError ...
-        raise PictureError(f"{name}: corrupt or truncated picture ({type(error).__name__}: {error}).") from None
+        raise ImageError(f"{name}: corrupt or truncated image ({type(error).__name__}: {error}).") from None
     turn = TRANSPOSITIONS.get(orientation(image, data))
     if turn is not None:
         image = image.transpose(turn)
     try:
         return to_rgb(image, png=image.format == "PNG" or data.startswith(b"\x89PNG"))
-    except PictureError:
+    except ImageError:
         raise
     except Exception as error:
-        raise PictureError(f"{name}: mode {image.mode} cannot be turned into RGB ({error}).") from None
+        raise ImageError(f"{name}: mode {image.mode} cannot be turned into RGB ({error}).") from None
 
 
 def to_rgb(image: Image.Image, png: bool = False) -> Image.Image:
@@ -134,17 +132,17 @@ def to_rgb(image: Image.Image, png: bool = False) -> Image.Image:
     return image.convert("RGB")
 
 
-def inspect_picture(data: bytes, name: str) -> tuple[bytes, int, int, bool]:
+def inspect_image(data: bytes, name: str) -> tuple[bytes, int, int, bool]:
     """(SHA-256 of the bytes, width and height when upright, animated) from the header alone.
 
     Raises:
-        PictureError: as `open_picture`, and for PNG files whose chunks fail their checksums.
+        ImageError: as `open_image`, and for PNG files whose chunks fail their checksums.
     """
-    image = open_picture(data, name)
+    image = open_image(data, name)
     animated = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
     if image.format == "TIFF":
-        # Whether PIL turns a TIFF by itself, and when, differs between its versions; the decoded picture tells.
-        width, height = decode_picture(data, name).size
+        # Whether PIL turns a TIFF by itself, and when, differs between its versions; the decoded image tells.
+        width, height = decode_image(data, name).size
     else:
         width, height = image.size
         if orientation(image, data) >= 5:
@@ -153,5 +151,5 @@ def inspect_picture(data: bytes, name: str) -> tuple[bytes, int, int, bool]:
         try:
             image.verify()  # checksums of all chunks, without decompressing them
         except Exception as error:
-            raise PictureError(f"{name}: corrupt or truncated picture ({type(error).__name__}: {error}).") from None
+            raise ImageError(f"{name}: corrupt or truncated image ({type(error).__name__}: {error}).") from None
     return hashlib.sha256(data).digest(), width, height, animated

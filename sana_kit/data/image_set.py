@@ -10,15 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image
 
-from sana_kit.data.decode import decode_picture, open_picture
-from sana_kit.data.sources import _JoinedSource
-from sana_kit.errors import PictureError
+from sana_kit.data.decode import decode_image, open_image
+from sana_kit.data.sources import JoinedSource
+from sana_kit.errors import ImageError
 
-LISTED_PROBLEMS = 20  # how many bad pictures an error names; the rest are counted
+LISTED_PROBLEMS = 20  # how many bad images an error names; the rest are counted
 
 
-class PictureSet:
-    """Captioned pictures, opened one at a time. Picklable; safe to use from several threads.
+class ImageSet:
+    """Captioned images, opened one at a time. Picklable; safe to use from several threads.
 
     Attributes:
         captions: one string per sample.
@@ -45,19 +45,19 @@ class PictureSet:
         return [self.name(i) for i in range(len(self))]
 
     def name(self, i: int) -> str:
-        """The picture's name in messages."""
+        """The image's name in messages."""
         return self._source.name(int(self._rows[i]))
 
     def read(self, i: int) -> bytes:
-        """The encoded source bytes. Raises PictureError when they cannot be read or changed since they were hashed."""
+        """The encoded source bytes. Raises ImageError when they cannot be read or changed since they were hashed."""
         data = self._source.read(int(self._rows[i]))
         if hashlib.sha256(data).digest() != self._digests[self._rows[i]].tobytes():
-            raise PictureError(f"{self.name(i)}: the picture changed while the run was using it; start again.")
+            raise ImageError(f"{self.name(i)}: the image changed while the run was using it; start again.")
         return data
 
     def load(self, i: int) -> Image.Image:
-        """The picture, 8-bit RGB and upright (see `decode_picture`). Raises PictureError when it is corrupt."""
-        return decode_picture(self.read(i), self.name(i))
+        """The image, 8-bit RGB and upright (see `decode_image`). Raises ImageError when it is corrupt."""
+        return decode_image(self.read(i), self.name(i))
 
     def source_hash(self, i: int) -> str:
         """Hex SHA-256 of the encoded source bytes."""
@@ -73,15 +73,15 @@ class PictureSet:
         return int(self._positions[i])
 
     def row(self, i: int) -> int:
-        """The source's row number: equal for repeats of one picture."""
+        """The source's row number: equal for repeats of one image."""
         return int(self._rows[i])
 
-    def without(self, indices) -> PictureSet:
-        """A set without these samples and the other repeats of their pictures; the rest keep their decisions."""
+    def without(self, indices) -> ImageSet:
+        """A set without these samples and the other repeats of their images; the rest keep their decisions."""
         bad = {int(self._rows[i]) for i in indices}
         keep = np.array([row not in bad for row in self._rows.tolist()], dtype=bool)
-        report = {**self.report, "bad pictures skipped": self.report.get("bad pictures skipped", 0) + len(bad)}
-        return PictureSet(
+        report = {**self.report, "bad images skipped": self.report.get("bad images skipped", 0) + len(bad)}
+        return ImageSet(
             self._source,
             self._rows[keep],
             [c for c, k in zip(self.captions, keep, strict=True) if k],
@@ -98,11 +98,11 @@ class PictureSet:
             self._source.release()
 
 
-def concat(first: PictureSet, second: PictureSet) -> PictureSet:
+def concat(first: ImageSet, second: ImageSet) -> ImageSet:
     """The samples of both, in this order; each keeps its random decisions (prior preservation: instance, class)."""
     report = {k: first.report.get(k, 0) + second.report.get(k, 0) for k in {**first.report, **second.report}}
-    return PictureSet(
-        _JoinedSource(first._source, second._source),
+    return ImageSet(
+        JoinedSource(first._source, second._source),
         np.concatenate([first._rows, second._rows + len(first._source)]),
         first.captions + second.captions,
         np.concatenate([first._positions, second._positions]),
@@ -142,60 +142,60 @@ def default_workers() -> int:
     return max(1, min(16, cores // max(1, local)))
 
 
-def progress_bar(total: int, description: str, unit: str = "picture"):
+def progress_bar(total: int, description: str, unit: str = "image"):
     """A tqdm bar, on the first rank only."""
     from tqdm.auto import tqdm
 
     return tqdm(total=total, desc=description, unit=unit, disable=int(os.environ.get("RANK", "0") or 0) != 0)
 
 
-def check_pictures(
-    pictures: PictureSet, indices=None, *, rank: int = 0, world_size: int = 1, num_workers: int | None = None
+def check_images(
+    images: ImageSet, indices=None, *, rank: int = 0, world_size: int = 1, num_workers: int | None = None
 ) -> list[tuple[int, str]]:
-    """Decode every picture of this rank's share completely: [(sample index, message)] of the bad ones.
+    """Decode every image of this rank's share completely: [(sample index, message)] of the bad ones.
 
     JPEG files are decoded at an eighth of their size, which still reads all their data, so truncation shows at a
-    fraction of the cost. Each distinct picture is decoded once. No model is needed, so it runs before weights load.
+    fraction of the cost. Each distinct image is decoded once. No model is needed, so it runs before weights load.
     """
     first_of_row: dict[int, int] = {}
-    for i in range(len(pictures)) if indices is None else indices:
-        first_of_row.setdefault(pictures.row(i), i)
+    for i in range(len(images)) if indices is None else indices:
+        first_of_row.setdefault(images.row(i), i)
     share = list(first_of_row.values())[rank::world_size]
     workers = default_workers() if num_workers is None else num_workers
     bad = []
 
     def check(i):
         try:
-            data, name = pictures.read(i), pictures.name(i)
-            image = open_picture(data, name)
+            data, name = images.read(i), images.name(i)
+            image = open_image(data, name)
             if image.format == "JPEG" and image.mode in ("RGB", "L"):
                 image.draft(image.mode, (max(1, image.width // 8), max(1, image.height // 8)))
                 try:
                     image.load()
                 except Exception as error:
-                    raise PictureError(
-                        f"{name}: corrupt or truncated picture ({type(error).__name__}: {error})."
+                    raise ImageError(
+                        f"{name}: corrupt or truncated image ({type(error).__name__}: {error})."
                     ) from None
             else:
-                decode_picture(data, name)
-        except PictureError as error:
+                decode_image(data, name)
+        except ImageError as error:
             return i, str(error)
         return None
 
-    with progress_bar(len(share), "Checking pictures") as bar:
+    with progress_bar(len(share), "Checking images") as bar:
         for result in prefetch(check, share, workers, 4 * max(1, workers)):
             bar.update()
             if result is not None:
                 bad.append(result)
-    pictures.release()
+    images.release()
     return bad
 
 
-def bad_picture_problems(messages: list[str]) -> str:
-    """One text for an error that names bad pictures and the remedy."""
+def bad_image_problems(messages: list[str]) -> str:
+    """One text for an error that names bad images and the remedy."""
     shown = "".join(f"\n    {m}" for m in messages[:LISTED_PROBLEMS])
     more = f"\n    ... and {len(messages) - LISTED_PROBLEMS} more" if len(messages) > LISTED_PROBLEMS else ""
     return (
-        f"{len(messages)} picture(s) cannot be used; repair or remove them, or pass --skip_bad_images to go on without"
+        f"{len(messages)} image(s) cannot be used; repair or remove them, or pass --skip_bad_images to go on without"
         f" them:{shown}{more}"
     )

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from sana_kit.errors import PictureError
+from sana_kit.errors import ImageError
 
 
-class _FileSource:
-    """Picture files on disk."""
+class FileSource:
+    """Image files on disk."""
 
     def __init__(self, paths: list[Path], names: list[str]):
         self.paths, self.names = [str(p) for p in paths], names
@@ -29,10 +29,10 @@ class _FileSource:
             with open(self.paths[row], "rb") as file:
                 return file.read()
         except OSError as error:
-            raise PictureError(f"{self.names[row]}: cannot be read ({error.strerror or error}).") from None
+            raise ImageError(f"{self.names[row]}: cannot be read ({error.strerror or error}).") from None
 
 
-class _ParquetSource:
+class ParquetSource:
     """One column of one or more parquet files, read by row group; at most two groups are held in memory."""
 
     def __init__(self, files: list[Path], column: str, split: str, root: Path):
@@ -96,11 +96,11 @@ class _ParquetSource:
         pa.default_memory_pool().release_unused()
 
 
-class _DatasetSource:
+class DatasetSource:
     """A `datasets.Dataset` whose image column is kept encoded.
 
     Its rows lie in uncompressed Arrow files. They are read by offset where possible: read through the memory map,
-    every picture ever touched would count as resident memory of the process.
+    every image ever touched would count as resident memory of the process.
     """
 
     def __init__(self, dataset, column: str, split: str, root: Path | None):
@@ -126,7 +126,7 @@ class _DatasetSource:
 
 
 def _arrow_spans(files: list[str], column: str, rows: int) -> np.ndarray | None:
-    """(rows, 3) int64: file number, offset and length of each picture's bytes in Arrow files; length -1: null.
+    """(rows, 3) int64: file number, offset and length of each image's bytes in Arrow files; length -1: null.
 
     None where the files are not what is expected (compressed, other types, more rows): they are then read as tables.
     """
@@ -170,7 +170,7 @@ def _arrow_spans(files: list[str], column: str, rows: int) -> np.ndarray | None:
     return spans if len(spans) == rows else None
 
 
-class _JoinedSource:
+class JoinedSource:
     """Two sources one behind the other."""
 
     def __init__(self, first, second):
@@ -207,20 +207,18 @@ def _cell_bytes(value, name: str, root: str | None) -> bytes:
     if inner is not None:
         return bytes(inner)
     if path is None:
-        raise PictureError(f"{name}: the picture is null.")
+        raise ImageError(f"{name}: the image is null.")
     if "://" in path:
-        raise PictureError(
-            f"{name}: the picture is an address ({path[:80]}), not bytes; nothing is downloaded by row."
-        )
+        raise ImageError(f"{name}: the image is an address ({path[:80]}), not bytes; nothing is downloaded by row.")
     if root is None:
-        raise PictureError(f"{name}: the row holds only a path ({path[:200]}) and no bytes.")
-    file = _inside(Path(root), path)
+        raise ImageError(f"{name}: the row holds only a path ({path[:200]}) and no bytes.")
+    file = inside(Path(root), path)
     if file is None:
-        raise PictureError(f"{name}: the path {path[:200]} leads out of the data set's folder.")
-    return _FileSource([file], [f"{name} ({path})"]).read(0)
+        raise ImageError(f"{name}: the path {path[:200]} leads out of the data set's folder.")
+    return FileSource([file], [f"{name} ({path})"]).read(0)
 
 
-def _inside(root: Path, relative: str) -> Path | None:
+def inside(root: Path, relative: str) -> Path | None:
     """`root / relative` unless that lies outside root."""
     file = Path(os.path.normpath(root / relative))
     try:

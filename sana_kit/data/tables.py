@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sana_kit.data.image_set import LISTED_PROBLEMS
-from sana_kit.data.sources import _DatasetSource, _FileSource, _inside, _ParquetSource
+from sana_kit.data.sources import DatasetSource, FileSource, ParquetSource, inside
 
 SPLIT_WORDS = {
     "train": "train",
@@ -25,8 +25,8 @@ SPLIT_WORDS = {
 
 
 @dataclass
-class _Table:
-    """A found data set: its pictures and, per row, the raw caption cell (`captions` None: no caption column)."""
+class Table:
+    """A found data set: its images and, per row, the raw caption cell (`captions` None: no caption column)."""
 
     source: object
     captions: list | None
@@ -35,9 +35,9 @@ class _Table:
     counts: dict[str, int]
 
 
-def _refuse(problem: str) -> _Table:
+def refused_table(problem: str) -> Table:
     """No data set, for this reason."""
-    return _Table(None, None, [problem], [], {})
+    return Table(None, None, [problem], [], {})
 
 
 def _choose_split(names, flag_value: str) -> str:
@@ -54,20 +54,22 @@ def _missing_column(flag: str, value: str, name: str, columns) -> str:
     return f"{flag}={value}: no such column in {name}; columns present: {', '.join(columns)}."
 
 
-def _from_files(name, splits: dict[str, list[Path]], root: Path, image_column, caption_column) -> _Table:
+def from_files(name, splits: dict[str, list[Path]], root: Path, image_column, caption_column) -> Table:
     """Parquet, Arrow, jsonl or csv files of the chosen split."""
     try:
         split = _choose_split(splits, name)
     except ValueError as error:
-        return _refuse(str(error))
+        return refused_table(str(error))
     files = splits[split]
     for file in files:
         with open(file, "rb") as handle:
             if handle.read(23) == b"version https://git-lfs":
-                return _refuse(f"--dataset_name={name}: {file.name} is a Git LFS pointer; run `git lfs pull` there.")
+                return refused_table(
+                    f"--dataset_name={name}: {file.name} is a Git LFS pointer; run `git lfs pull` there."
+                )
     kinds = {f.suffix.lower() for f in files}
     if len(kinds) > 1:
-        return _refuse(f"--dataset_name={name}: files of several kinds: {', '.join(f.name for f in files)}.")
+        return refused_table(f"--dataset_name={name}: files of several kinds: {', '.join(f.name for f in files)}.")
     kind = kinds.pop()
     if kind == ".parquet":
         return _from_parquet(name, files, split, root, image_column, caption_column)
@@ -75,11 +77,11 @@ def _from_files(name, splits: dict[str, list[Path]], root: Path, image_column, c
         return _from_arrow(name, files, split, root, image_column, caption_column)
     if kind in (".jsonl", ".json", ".csv"):
         return _from_text_tables(name, files, image_column, caption_column)
-    return _refuse(f"--dataset_name={name}: unknown kind of file; use .parquet, .arrow, .jsonl or .csv.")
+    return refused_table(f"--dataset_name={name}: unknown kind of file; use .parquet, .arrow, .jsonl or .csv.")
 
 
-def _holds_pictures(kind) -> bool:
-    """Whether an Arrow type can be a column of encoded pictures: binary, or a struct with a field 'bytes'."""
+def _holds_images(kind) -> bool:
+    """Whether an Arrow type can be a column of encoded images: binary, or a struct with a field 'bytes'."""
     import pyarrow as pa
 
     if pa.types.is_struct(kind):
@@ -93,18 +95,18 @@ def _check_columns(name, schema, image_column, caption_column) -> tuple[str | No
 
     columns, problems = list(schema.names), []
     if image_column is None:
-        image_column = next((c for c in columns if _holds_pictures(schema.field(c).type)), None)
+        image_column = next((c for c in columns if _holds_images(schema.field(c).type)), None)
         if image_column is None:
             problems.append(
-                f"--image_column: no column of {name} holds pictures; columns present: {', '.join(columns)}."
+                f"--image_column: no column of {name} holds images; columns present: {', '.join(columns)}."
             )
     elif image_column not in columns:
         problems.append(_missing_column("--image_column", image_column, name, columns))
-    elif not _holds_pictures(schema.field(image_column).type) and not pa.types.is_string(
+    elif not _holds_images(schema.field(image_column).type) and not pa.types.is_string(
         schema.field(image_column).type
     ):
         problems.append(
-            f"--image_column={image_column}: it holds {schema.field(image_column).type}, not pictures; columns"
+            f"--image_column={image_column}: it holds {schema.field(image_column).type}, not images; columns"
             f" present: {', '.join(columns)}."
         )
     if caption_column is not None and caption_column not in columns:
@@ -125,7 +127,7 @@ def _holds_text(kind) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
 
 
-def _from_parquet(name, files, split, root, image_column, caption_column) -> _Table:
+def _from_parquet(name, files, split, root, image_column, caption_column) -> Table:
     import pyarrow.parquet as pq
 
     schema = None
@@ -147,22 +149,22 @@ def _from_parquet(name, files, split, root, image_column, caption_column) -> _Ta
             except Exception as error:
                 problems.append(f"--dataset_name={name}: {file.name} cannot be read ({error}).")
     if problems:
-        return _Table(None, None, problems, [], {})
-    source = _ParquetSource(files, column, split, root)
-    return _Table(source, captions if caption_column is not None else None, [], [], {})
+        return Table(None, None, problems, [], {})
+    source = ParquetSource(files, column, split, root)
+    return Table(source, captions if caption_column is not None else None, [], [], {})
 
 
-def _from_dataset(name, dataset, split, root, image_column, caption_column) -> _Table:
-    """A `datasets.Dataset`: its image column is cast so that pictures stay encoded."""
+def _from_dataset(name, dataset, split, root, image_column, caption_column) -> Table:
+    """A `datasets.Dataset`: its image column is cast so that images stay encoded."""
     import datasets
 
     schema = dataset.features.arrow_schema
     column, problems = _check_columns(name, schema, image_column, caption_column)
     if problems:
-        return _Table(None, None, problems, [], {})
+        return Table(None, None, problems, [], {})
     captions = list(dataset[caption_column]) if caption_column is not None else None
     dataset = dataset.cast_column(column, datasets.Image(decode=False))
-    return _Table(_DatasetSource(dataset, column, split, root), captions, [], [], {})
+    return Table(DatasetSource(dataset, column, split, root), captions, [], [], {})
 
 
 def _pick_loaded_split(name, loaded):
@@ -173,35 +175,35 @@ def _pick_loaded_split(name, loaded):
     return str(loaded.split or "train"), loaded
 
 
-def _from_saved(name, path, image_column, caption_column) -> _Table:
+def from_saved(name, path, image_column, caption_column) -> Table:
     """A folder written by `save_to_disk`."""
     import datasets
 
     try:
         split, dataset = _pick_loaded_split(name, datasets.load_from_disk(str(path)))
     except Exception as error:
-        return _refuse(f"--dataset_name={name}: cannot be read as a save_to_disk folder ({error}).")
+        return refused_table(f"--dataset_name={name}: cannot be read as a save_to_disk folder ({error}).")
     return _from_dataset(name, dataset, split, path, image_column, caption_column)
 
 
-def _from_arrow(name, files, split, root, image_column, caption_column) -> _Table:
+def _from_arrow(name, files, split, root, image_column, caption_column) -> Table:
     import datasets
 
     try:
         dataset = datasets.concatenate_datasets([datasets.Dataset.from_file(str(f)) for f in files])
     except Exception as error:
-        return _refuse(f"--dataset_name={name}: the Arrow files cannot be read ({error}).")
+        return refused_table(f"--dataset_name={name}: the Arrow files cannot be read ({error}).")
     return _from_dataset(name, dataset, split, root, image_column, caption_column)
 
 
-def _from_hub(name, config, image_column, caption_column, cache_dir) -> _Table:
+def from_hub(name, config, image_column, caption_column, cache_dir) -> Table:
     """A data set of the hub, from the cache when offline. Its scripts are never executed."""
     import inspect
 
     try:
         import datasets
     except ImportError:
-        return _refuse("--dataset_name: needs the package `datasets`: pip install datasets.")
+        return refused_table("--dataset_name: needs the package `datasets`: pip install datasets.")
     # Old versions of datasets would run a data set's own script; new ones know neither scripts nor this flag.
     known = inspect.signature(datasets.load_dataset).parameters
     guard = {"trust_remote_code": False} if "trust_remote_code" in known else {}
@@ -210,7 +212,7 @@ def _from_hub(name, config, image_column, caption_column, cache_dir) -> _Table:
         split, dataset = _pick_loaded_split(name, loaded)
     except Exception as error:
         text = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        return _refuse(
+        return refused_table(
             f"--dataset_name={name}: neither a folder here ({Path(name).absolute()}) nor to be had from the hub"
             f" ({type(error).__name__}: {text})."
         )
@@ -253,8 +255,8 @@ def _read_text_table(file: Path) -> tuple[list[str], list[dict]]:
     return list(columns), rows
 
 
-def _from_text_tables(name, files, image_column, caption_column) -> _Table:
-    """Tables that name picture files in the column file_name, or in --image_column, relative to the table's folder."""
+def _from_text_tables(name, files, image_column, caption_column) -> Table:
+    """Tables that name image files in the column file_name, or in --image_column, relative to the table's folder."""
     problems, paths, names, captions = [], [], [], []
     root = files[0].parent
     for file in files:
@@ -264,7 +266,7 @@ def _from_text_tables(name, files, image_column, caption_column) -> _Table:
             problems.append(f"--dataset_name={name}: {error}.")
             continue
         column = image_column if image_column in columns else "file_name"
-        # The pictures are addressed as in `datasets`: the column file_name becomes the column image.
+        # The images are addressed as in `datasets`: the column file_name becomes the column image.
         shown = ["image (from file_name)" if c == "file_name" else c for c in columns]
         if column not in columns or (image_column not in (None, "image", "file_name") and image_column not in columns):
             problems.append(_missing_column("--image_column", image_column, f"{name} ({file.name})", shown))
@@ -279,15 +281,15 @@ def _from_text_tables(name, files, image_column, caption_column) -> _Table:
                     f"--dataset_name={name}: {file.name}, row {number}: no file name in '{column}' ({value!r})."
                 )
             else:
-                picture = _inside(file.parent, value)
-                if picture is None:
+                image = inside(file.parent, value)
+                if image is None:
                     problems.append(
                         f"--dataset_name={name}: {file.name}, row {number}: {value} leads out of the folder."
                     )
                 else:
-                    paths.append(picture)
-                    names.append(os.path.relpath(picture, root))
+                    paths.append(image)
+                    names.append(os.path.relpath(image, root))
                     captions.append(row.get(caption_column) if caption_column is not None else None)
             if len(problems) >= LISTED_PROBLEMS:
                 break
-    return _Table(_FileSource(paths, names), captions if caption_column is not None else None, problems, [], {})
+    return Table(FileSource(paths, names), captions if caption_column is not None else None, problems, [], {})

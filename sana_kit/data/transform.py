@@ -23,7 +23,7 @@ class TransformPlan:
 def plan_transform(
     size: tuple[int, int], *, resolution: int, center_crop: bool, random_flip: bool, seed: int, index: int
 ) -> TransformPlan:
-    """The transform's decision for an upright picture of `size` (width, height), without its pixels.
+    """The transform's decision for an upright image of `size` (width, height), without its pixels.
 
     The random numbers come from a hash of (seed, index) alone: no rank, worker, order or library version matters.
     """
@@ -40,9 +40,9 @@ def plan_transform(
 
 
 def apply_transform(image: Image.Image, plan: TransformPlan) -> np.ndarray:
-    """Scale (bilinear, antialiased), crop and flip an RGB picture: uint8 (resolution, resolution, 3).
+    """Scale (bilinear, antialiased), crop and flip an RGB image: uint8 (resolution, resolution, 3).
 
-    Only the part inside the crop is computed, so a 1 x 10000 picture costs no more than a square one.
+    Only the part inside the crop is computed, so a 1 x 10000 image costs no more than a square one.
     """
     x_step, y_step = image.width / plan.scaled[0], image.height / plan.scaled[1]
     left, top = plan.crop
@@ -66,7 +66,7 @@ def to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
 def transform(
     image: Image.Image, *, resolution: int, center_crop: bool, random_flip: bool, seed: int, index: int
 ) -> torch.Tensor:
-    """A training sample of an RGB picture: float32 (3, resolution, resolution) in [-1, 1].
+    """A training sample of an RGB image: float32 (3, resolution, resolution) in [-1, 1].
 
     The short side is scaled to `resolution`; crop and flip follow from (seed, index) alone, see `plan_transform`.
     """

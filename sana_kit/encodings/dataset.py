@@ -6,24 +6,24 @@ import numpy as np
 import torch
 
 
-class EncodedPictures(torch.utils.data.Dataset):
-    """Latents and prompt embeddings of a PictureSet, read from disk per sample; safe with forked and spawned workers.
+class EncodedImages(torch.utils.data.Dataset):
+    """Latents and prompt embeddings of a ImageSet, read from disk per sample; safe with forked and spawned workers.
 
     Memory holds the captions' keys and a few dozen bytes per sample; the tensors stay on disk.
 
     Attributes:
-        pictures: the PictureSet after bad pictures were skipped; sample i here is sample i there.
+        images: the ImageSet after bad images were skipped; sample i here is sample i there.
         seconds: wall-clock time of the whole `encode` call on this rank.
-        encoded_pictures, encoded_prompts: newly encoded by all ranks.
-        reused_pictures, reused_prompts: distinct ones found on disk.
-        picture_seconds, prompt_seconds: of this rank, model loading included.
+        encoded_images, encoded_prompts: newly encoded by all ranks.
+        reused_images, reused_prompts: distinct ones found on disk.
+        image_seconds, prompt_seconds: of this rank, model loading included.
         bytes: {"latents", "prompts"} on disk for this data set.
         scaling_factor, vae_factor, latent_channels: of the VAE. The latents are already multiplied by scaling_factor.
-        messages: warnings for the log (damaged shards, skipped pictures).
+        messages: warnings for the log (damaged shards, skipped images).
     """
 
     def __init__(self, plan, make_key, facts):
-        self.pictures = plan.pictures
+        self.images = plan.images
         self._latents, self._prompts = plan.latents, plan.texts
         self._latent_rows, self._caption_rows = plan.latent_rows, plan.caption_rows
         self._prompt_rows, self._make_key = plan.prompt_keys, make_key

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from sana_kit import devices
-from sana_kit.data.image_set import PictureSet, bad_picture_problems, check_pictures, default_workers
-from sana_kit.encodings.dataset import EncodedPictures
-from sana_kit.encodings.keys import _PromptKeys, latents_key
-from sana_kit.encodings.missing import _encode_missing_pictures, _encode_missing_prompts
-from sana_kit.encodings.ranks import _Team
-from sana_kit.encodings.store import _refresh_listing, scan_store
+from sana_kit.data.image_set import ImageSet, bad_image_problems, check_images, default_workers
+from sana_kit.encodings.dataset import EncodedImages
+from sana_kit.encodings.keys import PromptKeys, latents_key
+from sana_kit.encodings.missing import encode_missing_images, encode_missing_prompts
+from sana_kit.encodings.ranks import EncodingTeam
+from sana_kit.encodings.store import refresh_listing, scan_store
 from sana_kit.errors import StoreError
 from sana_kit.models.folder import component_folder, component_identity, vae_geometry
 
@@ -22,7 +22,7 @@ VISIBLE_SECONDS = 60.0  # how long a shared file system may take to show another
 
 
 def encode(
-    pictures: PictureSet,
+    images: ImageSet,
     *,
     accelerator,
     pretrained_model_name_or_path: str,
@@ -45,12 +45,12 @@ def encode(
     num_workers: int | None = None,
     should_stop=None,
     log=None,
-) -> EncodedPictures:
+) -> EncodedImages:
     """Encode what is missing in the store, every rank its share, and return the data set of encodings.
 
     A collective call: every rank of `accelerator` (an Accelerator or PartialState) must make it, with equal arguments.
     The VAE and the text encoder are loaded only where something is missing, one after the other, and have left memory
-    when this returns. Pictures still to be encoded are first decoded once, so that a corrupt one is an error before
+    when this returns. Images still to be encoded are first decoded once, so that a corrupt one is an error before
     any weight is loaded. Machines with separate store folders are noticed: each then encodes all by itself.
 
     Items are encoded in groups that depend on the data set and the batch sizes alone, not on what is already there or
@@ -59,13 +59,13 @@ def encode(
     Args:
         store_dir: folder of the encodings; may be shared by runs, flags, models and data sets.
         extra_prompts: (prompt, instruction) pairs to encode too: validation prompts, negative ones (instruction None).
-        vae_batch_size: pictures per VAE pass; 'auto' fits the device's free memory. Halved when memory runs out.
+        vae_batch_size: images per VAE pass; 'auto' fits the device's free memory. Halved when memory runs out.
         num_workers: threads that decode ahead; None takes this process's share of the cores.
         should_stop: called between groups; True ends with EncodingStopped on every rank.
         log: called with a line of text, on the first rank; default: the module's logger.
 
     Raises:
-        ValueError: flags, model parts or pictures that cannot be used, all of them at once; raised on every rank.
+        ValueError: flags, model parts or images that cannot be used, all of them at once; raised on every rank.
         StoreError: the store cannot be written or read; raised on every rank.
         EncodingStopped: see should_stop.
         RuntimeError: a rank failed in the models; every rank raises that rank's text.
@@ -88,7 +88,7 @@ def encode(
         "cache_dir": cache_dir,
     }
     store = Path(store_dir)
-    team = _Team(accelerator, store)
+    team = EncodingTeam(accelerator, store)
 
     def settle():
         """Check the flags; say what the encodings depend on."""
@@ -104,40 +104,40 @@ def encode(
         geometry, identity = team.run_alone(settle)
         dtype_names = {v: k for k, v in devices.DTYPES.items()}
         latents_of = {"vae": identity["vae"], "vae_dtype": dtype_names[vae_dtype], **transform}
-        make_key = _PromptKeys(
+        make_key = PromptKeys(
             max_sequence_length=max_sequence_length,
             tokenizer=identity["tokenizer"],
             text_encoder=identity["text_encoder"],
             dtype=dtype_names[text_encoder_dtype],
         )
 
-        def plan(pictures):
-            return _Plan(store, pictures, latents_of, instruction, extra_prompts, make_key, tell)
+        def plan(images):
+            return _Plan(store, images, latents_of, instruction, extra_prompts, make_key, tell)
 
-        todo = team.run_alone(lambda: plan(pictures))
-        encoded = {"pictures": 0, "prompts": 0}
-        own_seconds = {"pictures": 0.0, "prompts": 0.0}
+        todo = team.run_alone(lambda: plan(images))
+        encoded = {"images": 0, "prompts": 0}
+        own_seconds = {"images": 0.0, "prompts": 0.0}
         if any(team.gather(todo.incomplete())):
             team.meet()
-            # Pictures that cannot be decoded: an error, or left out, before any weight is loaded.
-            checked = team.run(lambda: check_pictures(pictures, todo.samples_to_check(team), num_workers=workers))
+            # Images that cannot be decoded: an error, or left out, before any weight is loaded.
+            checked = team.run(lambda: check_images(images, todo.samples_to_check(team), num_workers=workers))
             bad = dict(sorted(item for found in checked for item in found))
             if bad:
-                text = bad_picture_problems(list(bad.values()))
-                left = pictures.without(list(bad))
+                text = bad_image_problems(list(bad.values()))
+                left = images.without(list(bad))
                 if not skip_bad_images or not len(left):
-                    raise ValueError("The training pictures cannot be used:\n- " + text)
+                    raise ValueError("The training images cannot be used:\n- " + text)
                 tell("--skip_bad_images: " + text)
-                pictures = left
-                todo = team.run_alone(lambda: plan(pictures))
+                images = left
+                todo = team.run_alone(lambda: plan(images))
             team.run_alone(lambda: _check_space(store, todo.latents, geometry, resolution, vae_dtype))
-            # Captions, then pictures: each model is alone in memory.
+            # Captions, then images: each model is alone in memory.
             jobs = {
-                "prompts": lambda: _encode_missing_prompts(
+                "prompts": lambda: encode_missing_prompts(
                     todo, store / "prompts", model, text_encoder_dtype, max_sequence_length, text_batch_size,
                     accelerator.device, team, should_stop,
                 ),
-                "pictures": lambda: _encode_missing_pictures(
+                "images": lambda: encode_missing_images(
                     todo, store / "latents", model, vae_dtype, vae_batch_size, transform, workers,
                     accelerator.device, team, should_stop, tell,
                 ),
@@ -152,15 +152,15 @@ def encode(
             found = todo.found()
     finally:
         team.part()
-    pictures.release()
-    _tell_of_losses(todo, resolution, max_sequence_length, tell)
+    images.release()
+    warn_truncation(todo, resolution, max_sequence_length, tell)
     facts = {
         "seconds": time.monotonic() - started,
-        "encoded_pictures": encoded["pictures"],
+        "encoded_images": encoded["images"],
         "encoded_prompts": encoded["prompts"],
-        "reused_pictures": found["pictures"],
+        "reused_images": found["images"],
         "reused_prompts": found["prompts"],
-        "picture_seconds": own_seconds["pictures"],
+        "image_seconds": own_seconds["images"],
         "prompt_seconds": own_seconds["prompts"],
         "bytes": {"latents": int(todo.latents.nbytes.sum()), "prompts": int(todo.texts.nbytes.sum())},
         "scaling_factor": geometry["scaling_factor"],
@@ -168,20 +168,20 @@ def encode(
         "latent_channels": geometry["latent_channels"],
         "messages": messages,
     }
-    return EncodedPictures(todo, make_key, facts)
+    return EncodedImages(todo, make_key, facts)
 
 
-def _tell_of_losses(todo, resolution, max_sequence_length, tell):
-    """Say how many captions were cut and how many pictures had to be enlarged."""
+def warn_truncation(todo, resolution, max_sequence_length, tell):
+    """Say how many captions were cut and how many images had to be enlarged."""
     cut = int((todo.texts.tokens[np.unique(todo.caption_rows)] >= max_sequence_length).sum())
     if cut:
         tell(
             f"{cut} caption(s) reach --max_sequence_length={max_sequence_length} tokens; the rest is cut off, as by"
             " SanaPipeline."
         )
-    small = sum(min(todo.pictures.size(i)) < resolution for i in todo.first_sample)
+    small = sum(min(todo.images.size(i)) < resolution for i in todo.first_sample)
     if small:
-        tell(f"{small} picture(s) are smaller than --resolution={resolution} and were enlarged.")
+        tell(f"{small} image(s) are smaller than --resolution={resolution} and were enlarged.")
 
 
 def _default_log(text: str):
@@ -221,7 +221,7 @@ def _check_arguments(model, resolution, max_sequence_length, vae_dtype, text_dty
     if text_batch < 1:
         problems.append(f"--text_batch_size={text_batch}: must be at least 1.")
     if problems:
-        raise ValueError("The pictures cannot be encoded:" + "".join(f"\n- {p}" for p in problems))
+        raise ValueError("The images cannot be encoded:" + "".join(f"\n- {p}" for p in problems))
     return geometry
 
 
@@ -236,21 +236,21 @@ class _Plan:
         latents, texts: the indexes of the store.
     """
 
-    def __init__(self, store, pictures, latents_of, instruction, extra_prompts, make_key, tell):
-        self.store, self.pictures, self.tell = store, pictures, tell
+    def __init__(self, store, images, latents_of, instruction, extra_prompts, make_key, tell):
+        self.store, self.images, self.tell = store, images, tell
         self.latent_keys: dict[str, int] = {}
-        self.latent_rows, self.first_sample = np.zeros(len(pictures), np.int64), []
-        for i in range(len(pictures)):
-            key = latents_key(pictures, i, **latents_of)
+        self.latent_rows, self.first_sample = np.zeros(len(images), np.int64), []
+        for i in range(len(images)):
+            key = latents_key(images, i, **latents_of)
             row = self.latent_keys.setdefault(key, len(self.latent_keys))
             if row == len(self.first_sample):
                 self.first_sample.append(i)
             self.latent_rows[i] = row
         self.prompt_keys: dict[str, int] = {}
         self.prompts: list[tuple[str, list[str] | None]] = []
-        self.caption_rows = np.zeros(len(pictures), np.int64)
+        self.caption_rows = np.zeros(len(images), np.int64)
         known: dict[str, int] = {}
-        for i, caption in enumerate(pictures.captions):
+        for i, caption in enumerate(images.captions):
             if caption not in known:
                 known[caption] = self._prompt_row(caption, instruction, make_key)
             self.caption_rows[i] = known[caption]
@@ -276,7 +276,7 @@ class _Plan:
     def found(self) -> dict[str, int]:
         """How many distinct encodings were there at the last scan."""
         return {
-            "pictures": len(self.latent_keys) - len(self.latents.missing()),
+            "images": len(self.latent_keys) - len(self.latents.missing()),
             "prompts": len(self.prompt_keys) - len(self.texts.missing()),
         }
 
@@ -302,8 +302,8 @@ class _Plan:
                     f"Encodings: {self.incomplete()} of {total} are missing in {self.store} after all ranks have"
                     " finished. Is another process deleting files there? Start again to encode them."
                 )
-            _refresh_listing(self.store / "latents")
-            _refresh_listing(self.store / "prompts")
+            refresh_listing(self.store / "latents")
+            refresh_listing(self.store / "prompts")
             time.sleep(0.5)
 
 

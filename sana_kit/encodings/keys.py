@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 
-from sana_kit.data.image_set import PictureSet
+from sana_kit.data.image_set import ImageSet
 from sana_kit.data.transform import plan_transform
 
 FORMAT_VERSION = 1  # raise it when the value stored under a key changes its meaning
@@ -15,13 +15,13 @@ def _key(**parts) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
-def latents_key(pictures: PictureSet, i: int, *, vae: str, vae_dtype: str, **transform) -> str:
+def latents_key(images: ImageSet, i: int, *, vae: str, vae_dtype: str, **transform) -> str:
     """Hex SHA-256 of all that the latents of sample i depend on; `vae` is its `component_identity`."""
-    plan = plan_transform(pictures.size(i), index=pictures.position(i), **transform)
+    plan = plan_transform(images.size(i), index=images.position(i), **transform)
     return _key(
         format=FORMAT_VERSION,
         kind="latents",
-        source=pictures.source_hash(i),
+        source=images.source_hash(i),
         scaled=plan.scaled,
         crop=plan.crop,
         flip=plan.flip,
@@ -58,7 +58,7 @@ def preprocess_prompt(prompt: str) -> str:
     return prompt.lower().strip()
 
 
-class _PromptKeys:
+class PromptKeys:
     """Makes the key of (prompt, instruction); an object, so that the data set stays picklable."""
 
     def __init__(self, **parts):

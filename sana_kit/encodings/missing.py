@@ -12,16 +12,16 @@ from sana_kit.data.image_set import prefetch, progress_bar
 from sana_kit.data.transform import apply_transform, plan_transform, to_unit_range
 from sana_kit.devices import is_out_of_memory
 from sana_kit.encodings.prompts import encode_prompts
-from sana_kit.encodings.ranks import _poll
-from sana_kit.encodings.store import _ShardWriter
+from sana_kit.encodings.ranks import check_stop
+from sana_kit.encodings.store import ShardWriter
 from sana_kit.models.loading import open_text_encoder, open_vae
 
-# Above this side a tensor of the VAE's first stage (128 channels) passes 2^31 elements for one picture, which many
-# kernels cannot index, so the picture is encoded in overlapping tiles of the size below.
+# Above this side a tensor of the VAE's first stage (128 channels) passes 2^31 elements for one image, which many
+# kernels cannot index, so the image is encoded in overlapping tiles of the size below.
 WHOLE_ENCODE_SIDE, ENCODE_TILE, ENCODE_STRIDE = 3072, 2048, 1536
 
 
-def _encode_missing_prompts(
+def encode_missing_prompts(
     plan, folder, model, dtype, max_sequence_length, batch, device, team, should_stop
 ) -> tuple[int, float]:
     """Encode this rank's share of the missing prompts; (how many, seconds)."""
@@ -44,12 +44,12 @@ def _encode_missing_prompts(
     share = [g for g in team.share(groups) if missing.intersection(g)]
     if not share:
         return 0, 0.0
-    _poll(team, should_stop)
+    check_stop(team, should_stop)
     tokenizer, text_encoder = open_text_encoder(model, dtype, device)
     done, total = 0, sum(len(missing.intersection(g)) for g in share)
-    with _ShardWriter(folder, "prompts") as writer, progress_bar(total, "Encoding captions", "caption") as bar:
+    with ShardWriter(folder, "prompts") as writer, progress_bar(total, "Encoding captions", "caption") as bar:
         for group in share:
-            _poll(team, should_stop)
+            check_stop(team, should_stop)
             embeds = _text_group(
                 tokenizer,
                 text_encoder,
@@ -93,9 +93,9 @@ def _text_group(tokenizer, text_encoder, prompts, instruction, max_sequence_leng
 
 
 def group_size(vae_batch_size: int | str, resolution: int, device: torch.device) -> int:
-    """Pictures per group: fixed by flag, resolution and kind of device alone, so that groups never depend on chance.
+    """Images per group: fixed by flag, resolution and kind of device alone, so that groups never depend on chance.
 
-    'auto' is 8 pictures of 1024 px on an accelerator, where the device is busy with that, and one on a CPU.
+    'auto' is 8 images of 1024 px on an accelerator, where the device is busy with that, and one on a CPU.
     """
     if vae_batch_size != "auto":
         return int(vae_batch_size)
@@ -103,7 +103,7 @@ def group_size(vae_batch_size: int | str, resolution: int, device: torch.device)
     return max(1, min(64, int(whole * (1024 / resolution) ** 2)))
 
 
-def pictures_that_fit(group: int, resolution: int, channels: int, dtype: torch.dtype, device: torch.device) -> int:
+def images_that_fit(group: int, resolution: int, channels: int, dtype: torch.dtype, device: torch.device) -> int:
     """The largest halving of `group` whose activations take at most half of the free memory.
 
     The first stage works at full resolution with `channels` channels. A pass holds up to 5.1 such tensors at once in
@@ -124,40 +124,38 @@ def encode_pixels(vae, pixels: torch.Tensor) -> torch.Tensor:
     return (latents * vae.config.scaling_factor).to("cpu")
 
 
-def _encode_missing_pictures(
+def encode_missing_images(
     plan, folder, model, dtype, vae_batch_size, transform, workers, device, team, should_stop, tell
 ) -> tuple[int, float]:
-    """Encode this rank's share of the missing pictures; (how many, seconds)."""
+    """Encode this rank's share of the missing images; (how many, seconds)."""
     started = time.monotonic()
     resolution = transform["resolution"]
     size = group_size(vae_batch_size, resolution, device)
-    pictures, first_sample, keys = plan.pictures, plan.first_sample, list(plan.latent_keys)
+    images, first_sample, keys = plan.images, plan.first_sample, list(plan.latent_keys)
     missing = set(plan.latents.missing().tolist())
     groups = [list(range(k, min(k + size, len(keys)))) for k in range(0, len(keys), size)]
     share = [g for g in team.share(groups) if missing.intersection(g)]
     if not share:
         return 0, 0.0
-    _poll(team, should_stop)
+    check_stop(team, should_stop)
     vae = open_vae(model, dtype, device)
     if resolution > WHOLE_ENCODE_SIDE:
         vae.enable_tiling(ENCODE_TILE, ENCODE_TILE, ENCODE_STRIDE, ENCODE_STRIDE)
-    fit = pictures_that_fit(
-        size, min(resolution, ENCODE_TILE), vae.config.encoder_block_out_channels[0], dtype, device
-    )
+    fit = images_that_fit(size, min(resolution, ENCODE_TILE), vae.config.encoder_block_out_channels[0], dtype, device)
 
     def pixels_of(group):
         """uint8 (B, resolution, resolution, 3)"""
         batch = []
         for row in group:
             i = first_sample[row]
-            decision = plan_transform(pictures.size(i), index=pictures.position(i), **transform)
-            batch.append(apply_transform(pictures.load(i), decision))
+            decision = plan_transform(images.size(i), index=images.position(i), **transform)
+            batch.append(apply_transform(images.load(i), decision))
         return torch.from_numpy(np.stack(batch))
 
     done, total = 0, sum(len(missing.intersection(g)) for g in share)
-    with _ShardWriter(folder, "latents") as writer, progress_bar(total, "Encoding pictures") as bar:
+    with ShardWriter(folder, "latents") as writer, progress_bar(total, "Encoding images") as bar:
         for group, pixels in zip(share, prefetch(pixels_of, share, workers, workers + 1), strict=True):
-            _poll(team, should_stop)
+            check_stop(team, should_stop)
             pixels = to_unit_range(pixels.to(device))
             latents, position = [], 0
             while position < len(group):
@@ -170,12 +168,12 @@ def _encode_missing_pictures(
                         raise
                     if fit == 1:
                         raise RuntimeError(
-                            f"The VAE cannot encode one picture of {resolution} px in the memory of {device}; lower"
+                            f"The VAE cannot encode one image of {resolution} px in the memory of {device}; lower"
                             f" --resolution, use --vae_dtype=bf16 or free memory ({error})."
                         ) from None
                 devices.empty_cache(device)  # outside the except block, so that the failed tensors are gone
                 fit = max(1, fit // 2)
-                tell(f"Encoding: out of memory, going on with {fit} picture(s) at a time.")
+                tell(f"Encoding: out of memory, going on with {fit} image(s) at a time.")
             latents = torch.cat(latents)
             finite = torch.isfinite(latents.flatten(1)).all(dim=1).tolist()
             for row, tensor, good in zip(group, latents, finite, strict=True):
@@ -183,7 +181,7 @@ def _encode_missing_pictures(
                     continue
                 if not good:
                     raise ValueError(
-                        f"The VAE gave NaN or infinite latents for {pictures.name(first_sample[row])}; use"
+                        f"The VAE gave NaN or infinite latents for {images.name(first_sample[row])}; use"
                         " --vae_dtype=bf16 or fp32."
                     )
                 writer.add(keys[row], tensor)

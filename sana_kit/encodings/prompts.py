@@ -118,7 +118,7 @@ def parse_instruction(value: str | None) -> list[str] | None:
         if not path.is_file():
             raise ValueError(
                 f"--complex_human_instruction={value}: no such file. Give 'default' (SanaPipeline's own), 'none', a"
-                ' file, or a JSON list such as \'["Describe the picture:", "User Prompt: "]\'.'
+                ' file, or a JSON list such as \'["Describe the image:", "User Prompt: "]\'.'
             )
         text, source = path.read_text(encoding="utf-8"), f"the file {value}"
         if not text.lstrip().startswith("["):

@@ -7,13 +7,13 @@ import time
 import uuid
 from pathlib import Path
 
-from sana_kit.encodings.store import _refresh_listing, _remove_stale
+from sana_kit.encodings.store import refresh_listing, remove_stale
 from sana_kit.errors import EncodingStopped, StoreError
 
 SHARED_SECONDS = 10.0  # after that a store that shows no file of another machine's rank counts as not shared
 
 
-class _Team:
+class EncodingTeam:
     """The ranks that encode together: those that see the same store folder."""
 
     def __init__(self, accelerator, store: Path):
@@ -37,8 +37,8 @@ class _Team:
             try:
                 for part in ("latents", "prompts"):
                     (self.store / part).mkdir(parents=True, exist_ok=True)
-                    _remove_stale(self.store / part)
-                _remove_stale(self.store)
+                    remove_stale(self.store / part)
+                remove_stale(self.store)
                 (self.store / f".probe-{token}-{rank}").touch()
             except OSError as error:
                 raise StoreError(
@@ -57,7 +57,7 @@ class _Team:
             # Ranks of one machine always share the folder; those of others may, and then show within a few seconds.
             if len(seen) == world or local == world or time.monotonic() > deadline:
                 break
-            _refresh_listing(self.store)
+            refresh_listing(self.store)
             time.sleep(0.2)
         views = self.gather(seen)
         self.members = seen
@@ -96,7 +96,7 @@ class _Team:
         failures = [(rank, v) for rank, v in enumerate(verdicts) if v is not None]
         if failures:
             # A rank that only stopped because another failed has nothing to say.
-            telling = [f for f in failures if f[1][0] != "_OtherRankFailed"] or failures
+            telling = [f for f in failures if f[1][0] != "OtherRankFailed"] or failures
             kinds = {"ValueError": ValueError, "StoreError": StoreError, "EncodingStopped": EncodingStopped}
             kind = kinds.get(telling[0][1][0], RuntimeError)
             text = "\n".join(dict.fromkeys(f"rank {rank}: {message}" for rank, (_, message) in telling))
@@ -117,12 +117,12 @@ class _Team:
                     pass
 
 
-class _OtherRankFailed(RuntimeError):
+class OtherRankFailed(RuntimeError):
     """Ends a rank's share early; the failed rank's own error is what gets raised."""
 
 
-def _poll(team: _Team, should_stop):
+def check_stop(team: EncodingTeam, should_stop):
     if should_stop is not None and should_stop():
         raise EncodingStopped("Encoding was stopped on request; start again to go on where it was.")
     if team.failed():
-        raise _OtherRankFailed("another rank failed")
+        raise OtherRankFailed("another rank failed")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from sana_kit.errors import StoreError
-from sana_kit.files import give_usual_mode
+from sana_kit.files import apply_umask
 
 SHARD_ITEMS, SHARD_BYTES, SHARD_SECONDS = 512, 64 * 2**20, 60.0  # a shard is written when any of these is reached
 
@@ -28,7 +28,7 @@ OPEN_SHARDS = 64  # file handles that a reading process keeps
 SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
 
 
-class _Index:
+class ShardIndex:
     """Where the tensors of wanted keys lie: arrays over rows, so that memory stays small for any number of items."""
 
     def __init__(self, folder: Path, wanted: dict[str, int]):
@@ -129,12 +129,12 @@ def _shard_header(path: Path) -> dict:
     return header
 
 
-def scan_store(folder: Path, wanted: dict[str, int], warn=None) -> _Index:
+def scan_store(folder: Path, wanted: dict[str, int], warn=None) -> ShardIndex:
     """Find the wanted keys (key -> row) in a folder of shards. Damaged shards are set aside as *.damaged and named."""
-    index = _Index(folder, wanted)
+    index = ShardIndex(folder, wanted)
     try:
         names = sorted(os.listdir(folder))
-    except (FileNotFoundError, NotADirectoryError):  # `_Team.meet` makes the folder or says why it cannot
+    except (FileNotFoundError, NotADirectoryError):  # `EncodingTeam.meet` makes the folder or says why it cannot
         return index
     except OSError as error:
         raise StoreError(f"Encodings: {folder} cannot be read ({error.strerror}).") from None
@@ -185,7 +185,7 @@ def _set_aside(path: Path) -> str:
     return "it is left unused"
 
 
-class _ShardWriter:
+class ShardWriter:
     """Collects tensors and writes them as shards: written beside, synced, then renamed."""
 
     def __init__(self, folder: Path, prefix: str):
@@ -226,7 +226,7 @@ class _ShardWriter:
             final = self.folder / f"{self.prefix}-{name}.safetensors"
             try:
                 save_file(self.tensors, temporary, metadata={"crc32": json.dumps(self.checksums)})
-                give_usual_mode([temporary])
+                apply_umask([temporary])
                 with open(temporary, "rb+") as file:
                     os.fsync(file.fileno())
                 os.replace(temporary, final)
@@ -254,7 +254,7 @@ def _sync_folder(folder: Path):
         os.close(handle)
 
 
-def _remove_stale(folder: Path):
+def remove_stale(folder: Path):
     """Remove unfinished shards that a killed run left; a live one is renamed within seconds."""
     for path in Path(folder).glob(".*"):
         if path.name.startswith((".unfinished-", ".probe-", ".failed-")):
@@ -265,7 +265,7 @@ def _remove_stale(folder: Path):
                 pass
 
 
-def _refresh_listing(folder: Path):
+def refresh_listing(folder: Path):
     """Make a network file system look at a folder anew: its clients do so after a change of their own."""
     path = folder / f".probe-{uuid.uuid4().hex}"
     try:

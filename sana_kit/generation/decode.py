@@ -34,10 +34,10 @@ def axis_tiles(size: int, count: int, overlap: int) -> list[tuple[int, int]]:
 
 
 def plan_tiles(height: int, width: int, factor: int, max_pixels: int):
-    """(rows, columns) of tiles, each a list of (start, stop) in latents, for a picture of height x width px.
+    """(rows, columns) of tiles, each a list of (start, stop) in latents, for an image of height x width px.
 
     Of all grids whose tiles have at most `max_pixels`, the one that decodes the fewest pixels: a single tile where the
-    whole picture fits.
+    whole image fits.
     """
     shared = max(1, TILE_OVERLAP // factor)
     h, w = height // factor, width // factor
@@ -54,13 +54,13 @@ def plan_tiles(height: int, width: int, factor: int, max_pixels: int):
             best = cost, rows, columns
     if best is None:
         raise ValueError(
-            f"a picture of {width}x{height} px is too large to be decoded in {MAX_TILES}x{MAX_TILES} tiles."
+            f"an image of {width}x{height} px is too large to be decoded in {MAX_TILES}x{MAX_TILES} tiles."
         )
     return best[1], best[2]
 
 
 def check_decodable(height: int, width: int, factor: int) -> None:
-    """ValueError for a picture that no grid of tiles covers, in any dtype."""
+    """ValueError for an image that no grid of tiles covers, in any dtype."""
     plan_tiles(height, width, factor, min(MAX_TILE_PIXELS.values()))
 
 
@@ -108,29 +108,29 @@ def decode_tiles(decoder: Callable, latents: torch.Tensor, rows, columns, factor
 
 
 def decode_latents(vae, latents: torch.Tensor) -> torch.Tensor:
-    """Latents (N, C, h, w) as the scheduler leaves them -> pictures (N, 3, H, W) float32 in [-1, 1], nearly.
+    """Latents (N, C, h, w) as the scheduler leaves them -> images (N, 3, H, W) float32 in [-1, 1], nearly.
 
-    One picture at a time; whole where it fits, else in tiles (`plan_tiles`). Computes in the VAE's dtype.
+    One image at a time; whole where it fits, else in tiles (`plan_tiles`). Computes in the VAE's dtype.
     """
     factor = vae_factor(vae)
     scaled = latents.to(vae.dtype) / vae.config.scaling_factor
     height, width = latents.shape[2] * factor, latents.shape[3] * factor
     limit = MAX_TILE_PIXELS[2 if vae.dtype.itemsize <= 2 else 4]
     rows, columns = plan_tiles(height, width, factor, limit)
-    pictures = []
-    for picture in scaled.split(1):
+    images = []
+    for image in scaled.split(1):
         if len(rows) * len(columns) == 1:
-            pictures.append(vae.decoder(picture).float())
+            images.append(vae.decoder(image).float())
         else:
-            pictures.append(decode_tiles(vae.decoder, picture, rows, columns, factor).float())
-    return torch.cat(pictures)
+            images.append(decode_tiles(vae.decoder, image, rows, columns, factor).float())
+    return torch.cat(images)
 
 
-def to_pil(picture: torch.Tensor):
+def to_pil(image: torch.Tensor):
     """(3, H, W) float in [-1, 1] -> 8-bit RGB PIL.Image, rounded to nearest. FloatingPointError on NaN or inf."""
     from PIL import Image
 
-    if not bool(torch.isfinite(picture).all()):
-        raise FloatingPointError("the decoded picture holds NaN or infinite values; try --dtype bf16 or fp32")
-    pixels = picture.float().mul(0.5).add(0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
+    if not bool(torch.isfinite(image).all()):
+        raise FloatingPointError("the decoded image holds NaN or infinite values; try --dtype bf16 or fp32")
+    pixels = image.float().mul(0.5).add(0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())

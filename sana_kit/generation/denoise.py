@@ -12,7 +12,7 @@ from sana_kit.generation.jobs import Job
 
 
 def initial_noise(job: Job, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Generator]:
-    """The picture's noise (1, C, h, w) float32 and its generator, which stochastic schedulers go on drawing from."""
+    """The image's noise (1, C, h, w) float32 and its generator, which stochastic schedulers go on drawing from."""
     generator = torch.Generator("cpu").manual_seed(job.seed)
     return torch.randn((1, *shape), generator=generator, dtype=torch.float32), generator
 

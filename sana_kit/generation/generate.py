@@ -33,7 +33,7 @@ def generate_group(
     use_resolution_binning: bool | str = "auto",
     on_step: Callable[[], None] | None = None,
 ) -> list:
-    """The pictures of one group (equal size, steps, guidance) as PIL images, in the group's order."""
+    """The images of one group (equal size, steps, guidance) as PIL images, in the group's order."""
     first = group[0]
     factor = vae_factor(vae)
     height, width = generation_size(first.height, first.width, transformer.config.sample_size, use_resolution_binning)
@@ -56,25 +56,25 @@ def generate_group(
         generators=list(generators),
         on_step=on_step,
     )
-    pictures = []
+    images = []
     for latent, job in zip(latents.split(1), group, strict=True):
         decoded = resize_and_crop(decode_latents(vae, latent), job.height, job.width)
-        pictures.append(to_pil(decoded[0]))
-    return pictures
+        images.append(to_pil(decoded[0]))
+    return images
 
 
 def generate_groups(
     groups: Sequence[Sequence[Job]],
     *,
     transformer,
-    on_picture: Callable,
+    on_image: Callable,
     on_error: Callable | None = None,
     **parts,
 ) -> None:
     """Run groups one after the other; `parts` go to `generate_group`.
 
     Args:
-        on_picture: called as on_picture(job, image, seconds) for each picture of a group that is done; seconds is its
+        on_image: called as on_image(job, image, seconds) for each image of a group that is done; seconds is its
             share of the group's time.
         on_error: called as on_error(group, exception) when a group fails, which is then left out; without it the
             exception is raised.
@@ -93,7 +93,7 @@ def generate_groups(
                 continue
             seconds = (time.perf_counter() - start) / len(group)
             for job, image in zip(group, images, strict=True):
-                on_picture(job, image, seconds)
+                on_image(job, image, seconds)
     finally:
         transformer.train(training)
 
@@ -110,11 +110,11 @@ def generate_from_embeddings(
     dtype: torch.dtype = torch.bfloat16,
     batch_size: int | str = "auto",
     use_resolution_binning: bool | str = "auto",
-    on_picture: Callable | None = None,
+    on_image: Callable | None = None,
     on_step: Callable[[], None] | None = None,
     on_error: Callable | None = None,
 ) -> list:
-    """Pictures of `jobs` from prompt embeddings, without text encoder, with the parts that the caller holds.
+    """Images of `jobs` from prompt embeddings, without text encoder, with the parts that the caller holds.
 
     Reads no global random state and leaves none changed; a transformer in training mode is put to eval and back.
 
@@ -125,18 +125,18 @@ def generate_from_embeddings(
         prompt_embeds: prompt -> (T, D), encoded with the complex human instruction that the run uses.
         negative_prompt_embeds: negative prompt -> (T, D), encoded without it; read only where guidance_scale > 1.
         dtype: what the transformer computes in.
-        batch_size: pictures per call, or "auto" (`resolve_batch_size`).
+        batch_size: images per call, or "auto" (`resolve_batch_size`).
         use_resolution_binning: "auto" as `generation_size` says, or False.
-        on_picture: called as on_picture(job, image, seconds) as each picture is ready.
+        on_image: called as on_image(job, image, seconds) as each image is ready.
         on_step: called after each denoising step of a group.
         on_error: called as on_error(group, exception) when a group fails, which is then left out; without it the
             exception is raised.
 
     Returns:
-        PIL images in the order of `jobs` (without those that failed) if `on_picture` is None, else an empty list.
+        PIL images in the order of `jobs` (without those that failed) if `on_image` is None, else an empty list.
     """
     multiple = vae_factor(vae) * (transformer.config.patch_size or 1)
-    pictures: list = []
+    images: list = []
     generate_groups(
         group_jobs(jobs, batch_size, device=device, pixels_per_token=multiple**2),
         transformer=transformer,
@@ -148,7 +148,7 @@ def generate_from_embeddings(
         dtype=dtype,
         use_resolution_binning=use_resolution_binning,
         on_step=on_step,
-        on_picture=on_picture or (lambda job, image, seconds: pictures.append(image)),
+        on_image=on_image or (lambda job, image, seconds: images.append(image)),
         on_error=on_error,
     )
-    return pictures
+    return images

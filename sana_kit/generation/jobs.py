@@ -17,7 +17,7 @@ AUTO_BATCH_TOKENS = 8192  # image tokens per call (twice that with guidance) tha
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One picture. `height`, `width` in pixels; `index` is its place in the job list; `file_name` without folder."""
+    """One image. `height`, `width` in pixels; `index` is its place in the job list; `file_name` without folder."""
 
     prompt: str
     negative_prompt: str
@@ -45,11 +45,11 @@ def slug(text: str, length: int = 40) -> str:
     """A readable file name part: ASCII letters, digits and single hyphens, at most `length` of them, never empty."""
     ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     words = re.sub(r"[^a-z0-9]+", "-", ascii_text.lower()).strip("-")
-    return words[:length].rstrip("-") or "picture"
+    return words[:length].rstrip("-") or "image"
 
 
 def job_hash(**values) -> str:
-    """Eight hexadecimal digits that stand for everything that makes a picture what it is."""
+    """Eight hexadecimal digits that stand for everything that makes an image what it is."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -69,7 +69,7 @@ def plan_jobs(
     Args:
         negative_prompt: for every prompt; None keeps each prompt's own (the empty text where it has none).
         fingerprint: stands for model, LoRA and dtypes in the file names, so that runs of two models in one folder keep
-            their pictures apart.
+            their images apart.
 
     File names are `slug-hash-seedN-WIDTHxHEIGHT.png`: made of ASCII letters, digits, hyphens and one dot, so they
     cannot leave the folder that they are put into.
@@ -106,7 +106,7 @@ def plan_jobs(
 
 
 def resolve_batch_size(batch_size: int | str, height: int, width: int, *, device: torch.device, pixels_per_token: int):
-    """The number of pictures per call for `--batch_size auto|N`.
+    """The number of images per call for `--batch_size auto|N`.
 
     'auto' depends on the size and the kind of device alone, never on free memory or the number of processes: the
     number decides how bf16 rounds. It is 1 on CPU; on accelerators up to 8, by the number of image tokens.

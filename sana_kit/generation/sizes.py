@@ -33,10 +33,10 @@ def nearest_bin(height: int, width: int, sample_size: int) -> tuple[int, int] | 
 
 
 def generation_size(height: int, width: int, sample_size: int, use_resolution_binning: bool | str = "auto"):
-    """(height, width) in pixels at which the transformer works for a picture of the size asked for.
+    """(height, width) in pixels at which the transformer works for an image of the size asked for.
 
     SanaPipeline's resolution binning moves a size to the nearest aspect ratio that the checkpoint was trained on and
-    resizes the picture afterwards. "auto" (or True) does so where that bin is within a factor of 2 of the pixels asked
+    resizes the image afterwards. "auto" (or True) does so where that bin is within a factor of 2 of the pixels asked
     for; False never.
     """
     if not use_resolution_binning:
@@ -50,7 +50,7 @@ def generation_size(height: int, width: int, sample_size: int, use_resolution_bi
 def resize_and_crop(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """images (N, C, h, w) float32, scaled to cover (height, width) and cut at the centre; exactly that size.
 
-    As SanaPipeline does it, except that a rounded-down side never leaves the picture a pixel too small.
+    As SanaPipeline does it, except that a rounded-down side never leaves the image a pixel too small.
     """
     if images.shape[-2:] == (height, width):
         return images

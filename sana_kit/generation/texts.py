@@ -47,7 +47,7 @@ def encode_texts(
 ) -> dict[tuple[str, bool], torch.Tensor]:
     """(text, negative) -> (T, D) on the CPU, T the valid tokens; each text once, and alone.
 
-    Alone, because bf16 rounds differently in another batch: a picture must not depend on the other prompts of a run.
+    Alone, because bf16 rounds differently in another batch: an image must not depend on the other prompts of a run.
     A text that fails goes to on_error(text, negative, exception) and is left out; without on_error it is raised.
     """
     encoded = {}

@@ -74,7 +74,7 @@ def build_parser(description: str, lora_default: str | None = None) -> argparse.
         action="store_false",
         help="keep the adapter beside the weights instead of merging it into them for the run",
     )
-    what = parser.add_argument_group("pictures")
+    what = parser.add_argument_group("images")
     what.add_argument("--prompt", action="append", help="a prompt; may be given several times")
     what.add_argument(
         "--prompts_file",
@@ -84,7 +84,7 @@ def build_parser(description: str, lora_default: str | None = None) -> argparse.
     what.add_argument(
         "--negative_prompt", help="for every prompt; default: the one in the prompts file, else the empty text"
     )
-    what.add_argument("--seeds", type=int, nargs="+", default=list(DEFAULT_SEEDS), help="one picture per prompt each")
+    what.add_argument("--seeds", type=int, nargs="+", default=list(DEFAULT_SEEDS), help="one image per prompt each")
     what.add_argument("--num_inference_steps", type=int, default=28, help="denoising steps")
     what.add_argument("--guidance_scale", type=float, default=2.0, help="classifier-free guidance; 1 and below: none")
     what.add_argument(
@@ -110,10 +110,10 @@ def build_parser(description: str, lora_default: str | None = None) -> argparse.
     run.add_argument(
         "--batch_size",
         default="auto",
-        help="pictures per call of the transformer: a number, or auto (by size and device)",
+        help="images per call of the transformer: a number, or auto (by size and device)",
     )
-    run.add_argument("--output_path", default="./infer_result", help="folder for pictures, manifest and contact sheet")
+    run.add_argument("--output_path", default="./infer_result", help="folder for images, manifest and contact sheet")
     run.add_argument(
-        "--overwrite", action="store_true", help="make finished pictures again instead of keeping those that are whole"
+        "--overwrite", action="store_true", help="make finished images again instead of keeping those that are whole"
     )
     return parser

@@ -16,17 +16,17 @@ from sana_kit.runlog import read_log
 MANIFEST = "manifest.jsonl"
 
 
-CONTACT_SHEET_LIMIT = 200  # pictures: more make a sheet that no viewer opens
+CONTACT_SHEET_LIMIT = 200  # images: more make a sheet that no viewer opens
 
 
 PNG_LEVEL = 1  # zlib: 2.4 times as fast as Pillow's default 6 for 14 % more bytes (measured at 2048 px)
 
 
 class OutputFolder:
-    """Pictures, and what is known of them: manifest.jsonl, and one part of it per rank while a run goes on.
+    """Images, and what is known of them: manifest.jsonl, and one part of it per rank while a run goes on.
 
-    A picture is written beside and renamed, then its line is appended to the rank's part; a picture counts as finished
-    when a line names it and its bytes have that line's SHA-256. So a kill at any moment costs the pictures under way.
+    An image is written beside and renamed, then its line is appended to the rank's part; an image counts as finished
+    when a line names it and its bytes have that line's SHA-256. So a kill at any moment costs the images under way.
     """
 
     def __init__(self, path: str, rank: int):
@@ -78,7 +78,7 @@ class OutputFolder:
         return whole, damaged
 
     def save(self, job, image, facts: dict) -> dict:
-        """Write one picture and its line; returns the line. Bytes depend on picture and job alone (no time stamps)."""
+        """Write one image and its line; returns the line. Bytes depend on image and job alone (no time stamps)."""
 
         data = encode_png(image, job)
         line = {
@@ -100,7 +100,7 @@ class OutputFolder:
 
 
 def encode_png(image, job) -> bytes:
-    """PNG bytes with the job's settings in a text chunk, so that a picture tells how it was made."""
+    """PNG bytes with the job's settings in a text chunk, so that an image tells how it was made."""
     from PIL.PngImagePlugin import PngInfo
 
     settings = {
@@ -119,7 +119,7 @@ def encode_png(image, job) -> bytes:
 
 
 class Writer:
-    """Encodes and writes pictures in a thread, while the device works on the next ones."""
+    """Encodes and writes images in a thread, while the device works on the next ones."""
 
     def __init__(self, folder: OutputFolder, on_error: Callable):
         self.folder, self.on_error = folder, on_error
@@ -128,7 +128,7 @@ class Writer:
         self._waiting: list = []
 
     def submit(self, job, image, facts: dict) -> None:
-        while len(self._waiting) >= 4:  # bounds the memory of finished pictures (50 MB each at 4096 px)
+        while len(self._waiting) >= 4:  # bounds the memory of finished images (50 MB each at 4096 px)
             self._take()
         self._waiting.append((job, self._pool.submit(self.folder.save, job, image, facts)))
 

@@ -151,13 +151,13 @@ def check(args, device, device_problem: str | None = None) -> Plan:
         raise ValueError("\n".join(dict.fromkeys(problems)))
     asked = sum(len(entry.seeds or args.seeds) for entry in prompts)
     if asked != len(jobs):
-        notes.append(f"{asked - len(jobs)} of {asked} pictures were asked for twice and are made once.")
+        notes.append(f"{asked - len(jobs)} of {asked} images were asked for twice and are made once.")
     groups = group_jobs(jobs, batch_size, device=device, pixels_per_token=model.pixel_multiple**2)
     return Plan(model, lora, dtype, vae_dtype, instruction, jobs, groups, notes)
 
 
 def _check_size(height: int, width: int, model, binning: bool) -> tuple[list[str], str | None]:
-    """(problems, a line for the log) of one picture size."""
+    """(problems, a line for the log) of one image size."""
 
     if height < 1 or width < 1:
         return [f"--height={height} --width={width}: must be positive."], None

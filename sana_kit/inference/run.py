@@ -15,7 +15,7 @@ from sana_kit import devices
 from sana_kit.devices import is_out_of_memory
 from sana_kit.distributed import Ranks
 from sana_kit.errors import InputError, RankFailed
-from sana_kit.files import locked_output_dir, write_atomic
+from sana_kit.files import lock_folder, write_atomic
 from sana_kit.generation.generate import generate_groups
 from sana_kit.generation.texts import encode_texts, job_texts, split_texts, texts_cut
 from sana_kit.inference.config import build_parser
@@ -27,14 +27,14 @@ from sana_kit.runlog import console_bar
 
 
 def run(args) -> dict:
-    """Make the pictures that `args` ask for; returns the summary, whose "failed" lists the jobs that failed.
+    """Make the images that `args` ask for; returns the summary, whose "failed" lists the jobs that failed.
 
     Raises:
         InputError: problems that the user can mend, all at once, before weights are loaded.
         RankFailed: on ranks that are well, when another one failed.
     """
     ranks = Ranks(args.device)
-    plan = ranks.together(lambda: check(args, ranks.device, ranks.device_problem), checks_input=True)
+    plan = ranks.run_on_all(lambda: check(args, ranks.device, ranks.device_problem), checks_input=True)
     views = ranks.gather([job.file_name for job in plan.jobs])
     if any(view != views[0] for view in views):
         odd = [rank for rank, view in enumerate(views) if view != views[0]]
@@ -44,7 +44,7 @@ def run(args) -> dict:
         )
     with contextlib.ExitStack() as stack:
         folder = OutputFolder(args.output_path, ranks.rank)
-        ranks.together(lambda: _take_folder(args.output_path, folder, ranks, stack), checks_input=True)
+        ranks.run_on_all(lambda: _take_folder(args.output_path, folder, ranks, stack), checks_input=True)
         summary = _run_in_folder(args, ranks, plan, folder)
     ranks.close()
     return summary
@@ -56,7 +56,7 @@ def _take_folder(path: str, folder: OutputFolder, ranks: Ranks, stack: contextli
         return
 
     try:
-        stack.enter_context(locked_output_dir(Path(path), flag="--output_path"))
+        stack.enter_context(lock_folder(Path(path), flag="--output_path"))
         folder.open()
     except OSError as error:
         raise ValueError(f"--output_path={path}: cannot be written ({error}). Name another folder.") from None
@@ -67,7 +67,7 @@ def _check_shared(path: str, ranks: Ranks) -> None:
     if ranks.world == 1:
         return
     token = Path(path) / f".run-{ranks.gather(os.urandom(8).hex())[0]}"
-    ranks.together(lambda: token.touch() if ranks.main else None)
+    ranks.run_on_all(lambda: token.touch() if ranks.main else None)
     deadline = time.monotonic() + 10  # network file systems show a new file late
     while not token.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -89,13 +89,13 @@ def _run_in_folder(args, ranks: Ranks, plan: Plan, folder: OutputFolder) -> dict
     done, damaged = ranks.gather(folder.finished(plan.jobs) if ranks.main and not args.overwrite else (set(), []))[0]
     pending = [group for group in plan.groups if any(job.file_name not in done for job in group)]
     say(
-        f"{len(plan.jobs)} pictures, {len(done)} of them finished before; {ranks.world} process(es) on"
+        f"{len(plan.jobs)} images, {len(done)} of them finished before; {ranks.world} process(es) on"
         f" {ranks.device.type}"
     )
     for note in plan.notes:
         say(note)
     if damaged:
-        say(f"{len(damaged)} finished picture(s) are missing or damaged and are made again: {damaged[0]} ...")
+        say(f"{len(damaged)} finished image(s) are missing or damaged and are made again: {damaged[0]} ...")
 
     failures: list[tuple[int, str]] = []  # (job index, error)
 
@@ -121,7 +121,7 @@ def _run_in_folder(args, ranks: Ranks, plan: Plan, folder: OutputFolder) -> dict
         lines = _generate(args, ranks, plan, folder, mine, done, (prompts, negatives), fail, seconds)
     results = ranks.gather((failures, lines, devices.peak_memory_bytes(ranks.device)))
     finish = lambda: _finish(args, ranks, plan, folder, done, results, seconds) if ranks.main else None  # noqa: E731
-    summary = ranks.gather(ranks.together(finish))[0]
+    summary = ranks.gather(ranks.run_on_all(finish))[0]
     _tell(summary, say)
     return summary
 
@@ -157,7 +157,7 @@ def _encode(args, ranks: Ranks, plan: Plan, pending: list, seconds: dict):
         )
 
     start = time.perf_counter()
-    encoded = ranks.together(encode)
+    encoded = ranks.run_on_all(encode)
     devices.empty_cache(ranks.device)
     merged: dict[tuple[str, bool], torch.Tensor] = {}
     too_long = []
@@ -175,7 +175,7 @@ def _encode(args, ranks: Ranks, plan: Plan, pending: list, seconds: dict):
 
 
 def _generate(args, ranks, plan, folder, groups, done, embeds, fail, seconds) -> list[dict]:
-    """Load what this rank needs, make its groups, write its pictures; returns their manifest lines."""
+    """Load what this rank needs, make its groups, write its images; returns their manifest lines."""
 
     def load():
         if not groups:
@@ -193,7 +193,7 @@ def _generate(args, ranks, plan, folder, groups, done, embeds, fail, seconds) ->
         )
 
     start = time.perf_counter()
-    pipeline = ranks.together(load)
+    pipeline = ranks.run_on_all(load)
     seconds["load"] += time.perf_counter() - start
     start = time.perf_counter()
     writer = Writer(folder, fail)
@@ -202,13 +202,13 @@ def _generate(args, ranks, plan, folder, groups, done, embeds, fail, seconds) ->
         facts["lora_scale"] = args.lora_scale
     steps = sum(group[0].num_inference_steps for group in groups)
 
-    def on_picture(job, image, took: float) -> None:
+    def on_image(job, image, took: float) -> None:
         if job.file_name not in done:
             writer.submit(job, image, {"seconds": round(took, 3), **facts})
 
     try:
         if groups:
-            with console_bar(steps, f"denoising {sum(map(len, groups))} pictures", main_process=ranks.main) as bar:
+            with console_bar(steps, f"denoising {sum(map(len, groups))} images", main_process=ranks.main) as bar:
                 generate_groups(
                     groups,
                     transformer=pipeline.transformer,
@@ -220,7 +220,7 @@ def _generate(args, ranks, plan, folder, groups, done, embeds, fail, seconds) ->
                     dtype=plan.dtype,
                     use_resolution_binning="auto" if args.resolution_binning else False,
                     on_step=bar.update,
-                    on_picture=on_picture,
+                    on_image=on_image,
                     on_error=fail,
                 )
     finally:
@@ -245,7 +245,7 @@ def _finish(
     elapsed = seconds["encode"] + seconds["generate"]
     steps = sum(line["num_inference_steps"] for line in new)
     summary = {
-        "pictures": len(plan.jobs),
+        "images": len(plan.jobs),
         "made": len(new),
         "kept": len(done),
         "failed": [
@@ -273,17 +273,17 @@ def _tell(summary: dict, say: Callable) -> None:
         elapsed = summary["encode_seconds"] + summary["generate_seconds"]
         say(
             f"Loading {summary['load_seconds']:.1f} s; prompts {summary['encode_seconds']:.1f} s, {summary['made']}"
-            f" pictures {summary['generate_seconds']:.1f} s. Peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB."
+            f" images {summary['generate_seconds']:.1f} s. Peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB."
         )
         say(
             f"E2E without loading: {summary['images_per_second']:.4f} images/s, {summary['iterations_per_second']:.2f}"
-            f" it/s (denoising steps of all pictures) in {elapsed:.1f} s with {summary['world_size']} process(es)"
+            f" it/s (denoising steps of all images) in {elapsed:.1f} s with {summary['world_size']} process(es)"
         )
-    say(f"Pictures, {MANIFEST}, contact_sheet.png and gallery.html are in {summary['output_path']}")
+    say(f"Images, {MANIFEST}, contact_sheet.png and gallery.html are in {summary['output_path']}")
 
 
 def explain(error: BaseException) -> str:
-    """One line for a failed picture, with a remedy where there is one."""
+    """One line for a failed image, with a remedy where there is one."""
 
     text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}".rstrip(": ")
     if is_out_of_memory(error):
@@ -292,7 +292,7 @@ def explain(error: BaseException) -> str:
 
 
 def main(description: str, argv: Sequence[str] | None = None, lora_default: str | None = None) -> int:
-    """Run a script: 0 when every picture is there, 1 when some failed, 2 for problems with the arguments."""
+    """Run a script: 0 when every image is there, 1 when some failed, 2 for problems with the arguments."""
     rank = int(os.environ.get("RANK", "0") or 0)
     args = build_parser(description, lora_default).parse_args(argv)
     try:
@@ -311,9 +311,7 @@ def main(description: str, argv: Sequence[str] | None = None, lora_default: str 
         print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         return 1
     if summary["failed"] and rank == 0:
-        print(
-            f"{len(summary['failed'])} of {summary['pictures']} pictures failed, the others are done:", file=sys.stderr
-        )
+        print(f"{len(summary['failed'])} of {summary['images']} images failed, the others are done:", file=sys.stderr)
         for failure in summary["failed"][:20]:
             print(f"  {failure['file']}: {failure['error']}", file=sys.stderr)
         if len(summary["failed"]) > 20:

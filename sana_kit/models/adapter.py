@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from sana_kit.files import read_header
-from sana_kit.models.folder import _some, meta_transformer
+from sana_kit.models.folder import meta_transformer, some_of
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name, which the trainer writes
 
@@ -74,7 +74,7 @@ def read_lora(path: str, transformer_config: dict) -> tuple[Lora | None, list[st
             unknown.append(name)
     if unknown:
         problems.append(
-            f"{what}: {len(unknown)} of {len(tensors)} tensors belong to no layer of this model: {_some(unknown)}. It"
+            f"{what}: {len(unknown)} of {len(tensors)} tensors belong to no layer of this model: {some_of(unknown)}. It"
             " is an adapter of another model, or of another format than diffusers' (transformer.LAYER.lora_A.weight)."
         )
     wrong, rank = [], {}
@@ -90,7 +90,7 @@ def read_lora(path: str, transformer_config: dict) -> tuple[Lora | None, list[st
             wrong.append(f"{module} {tuple(weight)} has lora_A {down} and lora_B {up}")
     if wrong:
         problems.append(
-            f"{what}: made for a transformer of other shapes: {_some(wrong)}. Give the adapter of this model, or"
+            f"{what}: made for a transformer of other shapes: {some_of(wrong)}. Give the adapter of this model, or"
             " --model_path of the model that it was trained on."
         )
     if not pairs and not unknown:
@@ -108,7 +108,7 @@ def read_lora(path: str, transformer_config: dict) -> tuple[Lora | None, list[st
     weights = {name[len("transformer.") :]: tensor for name, tensor in stored.items() if name.endswith(".weight")}
     bad = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
-        return None, [f"{what}: holds NaN or infinite values in {_some(bad)}. Take an earlier checkpoint's adapter."]
+        return None, [f"{what}: holds NaN or infinite values in {some_of(bad)}. Take an earlier checkpoint's adapter."]
     scaling = {}
     for module, r in rank.items():
         if module in alphas:

@@ -132,7 +132,7 @@ def weight_files(folder: Path, stem: str, variant: str | None) -> list[Path]:
     raise ValueError(f"{folder} holds no {stem}.safetensors (nor its index); other formats are not loaded")
 
 
-def _has_variant(folder: Path, stem: str, variant: str | None) -> str | None:
+def has_variant(folder: Path, stem: str, variant: str | None) -> str | None:
     """The variant to ask `from_pretrained` for: `variant` where this component has it, else None."""
     if variant is None:
         return None
@@ -373,7 +373,7 @@ def _check_weights(model: Model, dtype: torch.dtype, flag: str) -> list[str]:
         ]
         if wrong:
             problems.append(
-                f"{flag}={model.name}: the weights in {folder} do not fit its config: {_some(wrong)}. Fetch the folder"
+                f"{flag}={model.name}: the weights in {folder} do not fit its config: {some_of(wrong)}. Fetch the folder"
                 " again."
             )
         if part == "transformer" and dtype == torch.float16 and any(kind == "BF16" for kind, _ in tensors.values()):
@@ -384,7 +384,7 @@ def _check_weights(model: Model, dtype: torch.dtype, flag: str) -> list[str]:
     return problems
 
 
-def _some(items: list[str], limit: int = 4) -> str:
+def some_of(items: list[str], limit: int = 4) -> str:
     return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
 
 

@@ -9,7 +9,7 @@ import torch
 
 from sana_kit.models.adapter import Lora, apply_lora, read_lora
 from sana_kit.models.attention import resolve_attention, set_attention
-from sana_kit.models.folder import Model, _has_variant, find_model
+from sana_kit.models.folder import Model, find_model, has_variant
 
 
 def dtype_argument(cls, dtype: torch.dtype) -> dict:
@@ -75,7 +75,7 @@ def load_transformer(model: Model, *, device: torch.device, dtype: torch.dtype):
     from diffusers import SanaTransformer2DModel
 
     folder = model.transformer_folder or _local_base(model) / "transformer"
-    variant = _has_variant(folder, "diffusion_pytorch_model", model.variant)
+    variant = has_variant(folder, "diffusion_pytorch_model", model.variant)
     loaded = SanaTransformer2DModel.from_pretrained(
         folder, variant=variant, use_safetensors=True, **dtype_argument(SanaTransformer2DModel, dtype)
     )
@@ -85,7 +85,7 @@ def load_transformer(model: Model, *, device: torch.device, dtype: torch.dtype):
 def _component(model: Model, part: str, stem: str) -> dict:
     """What encodings.py's loaders take, for a part of the base."""
     base = _local_base(model)
-    variant = _has_variant(base / part, stem, model.variant)
+    variant = has_variant(base / part, stem, model.variant)
     return {"pretrained_model_name_or_path": str(base), "revision": None, "variant": variant, "cache_dir": None}
 
 

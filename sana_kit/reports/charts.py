@@ -48,7 +48,7 @@ def thin(values: Sequence[float | None], limit: int) -> list[int]:
     return sorted(keep)
 
 
-def _short(value: float | None, digits: int = 4) -> str:
+def shorten(value: float | None, digits: int = 4) -> str:
     if value is None:
         return "–"
     if value == 0:
@@ -69,7 +69,7 @@ def format_seconds(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def _charts(run: RunLog) -> tuple[list[dict], list[dict], list[str]]:
+def chart_series(run: RunLog) -> tuple[list[dict], list[dict], list[str]]:
     """(chart headings for the page, chart data for its script, notes on what is not shown)."""
     headings, charts, notes = [], [], []
 
@@ -117,13 +117,13 @@ def _event_text(kind: str, line: dict) -> str:
         seconds = finite_number(line.get("seconds"))
         return f"{line.get('path', '')}" + (f" (saved in {format_seconds(seconds)})" if seconds is not None else "")
     if kind == "validation":
-        return f"{len(line.get('files') or [])} validation picture(s)"
+        return f"{len(line.get('files') or [])} validation image(s)"
     if kind == "resume":
         return f"on {line.get('world_size', '?')} process(es)"
     return "the loss was not finite"
 
 
-def _marks_and_events(run: RunLog) -> tuple[list[dict], list[dict], list[dict], int]:
+def marks_and_events(run: RunLog) -> tuple[list[dict], list[dict], list[dict], int]:
     """(marks for the loss chart, legend with counts, table rows newest last, table rows left out)."""
     broken = [
         line

@@ -37,7 +37,7 @@ def _font(size: int, wide: bool):
     return ImageFont.load_default(size)
 
 
-def _font_for(texts: Sequence[str], size: int):
+def font_for(texts: Sequence[str], size: int):
     return _font(size, any(ord(character) > 0x7E for text in texts for character in text))
 
 
@@ -75,15 +75,15 @@ def contact_sheet(
     row_labels: Sequence[str] | None = None,
     cell_size: int | None = None,
 ) -> Path:
-    """One picture of all pictures, row by row, each over its label; written atomically.
+    """One image of all images, row by row, each over its label; written atomically.
 
     Args:
         images: PIL images or paths, of any sizes; each is scaled to fit its cell, never cropped.
         labels: one text per image, wrapped to at most three lines; None for none.
         path: .png, .jpg or .webp.
-        columns: pictures per row.
+        columns: images per row.
         row_labels: one text per row, to the left of it (a prompt whose seeds fill the row).
-        cell_size: pixels of the longer side of a cell; default the largest picture's, at most 512.
+        cell_size: pixels of the longer side of a cell; default the largest image's, at most 512.
 
     Raises:
         ValueError: no image, or numbers of labels, rows and images that do not fit one another.
@@ -114,11 +114,11 @@ def contact_sheet(
     scales = [cell / max(size) for size in sizes]
     cell_width = max(max(1, round(size[0] * scale)) for size, scale in zip(sizes, scales, strict=True))
     cell_height = max(max(1, round(size[1] * scale)) for size, scale in zip(sizes, scales, strict=True))
-    cell_width = max(cell_width, 96)  # room for a word of a label under a very small picture
+    cell_width = max(cell_width, 96)  # room for a word of a label under a very small image
 
     text_size = max(12, round(cell_width / 22))
     gap = max(8, cell_width // 32)
-    font = _font_for([*(labels or []), *(row_labels or [])], text_size)
+    font = font_for([*(labels or []), *(row_labels or [])], text_size)
     line_height = round(text_size * 1.35)
     wrapped = [wrap_text(label, font, cell_width, 3) for label in labels] if labels is not None else []
     side = max(140, cell_width * 3 // 4) if row_labels is not None else 0
@@ -129,7 +129,7 @@ def contact_sheet(
     row_heights = [cell_height + (height + gap // 2 if height else 0) for height in label_heights]
 
     width = gap + (side + gap if side else 0) + columns * (cell_width + gap)
-    title_font = _font_for([title or ""], round(text_size * 1.5))
+    title_font = font_for([title or ""], round(text_size * 1.5))
     title_lines = wrap_text(title, title_font, width - 2 * gap, 3) if title else []
     title_height = len(title_lines) * round(line_height * 1.5) + (gap if title_lines else 0)
     height = gap + title_height + sum(row_heights) + gap * rows
@@ -148,12 +148,12 @@ def contact_sheet(
                 draw.text((x, y + number * line_height), line, fill="#111", font=font)
             x += side + gap
         for index in range(row * columns, min((row + 1) * columns, len(images))):
-            picture = opened(images[index]).convert("RGB")
+            scaled = opened(images[index]).convert("RGB")
             size = tuple(max(1, round(side_length * scales[index])) for side_length in sizes[index])
-            if size != picture.size:
-                enlarge = size[0] > picture.size[0]
-                picture = picture.resize(size, Image.Resampling.BICUBIC if enlarge else Image.Resampling.LANCZOS)
-            sheet.paste(picture, (x + (cell_width - size[0]) // 2, y + (cell_height - size[1]) // 2))
+            if size != scaled.size:
+                enlarge = size[0] > scaled.size[0]
+                scaled = scaled.resize(size, Image.Resampling.BICUBIC if enlarge else Image.Resampling.LANCZOS)
+            sheet.paste(scaled, (x + (cell_width - size[0]) // 2, y + (cell_height - size[1]) // 2))
             for number, line in enumerate(wrapped[index] if wrapped else ()):
                 draw.text((x, y + cell_height + gap // 2 + number * line_height), line, fill="#444", font=font)
             x += cell_width + gap

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sana_kit.files import write_atomic
-from sana_kit.reports.charts import _charts, _marks_and_events, _short, format_seconds, smooth
-from sana_kit.reports.thumbnails import _Thumbnails
+from sana_kit.reports.charts import chart_series, format_seconds, marks_and_events, shorten, smooth
+from sana_kit.reports.thumbnails import Thumbnails
 from sana_kit.runlog import JsonLinesLog, RunLog, finite_number, load_run, read_log
 
 
@@ -67,10 +67,10 @@ def _spread(items: Sequence, limit: int) -> list:
     return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]
 
 
-_PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
+_IMAGES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
-def _folder_pictures(folder: Path) -> dict[tuple, dict]:
+def _folder_images(folder: Path) -> dict[tuple, dict]:
     """{(prompt, seed, occurrence) or (file name,): {"path", "title", "seed"}} of a folder, by its manifest if any."""
     manifest, found = folder / "manifest.jsonl", {}
     if manifest.is_file():
@@ -84,17 +84,17 @@ def _folder_pictures(folder: Path) -> dict[tuple, dict]:
                 found[(*key, occurrence)] = {"path": path, "title": title, "seed": line.get("seed"), "line": line}
         return found
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.suffix.lower() in _PICTURES and path.stem not in ("contact_sheet", "sheet"):
+        if path.suffix.lower() in _IMAGES and path.stem not in ("contact_sheet", "sheet"):
             found[(path.name,)] = {"path": path, "title": path.stem.replace("_", " "), "seed": None, "line": {}}
     return found
 
 
 def _pairs(output_dir: Path, rows: dict, before: Path | None, after: Path | None) -> tuple[list[dict], str]:
-    """Pictures to lay over one another: from folders before/ and after/ where both are there, else the first and the
+    """Images to lay over one another: from folders before/ and after/ where both are there, else the first and the
     last validation of each prompt."""
     before, after = before or output_dir / "before", after or output_dir / "after"
     if before.is_dir() and after.is_dir():
-        old, new = _folder_pictures(before), _folder_pictures(after)
+        old, new = _folder_images(before), _folder_images(after)
         pairs = [
             {
                 "before_path": old[key]["path"],
@@ -153,9 +153,9 @@ def _figures(run: RunLog, config: dict) -> list[dict]:
     speeds = [value for line in run.steps[1:] if (value := finite_number(line.get("images_per_second"))) is not None]
     steady = finite_number(summary.get("images_per_second"))
     if steady is not None:
-        speed, speed_note = _short(steady), "steady state"
+        speed, speed_note = shorten(steady), "steady state"
     elif speeds:
-        speed, speed_note = _short(sorted(speeds)[len(speeds) // 2]), "median of the log"
+        speed, speed_note = shorten(sorted(speeds)[len(speeds) // 2]), "median of the log"
     else:
         speed, speed_note = "–", str(summary.get("steady_state_note") or "not known yet")
     memory = max(
@@ -167,8 +167,8 @@ def _figures(run: RunLog, config: dict) -> list[dict]:
         {"name": "Step", "value": f"{step:,}", "note": f"of {total:,}" if isinstance(total, int) else ""},
         {
             "name": "Loss",
-            "value": _short(smoothed[-1]) if smoothed else "–",
-            "note": f"smoothed; last logged {_short(losses[-1])}" if smoothed else "",
+            "value": shorten(smoothed[-1]) if smoothed else "–",
+            "note": f"smoothed; last logged {shorten(losses[-1])}" if smoothed else "",
         },
         {"name": "Images per second", "value": speed, "note": speed_note},
         {
@@ -194,14 +194,14 @@ def _figures(run: RunLog, config: dict) -> list[dict]:
 def write_report(
     output_dir: str | os.PathLike, before: str | os.PathLike | None = None, after: str | os.PathLike | None = None
 ) -> Path:
-    """Write `output_dir/report.html` from train_log.jsonl, the validation pictures and, where there are any, the
+    """Write `output_dir/report.html` from train_log.jsonl, the validation images and, where there are any, the
     folders `before` and `after`; returns its path.
 
     One self-contained file; replaced atomically, so it may be open in a browser while the run goes on.
 
     Args:
         output_dir: a training run's output folder.
-        before, after: folders of pictures of the same prompts and seeds (with manifest.jsonl) or of the same file
+        before, after: folders of images of the same prompts and seeds (with manifest.jsonl) or of the same file
             names; default `output_dir/before` and `output_dir/after`.
 
     Raises:
@@ -215,29 +215,29 @@ def write_report(
     strips = {key: _spread(cells, 12) for key, cells in shown_rows.items() if cells}
     pairs, pairs_note = _pairs(output_dir, rows, Path(before) if before else None, Path(after) if after else None)
 
-    thumbnails = _Thumbnails(output_dir / ".report_cache")
+    thumbnails = Thumbnails(output_dir / ".report_cache")
     paths = [path for pair in pairs for path in (pair["before_path"], pair["after_path"])]
     paths += [cell["path"] for cells in strips.values() for cell in cells]
-    pictures = thumbnails.embed(paths)
+    images = thumbnails.embed(paths)
     pairs = [
-        {**pair, "before": pictures[pair["before_path"]], "after": pictures[pair["after_path"]]}
+        {**pair, "before": images[pair["before_path"]], "after": images[pair["after_path"]]}
         for pair in pairs
-        if pair["before_path"] in pictures and pair["after_path"] in pictures
+        if pair["before_path"] in images and pair["after_path"] in images
     ]
     table = []
     for (prompt, seed), cells in strips.items():
-        cells = [{"step": cell["step"], "image": pictures[cell["path"]]} for cell in cells if cell["path"] in pictures]
+        cells = [{"step": cell["step"], "image": images[cell["path"]]} for cell in cells if cell["path"] in images]
         if cells:
             table.append({"prompt": prompt, "seed": seed, "cells": cells})
     if run.validations:
-        no_rows = "The run made validation pictures, but none of them is in its folder or can be read."
+        no_rows = "The run made validation images, but none of them is in its folder or can be read."
     else:
-        no_rows = "No validation pictures: the run made none" + ("." if run.end is not None else " so far.")
+        no_rows = "No validation images: the run made none" + ("." if run.end is not None else " so far.")
     rows_notes = []
     if len(rows) > len(shown_rows):
         rows_notes.append(f"The first {len(shown_rows)} of {len(rows)} prompts and seeds.")
     if any(len(cells) > 12 for cells in shown_rows.values()):
-        rows_notes.append("12 steps of each, evenly spread; all pictures are in the folder validation/.")
+        rows_notes.append("12 steps of each, evenly spread; all images are in the folder validation/.")
 
     alerts = []
     broken = sum(1 for line in run.steps if finite_number(line.get("loss")) is None)
@@ -255,10 +255,10 @@ def write_report(
         alerts.append({"kind": "", "text": f"{run.damaged_lines} line(s) of the log cannot be read and are left out."})
     if thumbnails.unreadable:
         names = ", ".join(path.name for path in thumbnails.unreadable[:3])
-        alerts.append({"kind": "", "text": f"{len(thumbnails.unreadable)} picture(s) cannot be read: {names}"})
+        alerts.append({"kind": "", "text": f"{len(thumbnails.unreadable)} image(s) cannot be read: {names}"})
 
-    headings, charts, notes = _charts(run)
-    marks, legend, events, events_left_out = _marks_and_events(run)
+    headings, charts, notes = chart_series(run)
+    marks, legend, events, events_left_out = marks_and_events(run)
     if run.repeated_steps:
         notes.append(f"{run.repeated_steps} logged step(s) were made again after a resume; the later run is shown.")
     parts = [
@@ -313,10 +313,10 @@ def write_gallery(output_dir: str | os.PathLike, base_dir: str | os.PathLike | N
 
     Args:
         output_dir: an inference script's output folder.
-        base_dir: another such folder, made without the LoRA; its pictures of the same prompt and seed stand beside.
+        base_dir: another such folder, made without the LoRA; its images of the same prompt and seed stand beside.
 
     Raises:
-        ValueError: a folder has no manifest, or a manifest lists no picture that is there.
+        ValueError: a folder has no manifest, or a manifest lists no image that is there.
     """
     from urllib.parse import quote
 
@@ -325,39 +325,37 @@ def write_gallery(output_dir: str | os.PathLike, base_dir: str | os.PathLike | N
     for name, folder in folders.items():
         if not (folder / "manifest.jsonl").is_file():
             raise ValueError(f"{name}{folder}/manifest.jsonl: not there. Name an inference script's output folder.")
-    found = _folder_pictures(output_dir)
+    found = _folder_images(output_dir)
     listed, damaged = read_log(output_dir / "manifest.jsonl")
     if not found:
-        raise ValueError(f"{output_dir}/manifest.jsonl lists {len(listed)} picture(s), none of which is there.")
-    base = _folder_pictures(Path(base_dir)) if base_dir else {}
+        raise ValueError(f"{output_dir}/manifest.jsonl lists {len(listed)} image(s), none of which is there.")
+    base = _folder_images(Path(base_dir)) if base_dir else {}
     partners = {key: base[key]["path"] for key in found if key in base}
 
-    thumbnails = _Thumbnails()  # written once, at the end of a run: nothing to keep
+    thumbnails = Thumbnails()  # written once, at the end of a run: nothing to keep
     paths = [path for key, item in found.items() for path in (item["path"], partners.get(key)) if path]
-    pictures = thumbnails.embed(paths)
+    images = thumbnails.embed(paths)
     alerts = []
-    if not pictures and len(thumbnails.unreadable) < len(paths):
-        # More pictures than one page can hold: it then shows the files beside it.
-        text = (
-            f"{len(paths)} pictures are too many to embed: the page shows the files themselves; keep it beside them."
-        )
+    if not images and len(thumbnails.unreadable) < len(paths):
+        # More images than one page can hold: it then shows the files beside it.
+        text = f"{len(paths)} images are too many to embed: the page shows the files themselves; keep it beside them."
         alerts.append({"kind": "", "text": text})
         for path in paths:
             line = next((item["line"] for item in found.values() if item["path"] == path), {})
             size = {"width": line.get("width") or 512, "height": line.get("height") or 512}
-            pictures[path] = {"src": quote(os.path.relpath(path, output_dir).replace(os.sep, "/")), **size}
+            images[path] = {"src": quote(os.path.relpath(path, output_dir).replace(os.sep, "/")), **size}
     missing = len(listed) - len(found)
     if missing > 0:
-        alerts.append({"kind": "", "text": f"{missing} picture(s) of the manifest are not in the folder."})
+        alerts.append({"kind": "", "text": f"{missing} image(s) of the manifest are not in the folder."})
     if damaged:
         alerts.append({"kind": "", "text": f"{damaged} line(s) of the manifest cannot be read and are left out."})
     if thumbnails.unreadable:
         names = ", ".join(path.name for path in thumbnails.unreadable[:3])
-        alerts.append({"kind": "", "text": f"{len(thumbnails.unreadable)} picture(s) cannot be read: {names}"})
+        alerts.append({"kind": "", "text": f"{len(thumbnails.unreadable)} image(s) cannot be read: {names}"})
 
     items = []
     for key, item in found.items():
-        if item["path"] not in pictures:
+        if item["path"] not in images:
             continue
         line, details = item["line"], []
         if line.get("seed") is not None:
@@ -373,8 +371,8 @@ def write_gallery(output_dir: str | os.PathLike, base_dir: str | os.PathLike | N
         items.append(
             {
                 "prompt": item["title"],
-                "image": pictures[item["path"]],
-                "base": pictures.get(partners.get(key)),
+                "image": images[item["path"]],
+                "base": images.get(partners.get(key)),
                 "kind": "LoRA" if line.get("lora_weights") else "this run",
                 "details": " · ".join(details),
                 "href": quote(os.path.relpath(item["path"], output_dir).replace(os.sep, "/")),
@@ -383,11 +381,11 @@ def write_gallery(output_dir: str | os.PathLike, base_dir: str | os.PathLike | N
         )
     seconds = [value for item in found.values() if (value := finite_number(item["line"].get("seconds"))) is not None]
     first = next(iter(found.values()))["line"]
-    parts = [f"{len(items)} pictures", str(first.get("model") or "")]
+    parts = [f"{len(items)} images", str(first.get("model") or "")]
     if first.get("lora_weights"):
         parts.append(f"LoRA {first['lora_weights']}")
     if seconds:
-        parts.append(f"{format_seconds(sum(seconds) / len(seconds))} a picture on average")
+        parts.append(f"{format_seconds(sum(seconds) / len(seconds))} an image on average")
     page = _render(
         page="gallery",
         title=f"Gallery: {output_dir.resolve().name}",

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from sana_kit.files import write_atomic
 
-# A page stays under 10 MB: pictures get 6 MB, a third more in base64.
-_PICTURE_BUDGET_BYTES = 6_000_000
+# A page stays under 10 MB: images get 6 MB, a third more in base64.
+_IMAGE_BUDGET_BYTES = 6_000_000
 
 
 _LADDER = ((512, 82), (384, 80), (320, 75), (256, 70), (192, 65), (128, 60))  # (longest side in pixels, WebP quality)
 
 
-class _Thumbnails:
-    """WebP thumbnails of pictures; kept in `folder`, if one is given, so that a page is rewritten in no time."""
+class Thumbnails:
+    """WebP thumbnails of images; kept in `folder`, if one is given, so that a page is rewritten in no time."""
 
     def __init__(self, folder: Path | None = None):
         self.folder, self.used, self.unreadable = folder, set(), []
@@ -46,7 +46,7 @@ class _Thumbnails:
     def embed(self, paths: Sequence[Path]) -> dict[Path, dict]:
         """{path: {"src": data URI, "width", "height"}}, as large as fits the page's budget together.
 
-        Pictures that cannot be read are left out and listed in `unreadable`; {} when even the smallest size is
+        Images that cannot be read are left out and listed in `unreadable`; {} when even the smallest size is
         too much.
         """
         import base64
@@ -54,7 +54,7 @@ class _Thumbnails:
 
         from PIL import Image
 
-        paths, budget = list(dict.fromkeys(paths)), _PICTURE_BUDGET_BYTES
+        paths, budget = list(dict.fromkeys(paths)), _IMAGE_BUDGET_BYTES
         for rung in _LADDER:
             self.used, self.unreadable = set(), []
             data, total = {}, 0

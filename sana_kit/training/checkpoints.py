@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from sana_kit.errors import CheckpointError
-from sana_kit.files import file_sha256, give_usual_mode, sync_path
+from sana_kit.files import apply_umask, file_sha256, sync_path
 from sana_kit.training.engine import collect_optimizer_state, parameter_shape, restore_optimizer_state
 from sana_kit.training.optim import optimizer_scalars
 from sana_kit.training.state import OPTIMIZER_FILE, pack_random_state, unpack_random_state
@@ -52,7 +52,7 @@ def write_manifest(folder: Path) -> None:
     """Write manifest.json with size and SHA-256 of every other file below `folder`, each synced to the disk."""
     files = {}
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST_FILE)
-    give_usual_mode(paths)
+    apply_umask(paths)
     for path in paths:
         sync_path(path)
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

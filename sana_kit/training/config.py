@@ -84,15 +84,15 @@ def build_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add("--dataset_name", help="Hub name, or a local folder: parquet (pokemon-blip-captions layout) or imagefolder.")
     add("--dataset_config_name", help="Config of the hub data set.")
-    add("--instance_data_dir", help="Folder of pictures; optional caption in a .txt of the same name.")
-    add("--image_column", default="image", help="Column of the pictures.")
-    add("--caption_column", help="Column of the captions; without it every picture gets --instance_prompt.")
-    add("--instance_prompt", help="Caption of pictures that have none, e.g. 'a photo of TOK dog'.")
-    add("--repeats", type=int, default=1, help="Use each picture this often per epoch, each time with its own crop.")
-    add("--resolution", type=int, default=512, help="Side of the square training pictures, in pixels.")
+    add("--instance_data_dir", help="Folder of images; optional caption in a .txt of the same name.")
+    add("--image_column", default="image", help="Column of the images.")
+    add("--caption_column", help="Column of the captions; without it every image gets --instance_prompt.")
+    add("--instance_prompt", help="Caption of images that have none, e.g. 'a photo of TOK dog'.")
+    add("--repeats", type=int, default=1, help="Use each image this often per epoch, each time with its own crop.")
+    add("--resolution", type=int, default=512, help="Side of the square training images, in pixels.")
     add("--center_crop", action="store_true", help="Crop the centre instead of a random place.")
-    add("--random_flip", action="store_true", help="Flip pictures horizontally at random.")
-    add("--skip_bad_images", action="store_true", help="Leave out pictures that cannot be read (named and counted).")
+    add("--random_flip", action="store_true", help="Flip images horizontally at random.")
+    add("--skip_bad_images", action="store_true", help="Leave out images that cannot be read (named and counted).")
     add("--max_sequence_length", type=int, default=300, help="Most caption tokens that reach the transformer.")
     add(
         "--complex_human_instruction",
@@ -105,23 +105,23 @@ def build_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add("--encodings_dir", help="Where latents and prompt embeddings are kept; default output_dir/encodings.")
     add("--vae_dtype", choices=("bf16", "fp32"), default="bf16", help="Dtype of the VAE.")
-    add("--vae_batch_size", default="auto", help="Pictures per VAE call; 'auto' fits the free memory.")
+    add("--vae_batch_size", default="auto", help="Images per VAE call; 'auto' fits the free memory.")
     add("--cache_latents", action="store_true", help="Accepted; latents are always encoded once and kept.")
     add("--offload", action="store_true", help="Accepted; VAE and text encoder always leave memory after encoding.")
 
     group = parser.add_argument_group("prior preservation")
     add = group.add_argument
-    add("--with_prior_preservation", action="store_true", help="Add a loss on pictures of the class.")
-    add("--class_data_dir", help="Folder of class pictures; missing ones are generated there.")
-    add("--class_prompt", help="Prompt of the class pictures.")
+    add("--with_prior_preservation", action="store_true", help="Add a loss on images of the class.")
+    add("--class_data_dir", help="Folder of class images; missing ones are generated there.")
+    add("--class_prompt", help="Prompt of the class images.")
     add("--prior_loss_weight", type=float, default=1.0, help="Weight of the prior loss.")
-    add("--num_class_images", type=int, default=100, help="How many class pictures there must be.")
-    add("--sample_batch_size", type=int, default=4, help="Pictures per call when class pictures are generated.")
+    add("--num_class_images", type=int, default=100, help="How many class images there must be.")
+    add("--sample_batch_size", type=int, default=4, help="Images per call when class images are generated.")
 
     group = parser.add_argument_group("training")
     add = group.add_argument
     add("--seed", type=int, help="Seed of everything; without one a fresh seed is drawn and logged.")
-    add("--train_batch_size", type=int, default=4, help="Pictures per device and micro-step.")
+    add("--train_batch_size", type=int, default=4, help="Images per device and micro-step.")
     add("--gradient_accumulation_steps", type=int, default=1, help="Micro-steps per update.")
     add("--num_train_epochs", type=int, default=1, help="Epochs, unless --max_train_steps is given.")
     add("--max_train_steps", type=int, help="Number of updates.")
@@ -187,13 +187,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("validation")
     add = group.add_argument
-    add("--validation_prompt", action="append", help="Prompt of pictures made during and after training; repeatable.")
-    add("--num_validation_images", type=int, default=4, help="Pictures per prompt and validation.")
+    add("--validation_prompt", action="append", help="Prompt of images made during and after training; repeatable.")
+    add("--num_validation_images", type=int, default=4, help="Images per prompt and validation.")
     add("--validation_epochs", type=int, default=50, help="Validate every so many epochs.")
     add("--validation_steps", type=int, help="Validate every so many updates instead.")
-    add("--validation_resolution", type=int, help="Side of the validation pictures; default --resolution.")
-    add("--validation_inference_steps", type=int, default=20, help="Denoising steps of the validation pictures.")
-    add("--validation_guidance_scale", type=float, default=4.5, help="Guidance scale of the validation pictures.")
+    add("--validation_resolution", type=int, help="Side of the validation images; default --resolution.")
+    add("--validation_inference_steps", type=int, default=20, help="Denoising steps of the validation images.")
+    add("--validation_guidance_scale", type=float, default=4.5, help="Guidance scale of the validation images.")
     add("--enable_vae_tiling", action="store_true", help="Accepted; decoding is tiled where the size needs it.")
 
     group = parser.add_argument_group("logging")
@@ -297,7 +297,7 @@ def validate_args(args: argparse.Namespace, device_type: str):
 
     # data
     if args.dataset_name is None and args.instance_data_dir is None:
-        problems.append("--dataset_name / --instance_data_dir: neither is given; name the pictures to train on.")
+        problems.append("--dataset_name / --instance_data_dir: neither is given; name the images to train on.")
     if args.dataset_name is not None and args.instance_data_dir is not None:
         problems.append(
             f"--dataset_name={args.dataset_name} and --instance_data_dir={args.instance_data_dir}: give one of them."
@@ -306,7 +306,7 @@ def validate_args(args: argparse.Namespace, device_type: str):
         expect(False, "caption_column", "columns belong to --dataset_name; captions in a folder are .txt files.")
     if args.dataset_name is not None and args.caption_column is None and not args.instance_prompt:
         problems.append(
-            "--instance_prompt: needed, since no --caption_column is given; every picture gets it as caption."
+            "--instance_prompt: needed, since no --caption_column is given; every image gets it as caption."
         )
     if args.with_prior_preservation:
         expect(args.class_data_dir is not None, "class_data_dir", "needed with --with_prior_preservation.")

@@ -11,7 +11,7 @@ import torch
 from sana_kit.arithmetic import bucket_elements
 from sana_kit.distributed import check_world_size, force_cpu, process_group_handlers, under_deepspeed
 from sana_kit.errors import CheckpointError
-from sana_kit.training.optim import _base_optimizer, _first_flat_state, optimizer_family
+from sana_kit.training.optim import base_optimizer, first_flat_state, optimizer_family
 from sana_kit.training.state import OPTIMIZER_FILE
 
 
@@ -27,7 +27,7 @@ def collect_optimizer_state(model, optimizer, named_parameters, keep: bool):
     `keep` get tensors, the others None. Keys: "<parameter name>|master", "<parameter name>|exp_avg", ...
     """
     zero = _deepspeed_zero_optimizer(model)
-    base = _base_optimizer(optimizer)
+    base = base_optimizer(optimizer)
     if zero is None:
         for name, parameter in named_parameters:
             yield f"{name}|master", parameter.detach().float().cpu() if keep else None
@@ -37,7 +37,7 @@ def collect_optimizer_state(model, optimizer, named_parameters, keep: bool):
         return
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    keys = sorted(k for k, v in _first_flat_state(base).items() if torch.is_tensor(v) and v.dim() > 0)
+    keys = sorted(k for k, v in first_flat_state(base).items() if torch.is_tensor(v) and v.dim() > 0)
     for name, parameter in named_parameters:
         master = safe_get_full_fp32_param(parameter)
         yield f"{name}|master", master.cpu() if keep else None
@@ -55,7 +55,7 @@ def restore_optimizer_state(model, optimizer, named_parameters, scalars: dict, r
     Raises:
         CheckpointError: the checkpoint was written with another optimizer, or lacks a parameter.
     """
-    base = _base_optimizer(optimizer)
+    base = base_optimizer(optimizer)
     if optimizer_family(scalars["class"]) != optimizer_family(type(base).__name__):
         raise CheckpointError(
             f"The checkpoint was written with optimizer {scalars['class']}, this run uses {type(base).__name__}."
@@ -198,7 +198,7 @@ def create_accelerator(args):
     check_world_size(accelerator.num_processes)
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is not None:
-        _configure_deepspeed(args, accelerator, plugin.deepspeed_config)
+        configure_deepspeed(args, accelerator, plugin.deepspeed_config)
         # transformers would load the text encoder partitioned under ZeRO-3, for an engine that it never gets.
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -221,7 +221,7 @@ def _agree(args, flag: str, configured, config_name: str, problems: list[str]) -
         setattr(args, flag, configured)
 
 
-def _configure_deepspeed(args, accelerator, config: dict) -> None:
+def configure_deepspeed(args, accelerator, config: dict) -> None:
     """Write what the flags decide into the DeepSpeed config; bucket sizes follow in `fit_buckets`.
 
     Raises:
@@ -280,7 +280,7 @@ def compute_dtype(args) -> torch.dtype:
     return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
 
 
-def leave_out_if_not_finite(loss: torch.Tensor, parameters: list, accelerator) -> tuple[torch.Tensor, bool]:
+def zero_nonfinite_loss(loss: torch.Tensor, parameters: list, accelerator) -> tuple[torch.Tensor, bool]:
     """For --on_nan=skip: (loss, False), or, if the loss is not finite on any rank, (a zero in its place, True).
 
     The zero hangs on the parameters themselves: a gradient through the forward pass would be 0 * NaN. Every rank gets

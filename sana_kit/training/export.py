@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from sana_kit.files import give_usual_mode, write_atomic
+from sana_kit.files import apply_umask, write_atomic
 from sana_kit.training import checkpoints
 from sana_kit.training.config import redacted_command
 from sana_kit.training.engine import collect_optimizer_state
@@ -69,7 +69,7 @@ def write_final_weights(
     if accelerator.is_main_process:
         if masters:
             upcast_adapter(partial, masters)
-        give_usual_mode(path for path in partial.rglob("*") if path.is_file())
+        apply_umask(path for path in partial.rglob("*") if path.is_file())
         for path in sorted(partial.iterdir()):
             target = output_dir / path.name
             if target.is_dir():

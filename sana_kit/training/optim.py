@@ -22,9 +22,9 @@ def optimizer_scalars(optimizer) -> dict:
     Raises:
         CheckpointError: a state in whole numbers, such as 8-bit moments.
     """
-    base = _base_optimizer(optimizer)
+    base = base_optimizer(optimizer)
     scalars = {}
-    for key, value in _first_flat_state(base).items():
+    for key, value in first_flat_state(base).items():
         if torch.is_tensor(value) and value.numel() == 1:
             scalars[key] = value.item()
         elif isinstance(value, (int, float)):
@@ -74,7 +74,7 @@ def create_optimizer(args, parameters: list, device: torch.device):
     return torch.optim.AdamW(parameters, **settings, fused=True if device.type == "cuda" else None)
 
 
-def _base_optimizer(optimizer):
+def base_optimizer(optimizer):
     """The torch optimizer below accelerate's and DeepSpeed's wrappers."""
     seen = set()
     while hasattr(optimizer, "optimizer") and id(optimizer) not in seen:
@@ -83,6 +83,6 @@ def _base_optimizer(optimizer):
     return optimizer
 
 
-def _first_flat_state(base) -> dict:
+def first_flat_state(base) -> dict:
     """The state of the first parameter that has one: all parameters, or flat partitions, have the same keys."""
     return next((state for state in base.state.values() if state), {})

@@ -18,8 +18,8 @@ from sana_kit.models.loading import load_pipeline
 logger = logging.getLogger("sana")
 
 
-def generate_class_pictures(args, accelerator, base) -> None:
-    """Fill --class_data_dir up to --num_class_images with pictures of --class_prompt, each rank its share."""
+def generate_class_images(args, accelerator, base) -> None:
+    """Fill --class_data_dir up to --num_class_images with images of --class_prompt, each rank its share."""
 
     folder = Path(args.class_data_dir)
     if accelerator.is_main_process:
@@ -31,7 +31,7 @@ def generate_class_pictures(args, accelerator, base) -> None:
     accelerator.wait_for_everyone()  # every rank has counted before one adds
     if missing <= 0:
         return
-    logger.info("prior preservation: %d pictures in %s, generating %d", present, folder, missing)
+    logger.info("prior preservation: %d images in %s, generating %d", present, folder, missing)
     pipeline = load_pipeline(
         base,
         device=accelerator.device,
@@ -66,7 +66,7 @@ def generate_class_pictures(args, accelerator, base) -> None:
         device=accelerator.device,
         dtype=pipeline.transformer.dtype,
         batch_size=args.sample_batch_size,
-        on_picture=lambda job, image, seconds: write_atomic(
+        on_image=lambda job, image, seconds: write_atomic(
             folder / job.file_name, lambda target: image.save(target, format="PNG")
         ),
     )
@@ -76,6 +76,6 @@ def generate_class_pictures(args, accelerator, base) -> None:
     there = len([path for path in folder.iterdir() if path.suffix.lower() in suffixes])
     if there < args.num_class_images:
         raise ValueError(
-            f"--class_data_dir={folder}: holds {there} of {args.num_class_images} class pictures on this machine. The"
-            " machines of a run must share this folder, or each must have all class pictures beforehand."
+            f"--class_data_dir={folder}: holds {there} of {args.num_class_images} class images on this machine. The"
+            " machines of a run must share this folder, or each must have all class images beforehand."
         )

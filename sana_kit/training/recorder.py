@@ -11,7 +11,7 @@ logger = logging.getLogger("sana")
 
 
 def check_finite(losses, samples_seen, stream, samples_per_step, global_step, last_saved, args, log) -> None:
-    """Stop on a loss that is not finite: names the step, its pictures and the last good checkpoint.
+    """Stop on a loss that is not finite: names the step, its images and the last good checkpoint.
 
     Raises:
         FloatingPointError: on every rank, since the losses were averaged over all of them.
@@ -21,8 +21,8 @@ def check_finite(losses, samples_seen, stream, samples_per_step, global_step, la
             continue
         step = global_step - len(losses) + offset + 1
         start = samples_seen - (len(losses) - offset) * samples_per_step
-        indices = [stream.picture_index(position) for position in range(start, start + samples_per_step)]
-        message = f"loss {value} at step {step}, pictures {indices[:64]}"
+        indices = [stream.image_index(position) for position in range(start, start + samples_per_step)]
+        message = f"loss {value} at step {step}, images {indices[:64]}"
         if args.on_nan == "skip":
             logger.warning("%s: update skipped", message)
             log.write("warning", step=step, message=message + ": update skipped")
@@ -30,7 +30,7 @@ def check_finite(losses, samples_seen, stream, samples_per_step, global_step, la
         good = f"checkpoint-{last_saved}" if last_saved else "none was written"
         log.write("warning", step=step, message=f"{message}; last good checkpoint: {good}")
         raise FloatingPointError(
-            f"{message}. Last good checkpoint: {good}. Lower --learning_rate, look at those pictures, or use"
+            f"{message}. Last good checkpoint: {good}. Lower --learning_rate, look at those images, or use"
             " --on_nan=skip."
         )
 

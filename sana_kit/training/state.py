@@ -35,7 +35,7 @@ def unpack_random_state(packed: dict) -> dict:
     return state
 
 
-def run_identity(args, num_pictures: int, world_size: int) -> dict:
+def run_identity(args, num_images: int, world_size: int) -> dict:
     """What a resumed run should share with the one that wrote the checkpoint."""
     keys = (
         "pretrained_model_name_or_path",
@@ -48,7 +48,7 @@ def run_identity(args, num_pictures: int, world_size: int) -> dict:
     )
     keys += ("weighting_scheme", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler")
     keys += ("max_train_steps", "seed", "mixed_precision", "lora_dropout", "optimizer")
-    return {**{key: getattr(args, key) for key in keys}, "pictures": num_pictures, "world_size": world_size}
+    return {**{key: getattr(args, key) for key in keys}, "images": num_images, "world_size": world_size}
 
 
 def differences(before: dict, now: dict) -> list[str]:

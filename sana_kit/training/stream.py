@@ -14,22 +14,22 @@ from sana_kit.training.recipes import draw
 CAPTION_PAD_MULTIPLE = 16
 
 
-class TrainingStream(torch.utils.data.Dataset):
-    """Training samples by their position in an endless stream: epoch after epoch, each a permutation of all pictures.
+class SampleStream(torch.utils.data.Dataset):
+    """Training samples by their position in an endless stream: epoch after epoch, each a permutation of all images.
 
-    Position p is picture `permutation(epoch p // n)[p % n]`; its noise and time step are drawn from (seed, p). What a
+    Position p is image `permutation(epoch p // n)[p % n]`; its noise and time step are drawn from (seed, p). What a
     sample is depends on no rank, batch size or worker, so that a resumed run, on any number of processes, sees exactly
     the samples that an undisturbed one would: none twice and none left out within an epoch.
     """
 
     def __init__(self, encoded, num_instance: int, num_class: int, *, seed: int, weighting: dict):
-        """`encoded[i]`: latents (C, h, w) and prompt_embeds (T, D); class pictures follow the instance pictures."""
+        """`encoded[i]`: latents (C, h, w) and prompt_embeds (T, D); class images follow the instance images."""
         self.encoded, self.num_instance, self.num_class = encoded, num_instance, num_class
         self.seed, self.weighting = seed, weighting
         self._orders = {}
 
-    def picture_index(self, position: int, size: int | None = None, salt: int = 0) -> int:
-        """Index of the picture at a position among `size` (default: the instance pictures)."""
+    def image_index(self, position: int, size: int | None = None, salt: int = 0) -> int:
+        """Index of the image at a position among `size` (default: the instance images)."""
         import numpy as np
 
         size = size or self.num_instance
@@ -48,14 +48,14 @@ class TrainingStream(torch.utils.data.Dataset):
 
     def __getitem__(self, position: int) -> list[dict]:
         """The sample at a position, followed by its class sample under prior preservation."""
-        samples = [self._sample(self.picture_index(position), 2 * position)]
+        samples = [self._sample(self.image_index(position), 2 * position)]
         if self.num_class:
-            index = self.num_instance + self.picture_index(position, self.num_class, salt=1)
+            index = self.num_instance + self.image_index(position, self.num_class, salt=1)
             samples.append(self._sample(index, 2 * position + 1))
         return samples
 
 
-class StreamBatches(torch.utils.data.Sampler):
+class StreamBatchSampler(torch.utils.data.Sampler):
     """Positions of this rank's micro-batches from `start` on, for `steps` updates."""
 
     def __init__(self, start: int, steps: int, batch_size: int, accumulation: int, rank: int, world_size: int):
@@ -71,7 +71,7 @@ class StreamBatches(torch.utils.data.Sampler):
             yield list(range(first, first + self.batch_size))
 
 
-def leave_signals_to_the_trainer(worker: int) -> None:
+def ignore_signals_in_worker(worker: int) -> None:
     """For the loader's processes: a SIGTERM to the whole group must not end them while the trainer finishes its
     step.
     """

@@ -16,7 +16,7 @@ from sana_kit.training.engine import compute_dtype
 
 
 class Validation:
-    """Pictures of the validation prompts with the live weights: no pipeline is reloaded, every rank draws its
+    """Images of the validation prompts with the live weights: no pipeline is reloaded, every rank draws its
     share.
     """
 
@@ -61,9 +61,7 @@ class Validation:
         self.vae.to(accelerator.device)
         mine = jobs[accelerator.process_index :: accelerator.num_processes]
         partitioned = any(hasattr(parameter, "ds_id") for parameter in transformer.parameters())
-        if (
-            partitioned
-        ):  # ZeRO-3: each forward is a collective, so all ranks draw all pictures, and the first keeps them
+        if partitioned:  # ZeRO-3: each forward is a collective, so all ranks draw all images, and the first keeps them
             mine = jobs
         bar = console_bar(
             len(mine) * args.validation_inference_steps,
@@ -91,7 +89,7 @@ class Validation:
                 device=accelerator.device,
                 dtype=compute_dtype(args),
                 batch_size=1,
-                on_picture=keep,
+                on_image=keep,
                 on_step=bar.update,
             )
         finally:
@@ -99,22 +97,22 @@ class Validation:
             self.vae.to("cpu")
             devices.empty_cache(accelerator.device)
         # Gathered as PNG: the main process writes them all, whether or not machines share the output folder.
-        pictures = []
+        images = []
         for entry, png in sorted(gather_object(done), key=lambda pair: pair[0]["file"]):
             path = folder / entry["file"]
-            pictures.append({**entry, "file": str(path.relative_to(args.output_dir))})
+            images.append({**entry, "file": str(path.relative_to(args.output_dir))})
             if accelerator.is_main_process:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(path, lambda handle, png=png: handle.write(png))
         if accelerator.is_main_process:
-            self._track(pictures, step)
-        return pictures
+            self._track(images, step)
+        return images
 
-    def _track(self, pictures: list[dict], step: int) -> None:
+    def _track(self, images: list[dict], step: int) -> None:
         import numpy as np
         from PIL import Image
 
-        paths = [Path(self.args.output_dir, entry["file"]) for entry in pictures]
+        paths = [Path(self.args.output_dir, entry["file"]) for entry in images]
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard" and paths:
                 stacked = np.stack([np.asarray(Image.open(path)) for path in paths])
@@ -122,18 +120,18 @@ class Validation:
             elif tracker.name == "wandb":
                 import wandb
 
-                shown = [wandb.Image(str(p), caption=e["prompt"]) for p, e in zip(paths, pictures, strict=True)]
+                shown = [wandb.Image(str(p), caption=e["prompt"]) for p, e in zip(paths, images, strict=True)]
                 tracker.log({"validation": shown}, step=step)
             elif tracker.name == "comet_ml":
                 for path in paths:
                     tracker.writer.log_image(str(path), name=path.name, step=step)
 
 
-def validation_due(args, step: int, samples_seen: int, samples_per_step: int, num_pictures: int) -> bool:
+def validation_due(args, step: int, samples_seen: int, samples_per_step: int, num_images: int) -> bool:
     """Whether a validation belongs after this step: every --validation_steps, else as --validation_epochs pass."""
     if step >= args.max_train_steps:
         return False  # the final validation follows
     if args.validation_steps is not None:
         return step % args.validation_steps == 0
-    per_validation = args.validation_epochs * num_pictures
+    per_validation = args.validation_epochs * num_images
     return samples_seen // per_validation > (samples_seen - samples_per_step) // per_validation

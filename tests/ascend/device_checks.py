@@ -2,7 +2,7 @@
 
 Run by tests/test_ascend.py; by hand:
     bash tests/ascend/run.sh python tests/ascend/device_checks.py OUTPUT_FOLDER [PIPELINE_FOLDER]
-Writes OUTPUT_FOLDER/checks.json, and OUTPUT_FOLDER/pictures.npz with what a SanaPipeline draws on the device.
+Writes OUTPUT_FOLDER/checks.json, and OUTPUT_FOLDER/images.npz with what a SanaPipeline draws on the device.
 """
 
 import copy
@@ -443,8 +443,8 @@ def copy_checks():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def draw_pictures(folder, attentions=("diffusers", "sdpa", "npu_fusion")):
-    """(name, picture array) of a SanaPipeline on the device, once per way of attention, in float32 and bfloat16."""
+def draw_images(folder, attentions=("diffusers", "sdpa", "npu_fusion")):
+    """(name, image array) of a SanaPipeline on the device, once per way of attention, in float32 and bfloat16."""
     from diffusers import SanaPipeline
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -458,7 +458,7 @@ def draw_pictures(folder, attentions=("diffusers", "sdpa", "npu_fusion")):
 
 
 def draw(pipeline):
-    """Two pictures with the arguments that tests/test_ascend.py gives on the CPU."""
+    """Two images with the arguments that tests/test_ascend.py gives on the CPU."""
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
         ["a red square", "a dog"],
@@ -487,7 +487,7 @@ def main(output, pipeline=None):
     }
     results["kernels"] = emulated_kernels.kernel_calls()
     if pipeline is not None:
-        np.savez(os.path.join(output, "pictures.npz"), **dict(draw_pictures(pipeline)))
+        np.savez(os.path.join(output, "images.npz"), **dict(draw_images(pipeline)))
         after = emulated_kernels.kernel_calls()
         results["pipeline_kernels"] = {k: v - results["kernels"].get(k, 0) for k, v in after.items()}
     results["seconds"] = time.perf_counter() - start

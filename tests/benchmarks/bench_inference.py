@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python tests/benchmarks/bench_inference.py                  everything
     OMP_NUM_THREADS=1 python tests/benchmarks/bench_inference.py --parts roofline
 
-The reference kit calls SanaPipeline once per picture, with a float32 VAE and `enable_tiling(1024, 1024)`, which leaves
+The reference kit calls SanaPipeline once per image, with a float32 VAE and `enable_tiling(1024, 1024)`, which leaves
 diffusers' stride of 448 px: 100 tiles at 4096 px. The measured part keeps the proportions on a model that a CPU can
-run (picture and tiles an eighth as wide), and prints seconds per step and per decode, so that the figure for 28 steps
+run (image and tiles an eighth as wide), and prints seconds per step and per decode, so that the figure for 28 steps
 needs no half-hour run. The processes part launches the distributed script with 1 and 2 processes.
 """
 
@@ -33,14 +33,14 @@ sys.path[:0] = [str(KIT), str(KIT / "tests")]
 
 
 def roofline():
-    """Least seconds per 4096 px picture of the 1600M model: 28 steps with guidance, then the decode."""
+    """Least seconds per 4096 px image of the 1600M model: 28 steps with guidance, then the decode."""
 
     transformer, vae = TRANSFORMERS["1600M"], AUTOENCODER
     lengths = [min(start + 32, 128) - start for start in range(0, 128, 14)]
     reference_tiles = [(height * 32, width * 32) for height in lengths for width in lengths]
     rows, columns = plan_tiles(4096, 4096, 32, MAX_TILE_PIXELS[2])
     kit_tiles = [((b - a) * 32, (d - c) * 32) for a, b in rows for c, d in columns]
-    print("Roofline, one 4096 x 4096 px picture, 28 steps, guidance, SANA 1600M (seconds)")
+    print("Roofline, one 4096 x 4096 px image, 28 steps, guidance, SANA 1600M (seconds)")
     print(f"{'chip':8} {'float32 rate':>14} {'reference':>24} {'kit':>22} {'ratio':>6}")
     # float32 products at a quarter of the bf16 rate (Ascend 910B), at half of it (TF32, HF32), or a bf16 VAE after all
     for chip, share, name in (
@@ -82,7 +82,7 @@ def scaled_model(folder):
 
 
 def measured(folder, steps, rounds):
-    """CPU seconds per denoising step and per decode of a 512 px picture, reference way and kit, in turns."""
+    """CPU seconds per denoising step and per decode of a 512 px image, reference way and kit, in turns."""
     import torch
     from diffusers import SanaPipeline
 
@@ -186,7 +186,7 @@ def measured(folder, steps, rounds):
     )
 
 
-def processes(folder, pictures, steps):
+def processes(folder, images, steps):
     """E2E images/s of the distributed script with 1 and 2 processes of one thread each, loading apart."""
     sys.path.insert(0, str(KIT / "tests"))
     from conftest import script_environment
@@ -214,7 +214,7 @@ def processes(folder, pictures, steps):
             str(steps),
             "--no_resolution_binning",
             "--seeds",
-            *map(str, range(pictures)),
+            *map(str, range(images)),
         ]
         subprocess.run(command, check=True, env=script_environment(), cwd=KIT, stdout=subprocess.DEVNULL)
         rates[count] = json.loads((out / "summary.json").read_text())["images_per_second"]
@@ -224,16 +224,16 @@ def processes(folder, pictures, steps):
         for path in (folder / "out1").glob("*-seed*.png")
     )
     print(
-        f"2 processes are {rates[2] / rates[1]:.2f} times 1; the pictures are {'the same' if same else 'NOT THE SAME'}"
+        f"2 processes are {rates[2] / rates[1]:.2f} times 1; the images are {'the same' if same else 'NOT THE SAME'}"
     )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=["roofline", "measured", "processes"])
-    parser.add_argument("--steps", type=int, default=3, help="denoising steps per measured picture")
+    parser.add_argument("--steps", type=int, default=3, help="denoising steps per measured image")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--pictures", type=int, default=12, help="of the processes part")
+    parser.add_argument("--images", type=int, default=12, help="of the processes part")
     args = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "roofline" in args.parts:
@@ -244,7 +244,7 @@ def main():
             if "measured" in args.parts:
                 measured(Path(folder) / "model", args.steps, args.rounds)
             if "processes" in args.parts:
-                processes(Path(folder), args.pictures, 2 * args.steps)
+                processes(Path(folder), args.images, 2 * args.steps)
 
 
 if __name__ == "__main__":

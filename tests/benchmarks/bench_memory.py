@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_memory.py --config 1600M --processes 2                  LoRA, rank 4; 9 GB in all
     python tests/benchmarks/bench_memory.py --config scaled --train_mode full --processes 2
 
-The trainer's own functions build transformer, optimizer and engine and make two steps on a picture of 2 x 2 latents,
+The trainer's own functions build transformer, optimizer and engine and make two steps on an image of 2 x 2 latents,
 whose activations count for little. `allocated` is what rank 0 holds in tensors after a backward pass, each storage
 counted once; `computed` is what `python -m sana_kit.flops` prints. `passing` is what a whole step takes above that at
 its peak, as torch counted it: gradients on their way, buffers of the collectives, and the few activations.

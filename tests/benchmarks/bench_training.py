@@ -9,7 +9,7 @@
 optimizer step on tensors that stay on the device, of the shapes that the kit's batches have. `diffusers` is its own
 train_dreambooth_lora_sana.py from a checkout's HEAD, with the reference kit's edits (made by patch_sana.py: bf16 VAE)
 and `--gradient_checkpointing`, as the reference kit starts it. On a CPU a scaled model keeps the real proportions:
-VAE encode : text encode : transformer forward = 5.2 : 1.2 : 3.0 FLOPs per picture. Each figure is the median over the
+VAE encode : text encode : transformer forward = 5.2 : 1.2 : 3.0 FLOPs per image. Each figure is the median over the
 rounds.
 """
 
@@ -42,7 +42,7 @@ WORDS = (
 
 
 def write_scaled_model(folder: Path) -> Path:
-    """A random SanaPipeline whose parts cost 5.2 : 1.2 : 3.0 per 256 px picture, in bf16."""
+    """A random SanaPipeline whose parts cost 5.2 : 1.2 : 3.0 per 256 px image, in bf16."""
     import tiny
     import torch
 
@@ -85,8 +85,8 @@ def write_real_model(folder: Path, name: str, resolution: int, light: bool = Fal
     return folder
 
 
-def write_pictures(folder: Path, count: int, pixels: int) -> Path:
-    """A parquet data set of noise pictures with captions of 12 to 24 words."""
+def write_images(folder: Path, count: int, pixels: int) -> Path:
+    """A parquet data set of noise images with captions of 12 to 24 words."""
     import numpy as np
     from datasets import Dataset, Features, Value
     from datasets import Image as ImageFeature
@@ -303,7 +303,7 @@ def main() -> None:
             write_scaled_model(model)
         else:
             write_real_model(model, options.config, options.resolution)
-        data = write_pictures(work / "data", 16, options.resolution)
+        data = write_images(work / "data", 16, options.resolution)
         upstream = prepare_upstream(options, work) if options.diffusers else None
         figures = {"bare": [], "kit": [], "diffusers": []}
         for number in range(options.rounds):

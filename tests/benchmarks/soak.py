@@ -33,7 +33,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         model = tiny.make_tiny_pipeline(work / "model")
-        data = tiny.write_picture_folder(work / "pictures")
+        data = tiny.write_image_folder(work / "images")
         output = work / "out"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
