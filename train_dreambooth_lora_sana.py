@@ -40,15 +40,12 @@ from sana_kit.encodings.encode import encode
 from sana_kit.encodings.prompts import parse_instruction
 from sana_kit.errors import CheckpointError, EncodingStopped
 from sana_kit.files import lock_folder, write_atomic
-from sana_kit.models.attention import set_attention
-from sana_kit.models.loading import load_scheduler, load_transformer
-from sana_kit.models.lora import DEFAULT_LORA_LAYERS, checkpoint_blocks, lean_lora
+from sana_kit.models.loading import load_scheduler
 from sana_kit.reports.pages import refresh_report
 from sana_kit.runlog import JsonLinesLog, PhaseClock, ThroughputMeter, console_bar
 from sana_kit.training import checkpoints
 from sana_kit.training.config import parse_args, public_config, redacted_command, validate_args, validation_prompts
 from sana_kit.training.engine import (
-    compute_dtype,
     create_accelerator,
     fit_buckets,
     frozen_weights,
@@ -61,52 +58,13 @@ from sana_kit.training.recipes import flow_matching_loss, read_flow_shift
 from sana_kit.training.recorder import check_finite, is_users_problem, print_summary
 from sana_kit.training.state import differences, run_identity
 from sana_kit.training.stream import SampleStream, StreamBatchSampler, collate, ignore_signals_in_worker
+from sana_kit.training.transformer import prepare_transformer
 from sana_kit.training.validation import Validation, validation_due
 
 PROCESS_STARTED = time.perf_counter()  # before the imports that take seconds
 
 
 logger = logging.getLogger("sana")
-
-
-def prepare_transformer(args, accelerator, model):
-    """The transformer in the dtype of the run, on the device, with LoRA layers or all weights trainable."""
-
-    weight_dtype = compute_dtype(args)
-    if args.train_mode == "full" and not under_deepspeed():
-        weight_dtype = torch.float32  # float32 masters are the weights themselves; autocast computes in bf16
-    transformer = load_transformer(model, device=accelerator.device, dtype=weight_dtype)
-    if args.train_mode == "lora":
-        from peft import LoraConfig
-
-        layers = [part.strip() for part in args.lora_layers.split(",")] if args.lora_layers else DEFAULT_LORA_LAYERS
-        transformer.add_adapter(
-            LoraConfig(
-                r=args.rank,
-                lora_alpha=args.lora_alpha,
-                lora_dropout=args.lora_dropout,
-                init_lora_weights="gaussian",
-                target_modules=list(layers),
-            )
-        )
-        if under_deepspeed():
-            transformer.to(weight_dtype)  # ZeRO keeps the float32 masters
-        else:
-            for parameter in transformer.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
-        lean_lora(transformer, accelerator.device.type, weight_dtype)
-    else:
-        transformer.requires_grad_(True)
-    transformer.to(accelerator.device)
-    kernel = set_attention(transformer, args.attention, accelerator.device)
-    logger.info("cross-attention: %s with a boolean mask built once per forward pass", kernel)
-    if args.gradient_checkpointing:
-        checkpoint_blocks(transformer, args.gradient_checkpointing_interval)
-    if args.compile:
-        for block in transformer.transformer_blocks:
-            block.compile()  # block by block: one compilation serves all blocks, and parameter names stay
-    return transformer
 
 
 def main(args: argparse.Namespace, process_started: float | None = None) -> int:

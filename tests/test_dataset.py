@@ -357,9 +357,9 @@ def test_unknown_hub_name_offline(monkeypatch):
 
 def test_column_errors_list_the_columns(parquet_dataset, tmp_path):
     with pytest.raises(ValueError) as caught:
-        load_images(dataset_name=str(parquet_dataset), image_column="image", caption_column="caption")
+        load_images(dataset_name=str(parquet_dataset), image_column="photo", caption_column="caption")
     text = str(caught.value)
-    assert "--image_column=image: no such column" in text and "--caption_column=caption: no such column" in text
+    assert "--image_column=photo: no such column" in text and "--caption_column=caption: no such column" in text
     assert text.count("columns present: image, text") == 2
     write_parquet(tmp_path, {"image": [1, 2], "text": [1.5, 2.5]})
     with pytest.raises(ValueError) as caught:

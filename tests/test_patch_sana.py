@@ -28,6 +28,7 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 from tiny import make_tiny_pipeline, write_image_folder  # noqa: E402
 
 import patch_sana  # noqa: E402
+from sana_kit import patch_upstream  # noqa: E402
 
 FAKE = TESTS / "fake_upstream_trainer.py"
 ADAPTER = patch_sana.ADAPTER_FILE
@@ -708,7 +709,7 @@ def refused_patch(trainer, capsys, *flags):
     return message
 
 
-@pytest.mark.parametrize("edit", patch_sana.EDITS, ids=lambda edit: edit.purpose.split(",")[0])
+@pytest.mark.parametrize("edit", patch_upstream.EDITS, ids=lambda edit: edit.purpose.split(",")[0])
 def test_each_missing_or_doubled_anchor_is_named(trainer, capsys, edit):
     source = FAKE.read_text()
     match = re.search(edit.pending, source, re.MULTILINE)
@@ -724,7 +725,7 @@ def test_each_missing_or_doubled_anchor_is_named(trainer, capsys, edit):
 def test_another_file_is_refused_with_every_anchor(trainer, capsys):
     trainer.write_text("print('something else')\n")
     message = refused_patch(trainer, capsys)
-    for edit in patch_sana.EDITS:
+    for edit in patch_upstream.EDITS:
         assert f"`{edit.anchor}` is missing" in message
     assert "SanaTransformer2DModel is missing" in message and "unwrap_model is missing" in message
     trainer.write_bytes(b"\xff\xfe\x00binary")
@@ -813,11 +814,12 @@ def test_another_patch_sana_beside_the_trainer_comes_back(trainer, capsys):
 def test_patch_run_from_beside_the_trainer_and_through_a_link(trainer, tmp_path):
     beside = trainer.parent / "patch_sana.py"
     shutil.copy(patch_sana.__file__, beside)
+    kit = {**os.environ, "PYTHONPATH": str(Path(patch_sana.__file__).parent)}  # a copied kit has sana_kit beside it
     link = tmp_path / "link.py"
     link.symlink_to(trainer)
     before = tree(trainer.parent)
     for flags, code in (([], 0), ([], 0), (["--revert"], 0), (["--revert"], 1)):
-        done = subprocess.run([sys.executable, beside, link, *flags], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, beside, link, *flags], capture_output=True, text=True, env=kit)
         assert done.returncode == code, done.stderr
     assert link.is_symlink() and tree(trainer.parent).keys() - {"__pycache__"} == before.keys()
     assert tree(trainer.parent) == before

@@ -74,8 +74,8 @@ def read_lora(path: str, transformer_config: dict) -> tuple[Lora | None, list[st
             unknown.append(name)
     if unknown:
         problems.append(
-            f"{what}: {len(unknown)} of {len(tensors)} tensors belong to no layer of this model: {some_of(unknown)}. It"
-            " is an adapter of another model, or of another format than diffusers' (transformer.LAYER.lora_A.weight)."
+            f"{what}: {len(unknown)} of {len(tensors)} tensors belong to no layer of this model: {some_of(unknown)}."
+            " It is of another model, or in another format than diffusers' (transformer.LAYER.lora_A.weight)."
         )
     wrong, rank = [], {}
     for module, shapes in pairs.items():

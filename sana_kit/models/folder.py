@@ -373,8 +373,8 @@ def _check_weights(model: Model, dtype: torch.dtype, flag: str) -> list[str]:
         ]
         if wrong:
             problems.append(
-                f"{flag}={model.name}: the weights in {folder} do not fit its config: {some_of(wrong)}. Fetch the folder"
-                " again."
+                f"{flag}={model.name}: the weights in {folder} do not fit its config: {some_of(wrong)}."
+                " Fetch the folder again."
             )
         if part == "transformer" and dtype == torch.float16 and any(kind == "BF16" for kind, _ in tensors.values()):
             problems.append(

@@ -1,0 +1,55 @@
+"""The transformer of a training run: dtype, LoRA layers or all weights, attention, recomputation."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from sana_kit.distributed import under_deepspeed
+from sana_kit.models.attention import set_attention
+from sana_kit.models.loading import load_transformer
+from sana_kit.models.lora import DEFAULT_LORA_LAYERS, checkpoint_blocks, lean_lora
+from sana_kit.training.engine import compute_dtype
+
+logger = logging.getLogger("sana")
+
+
+def prepare_transformer(args, accelerator, model):
+    """The transformer in the dtype of the run, on the device, with LoRA layers or all weights trainable."""
+
+    weight_dtype = compute_dtype(args)
+    if args.train_mode == "full" and not under_deepspeed():
+        weight_dtype = torch.float32  # float32 masters are the weights themselves; autocast computes in bf16
+    transformer = load_transformer(model, device=accelerator.device, dtype=weight_dtype)
+    if args.train_mode == "lora":
+        from peft import LoraConfig
+
+        layers = [part.strip() for part in args.lora_layers.split(",")] if args.lora_layers else DEFAULT_LORA_LAYERS
+        transformer.add_adapter(
+            LoraConfig(
+                r=args.rank,
+                lora_alpha=args.lora_alpha,
+                lora_dropout=args.lora_dropout,
+                init_lora_weights="gaussian",
+                target_modules=list(layers),
+            )
+        )
+        if under_deepspeed():
+            transformer.to(weight_dtype)  # ZeRO keeps the float32 masters
+        else:
+            for parameter in transformer.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+        lean_lora(transformer, accelerator.device.type, weight_dtype)
+    else:
+        transformer.requires_grad_(True)
+    transformer.to(accelerator.device)
+    kernel = set_attention(transformer, args.attention, accelerator.device)
+    logger.info("cross-attention: %s with a boolean mask built once per forward pass", kernel)
+    if args.gradient_checkpointing:
+        checkpoint_blocks(transformer, args.gradient_checkpointing_interval)
+    if args.compile:
+        for block in transformer.transformer_blocks:
+            block.compile()  # block by block: one compilation serves all blocks, and parameter names stay
+    return transformer
