@@ -41,7 +41,7 @@ from sana_kit.encodings.prompts import parse_instruction
 from sana_kit.errors import CheckpointError, EncodingStopped
 from sana_kit.files import lock_folder, write_atomic
 from sana_kit.models.loading import load_scheduler
-from sana_kit.reports.pages import refresh_report
+from sana_kit.reports.report import refresh_report
 from sana_kit.runlog import JsonLinesLog, PhaseClock, ThroughputMeter, console_bar
 from sana_kit.training import checkpoints
 from sana_kit.training.config import parse_args, public_config, redacted_command, validate_args, validation_prompts

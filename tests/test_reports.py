@@ -4,6 +4,7 @@ Run: pytest tests/test_reports.py. The browser tests need Debian's chromium (or 
 package; without them they are skipped, saying so.
 """
 
+import base64
 import io
 import json
 import os
@@ -19,7 +20,8 @@ from PIL import Image
 from sana_kit.reports.__main__ import main
 from sana_kit.reports.charts import smooth, thin
 from sana_kit.reports.contact_sheet import contact_sheet, font_for, wrap_text
-from sana_kit.reports.pages import refresh_report, write_gallery, write_report
+from sana_kit.reports.gallery import write_gallery
+from sana_kit.reports.report import figures, refresh_report, write_report
 from sana_kit.reports.result_block import case_name, format_result_block
 from sana_kit.runlog import JsonLinesLog, PhaseClock, ThroughputMeter, console_bar, load_run, read_log
 
@@ -429,7 +431,7 @@ def test_page_keeps_secrets_and_markup_out(tmp_path):
     text, data = page_data(write_report(tmp_path))
     assert "verysecret" not in text and "(removed)" in text and "Not set: revision." in text
     assert "<b>square" not in text and "alert(1)</script>" not in text
-    assert not re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', text)  # nothing is loaded from anywhere
+    assert not re.findall(r'(?:src|<link[^>]*href)="(?!data:|#)[^"]*"', text)  # nothing is loaded from anywhere
     assert [chart["id"] for chart in data["charts"]] == [
         "loss",
         "learning_rate",
@@ -478,6 +480,14 @@ def test_a_long_log_is_thinned_quickly_and_keeps_its_spikes(tmp_path):
     chart = data["charts"][0]
     assert len(chart["x"]) <= 1700 and chart["x"][0] == 1 and chart["x"][-1] == 20_000
     assert 12_345 in chart["x"] and max(chart["series"][0]["y"]) == 99.0
+
+
+def test_the_smoothed_line_follows_a_falling_loss():
+    losses = [1.0 / (1 + n / 5) for n in range(40)]
+    smoothed = smooth(losses)
+    assert all(min(losses) - 1e-9 <= value <= max(losses) + 1e-9 for value in smoothed)
+    assert smoothed[-1] == pytest.approx(losses[-1]) and sum(a > b for a, b in zip(smoothed, losses, strict=True)) < 40
+    assert max(abs(a - b) for a, b in zip(smoothed, losses, strict=True)) < 0.05
 
 
 def test_smooth_and_thin():
@@ -538,6 +548,65 @@ def test_before_and_after_folders_come_first(tmp_path):
     (tmp_path / "after" / "manifest.jsonl").unlink()
     text = write_report(tmp_path).read_text()
     assert text.count('<figure class="compare">') == 2 and "an owl" not in text
+
+
+def test_small_images_are_embedded_as_they_are(tmp_path):
+    make_run(tmp_path)
+    text = write_report(tmp_path).read_text()
+    raw = (tmp_path / "validation" / "step-000060" / "00-seed8.png").read_bytes()
+    assert "data:image/png;base64," + base64.b64encode(raw).decode() in text
+    assert 'class="small" style="width: 128px"' in text  # twice its size, pixel by pixel
+
+
+def test_page_links_to_what_is_there_and_shows_training_images(tmp_path):
+    make_run(tmp_path)
+    (tmp_path / "README.md").write_text("card")
+    samples = tmp_path / "training_images"
+    samples.mkdir()
+    Image.new("RGB", (64, 64), "red").save(samples / "0.png")
+    (samples / "manifest.jsonl").write_text(
+        json.dumps({"file": "0.png", "prompt": "a red field", "seed": None}) + "\n"
+    )
+    text = write_report(tmp_path).read_text()
+    assert 'href="README.md">model card' in text and 'href="train_log.jsonl">log' in text
+    assert "LoRA weights</a>" not in text  # not written in this run
+    assert "<h2>Training images</h2>" in text and "a red field</figcaption>" in text
+
+
+def test_settings_left_at_their_default_are_folded(tmp_path):
+    with JsonLinesLog(tmp_path / "train_log.jsonl") as log:
+        log.write("start", step=0, world_size=1, config={"rank": 8, "seed": 0, "given": ["rank"]})
+    text = write_report(tmp_path).read_text()
+    assert "1 settings left at their default" in text
+    assert text.index("<dt>rank</dt>") < text.index("left at their default") < text.index("<dt>seed</dt>")
+
+
+def test_figures_agree_with_log_and_summary(tmp_path):
+    steps = [{"event": "step", "step": n, "loss": 1.0 / n, "time": 100.0 + 2 * n} for n in range(1, 11)]
+    start = {"event": "start", "step": 0, "time": 100.0, "config": {"max_train_steps": 30}}
+    path = tmp_path / "train_log.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in [start, *steps]))
+    running = {row["name"]: row for row in figures(load_run(path), {"max_train_steps": 30})}
+    assert running["Time left"]["value"] == "40 s" and running["Duration"]["value"] == "20 s"
+    assert running["Loss"]["value"] == "0.1"
+    end = {"event": "end", "step": 10, "time": 121.0, "summary": {"duration_seconds": 70.2}}
+    path.write_text(path.read_text() + json.dumps(end) + "\n")
+    ended = {row["name"]: row for row in figures(load_run(path), {"max_train_steps": 30})}
+    assert ended["Duration"]["value"] == "1 min 10 s" and "Time left" not in ended
+
+
+def test_two_runs_side_by_side(tmp_path, capsys):
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b", steps=30, resume_at=20)
+    assert main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    page = tmp_path / "b" / "comparison.html"
+    assert capsys.readouterr().out.strip() == str(page)
+    text, data = page_data(page)
+    loss = next(chart for chart in data["charts"] if chart["id"] == "loss")
+    assert [series["label"] for series in loss["series"]] == ["a", "b"] and loss["x"][-1] == 60
+    assert loss["series"][1]["y"][loss["x"].index(60)] is None  # b ended before
+    assert "<th>max_train_steps</th><td>60</td><td>30</td>" in text and "<th>rank</th>" not in text
+    assert main([str(tmp_path / "a"), str(tmp_path / "nowhere")]) == 2
 
 
 def test_refresh_never_breaks_a_training_and_never_hides(tmp_path, capsys):

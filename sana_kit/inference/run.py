@@ -22,7 +22,7 @@ from sana_kit.inference.config import build_parser
 from sana_kit.inference.output import MANIFEST, OutputFolder, Writer, make_contact_sheet
 from sana_kit.inference.plan import Plan, check
 from sana_kit.models.loading import load_pipeline, load_text_encoder, text_dtype
-from sana_kit.reports.pages import write_gallery
+from sana_kit.reports.gallery import write_gallery
 from sana_kit.runlog import console_bar
 
 

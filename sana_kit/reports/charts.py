@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Sequence
@@ -11,24 +12,61 @@ from sana_kit.runlog import RunLog, finite_number
 _CHART_POINTS = 1600  # per chart; more cannot be seen on any screen
 
 
-_MARKS = {  # event -> (label, CSS colour, dashed, tick at the bottom only)
-    "resume": ("resume", "--blue", True, False),
-    "warning": ("warning", "--amber", False, False),
-    "non_finite": ("loss not finite", "--red", False, False),
-    "validation": ("validation", "--soft", False, True),
-    "checkpoint": ("checkpoint", "--green", False, True),
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """One chart of a logged figure.
+
+    Attributes:
+        key: the figure's name in the log; scale: what its values are multiplied by.
+        unit: of the vertical axis, as it is labelled.
+        zero: whether the axis begins at zero; log: whether it is logarithmic where the values span a decade.
+    """
+
+    key: str
+    title: str
+    note: str
+    unit: str
+    color: str
+    scale: float = 1.0
+    zero: bool = True
+    log: bool = False
+
+
+CHARTS = (
+    Chart("loss", "Loss", "", "mean squared error", "--accent", zero=False, log=True),
+    Chart("learning_rate", "Learning rate", "", "learning rate", "--blue"),
+    Chart("images_per_second", "Images per second", "all processes together", "images/s", "--green"),
+    Chart("peak_memory_bytes", "Peak memory", "per process", "GiB", "--amber", scale=2.0**-30),
+    Chart("mfu", "Model FLOPs utilisation", "of the devices' peak", "%", "--blue", scale=100.0),
+    Chart("grad_norm", "Gradient norm", "before clipping", "L2 norm", "--accent"),
+)
+
+# event -> (label, CSS colour, dashed, tick at the bottom only, lane): marks of one step stand in lanes of their own
+_MARKS = {
+    "resume": ("resume", "--blue", True, False, 0),
+    "warning": ("warning", "--amber", False, False, 1),
+    "non_finite": ("loss not finite", "--red", False, False, 2),
+    "validation": ("validation", "--soft", False, True, 0),
+    "checkpoint": ("checkpoint", "--green", False, True, 1),
 }
 
 
-def smooth(values: Sequence[float | None], window: float) -> list[float | None]:
-    """Exponential moving average over about `window` values, without the pull of its start; gaps stay gaps."""
-    decay, total, weight, result = 1.0 - 1.0 / max(1.0, window), 0.0, 0.0, []
+def smooth(values: Sequence[float | None], window: float | None = None) -> list[float | None]:
+    """Moving average over about `window` values around each (default a fortieth of all, at least 3); gaps stay gaps.
+
+    Centred, so that the line follows the raw values: an average of the past alone lies above a falling loss.
+    """
+    half = int((max(3.0, len(values) / 40) if window is None else window) // 2)
+    sums, counts = [0.0], [0]
     for value in values:
-        if value is None:
-            result.append(None)
-            continue
-        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
-        result.append(total / weight if weight else value)
+        sums.append(sums[-1] + (value or 0.0))
+        counts.append(counts[-1] + (value is not None))
+    result: list[float | None] = []
+    for index, value in enumerate(values):
+        reach = min(half, index, len(values) - 1 - index)
+        first, last = index - reach, index + reach + 1
+        mean = (sums[last] - sums[first]) / max(1, counts[last] - counts[first])
+        result.append(None if value is None else mean)
     return result
 
 
@@ -69,42 +107,42 @@ def format_seconds(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def thin_series(chart: Chart, steps: Sequence[int], series: list[dict]) -> dict:
+    """The data of one chart for the page's script: at most about `_CHART_POINTS` points, six digits each.
+
+    Args:
+        steps: the global steps of the values.
+        series: [{"label", "y", "color", "width"}]; the first one decides which points are kept.
+    """
+    keep = thin(series[0]["y"], _CHART_POINTS)
+    for item in series:
+        item["y"] = [None if item["y"][i] is None else float(f"{item['y'][i]:.6g}") for i in keep]
+    values = [value for item in series for value in item["y"] if value is not None]
+    log = chart.log and min(values) > 0 and max(values) >= 10 * min(values)
+    kept = [steps[i] for i in keep]
+    return {"id": chart.key, "x": kept, "series": series, "zero": chart.zero, "log": log, "unit": chart.unit}
+
+
 def chart_series(run: RunLog) -> tuple[list[dict], list[dict], list[str]]:
     """(chart headings for the page, chart data for its script, notes on what is not shown)."""
     headings, charts, notes = [], [], []
-
-    def column(key: str, scale: float = 1.0) -> list[float | None]:
-        values = [finite_number(line.get(key)) for line in run.steps]
-        return [None if value is None else value * scale for value in values]
-
-    numbers = [line.get("step", 0) for line in run.steps]
-
-    def add(key: str, title: str, note: str, series: list[dict], zero: bool) -> None:
-        if all(value is None for value in series[0]["y"]):
-            return
-        keep = thin(series[0]["y"], _CHART_POINTS)
-        for item in series:
-            item["y"] = [None if item["y"][i] is None else float(f"{item['y'][i]:.6g}") for i in keep]
-        headings.append({"id": key, "title": title, "note": note})
-        charts.append({"id": key, "x": [numbers[i] for i in keep], "series": series, "zero": zero})
-
-    losses = column("loss")
-    window = max(5.0, len(losses) / 40)
-    raw = {"label": "loss", "y": losses, "color": "--faint", "width": 1}
-    smoothed = {"label": "smoothed", "y": smooth(losses, window), "color": "--accent", "width": 2.25, "span": True}
-    add("loss", "Loss", f"raw, and averaged over about {window:.0f} logged values", [raw, smoothed], zero=False)
-    for key, scale, title, note, color, zero in (
-        ("learning_rate", 1.0, "Learning rate", "", "--blue", True),
-        ("images_per_second", 1.0, "Images per second", "all processes together", "--green", True),
-        ("peak_memory_bytes", 2.0**-30, "Peak memory", "GiB per process", "--amber", True),
-        ("mfu", 100.0, "Model FLOPs utilisation", "% of the devices' peak", "--blue", True),
-        ("grad_norm", 1.0, "Gradient norm", "before clipping", "--accent", True),
-    ):
-        series = {"label": key.replace("_", " "), "y": column(key, scale), "color": color, "width": 1.5}
-        add(key, title, note, [series], zero)
+    steps = [line.get("step", 0) for line in run.steps]
+    for chart in CHARTS:
+        found = [finite_number(line.get(chart.key)) for line in run.steps]
+        values = [None if value is None else value * chart.scale for value in found]
+        if all(value is None for value in values):
+            continue
+        label, note = chart.key.replace("_", " "), chart.note
+        series = [{"label": label, "y": values, "color": chart.color, "width": 1.5}]
+        if chart.key == "loss":
+            raw = {"label": label, "y": values, "color": "--faint", "width": 1}
+            line = {"label": "smoothed", "y": smooth(values), "color": chart.color, "width": 2.25, "span": True}
+            series, note = [raw, line], "raw, and a moving average"
+        headings.append({"id": chart.key, "title": chart.title, "note": note})
+        charts.append(thin_series(chart, steps, series))
     shown = {chart["id"] for chart in charts}
-    if charts and len(numbers) > _CHART_POINTS:
-        notes.append(f"Drawn: about {_CHART_POINTS} of {len(numbers)} logged points, highest and lowest kept.")
+    if charts and len(steps) > _CHART_POINTS:
+        notes.append(f"Drawn: about {_CHART_POINTS} of {len(steps)} logged points, highest and lowest kept.")
     if charts and "mfu" not in shown:
         notes.append("Model FLOPs utilisation is not shown: the peak of this device is not known and none was given.")
     return headings, charts, notes
@@ -139,7 +177,7 @@ def marks_and_events(run: RunLog) -> tuple[list[dict], list[dict], list[dict], i
     }
     marks, legend, events = [], [], []
     for kind, lines in sources.items():
-        label, color, dash, tick = _MARKS[kind]
+        label, color, dash, tick, lane = _MARKS[kind]
         if not lines:
             continue
         legend.append({"label": label, "color": color, "count": len(lines)})
@@ -150,6 +188,7 @@ def marks_and_events(run: RunLog) -> tuple[list[dict], list[dict], list[dict], i
                 "color": color,
                 "dash": dash,
                 "tick": tick,
+                "lane": lane,
                 "text": f"{label}: {text}",
             }
             marks.append(mark)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import io
 from collections.abc import Sequence
 from pathlib import Path
+
+from PIL import Image
 
 from sana_kit.files import write_atomic
 
 # A page stays under 10 MB: images get 6 MB, a third more in base64.
 _IMAGE_BUDGET_BYTES = 6_000_000
-
-
+_LOSSLESS_SIDE = 256  # PNG files up to this side are embedded as they are
+_SMALL_SIDE = 128  # below it an image is shown at twice its size, pixel by pixel
 _LADDER = ((512, 82), (384, 80), (320, 75), (256, 70), (192, 65), (128, 60))  # (longest side in pixels, WebP quality)
 
 
@@ -21,11 +26,6 @@ class Thumbnails:
         self.folder, self.used, self.unreadable = folder, set(), []
 
     def _bytes(self, path: Path, side: int, quality: int) -> bytes:
-        import hashlib
-        import io
-
-        from PIL import Image
-
         cached = None
         if self.folder is not None:
             status = path.stat()
@@ -35,6 +35,8 @@ class Thumbnails:
             if cached.exists():
                 return cached.read_bytes()
         with Image.open(path) as image:
+            if image.format == "PNG" and max(image.size) <= _LOSSLESS_SIDE:
+                return path.read_bytes()
             image = image.convert("RGB")
             image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0)
             buffer = io.BytesIO()
@@ -49,11 +51,6 @@ class Thumbnails:
         Images that cannot be read are left out and listed in `unreadable`; {} when even the smallest size is
         too much.
         """
-        import base64
-        import io
-
-        from PIL import Image
-
         paths, budget = list(dict.fromkeys(paths)), _IMAGE_BUDGET_BYTES
         for rung in _LADDER:
             self.used, self.unreadable = set(), []
@@ -70,9 +67,11 @@ class Thumbnails:
             else:
                 embedded = {}
                 for path, raw in data.items():
-                    width, height = Image.open(io.BytesIO(raw)).size
-                    source = "data:image/webp;base64," + base64.b64encode(raw).decode()
-                    embedded[path] = {"src": source, "width": width, "height": height}
+                    with Image.open(io.BytesIO(raw)) as image:
+                        (width, height), kind = image.size, image.format.lower()
+                    source = f"data:image/{kind};base64," + base64.b64encode(raw).decode()
+                    small = max(width, height) < _SMALL_SIDE
+                    embedded[path] = {"src": source, "width": width, "height": height, "small": small}
                 self._prune()
                 return embedded
         return {}
