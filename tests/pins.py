@@ -78,7 +78,7 @@ class PinError(RuntimeError):
 def make_inputs(folder: Path) -> Path:
     """The tiny model and data set below `folder`, built once; every kit gets the same files."""
     if not (folder / "complete").is_file():
-        import tiny
+        from helpers import tiny
 
         if folder.exists() and any(folder.iterdir()):
             raise PinError(f"{folder}: neither empty nor inputs of an earlier record; name another folder.")

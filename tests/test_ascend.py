@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import KIT, script_environment
+from helpers import KIT, script_environment
 from PIL import Image
 
 sys.path.insert(0, str(KIT / "tests" / "ascend"))

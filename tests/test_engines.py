@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import KIT, launch, script_environment
+from helpers import KIT, launch, script_environment
 from safetensors.torch import load_file
 
 from sana_kit.training import checkpoints

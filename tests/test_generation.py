@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import KIT
+from helpers import KIT
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 

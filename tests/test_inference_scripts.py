@@ -10,7 +10,7 @@ import time
 
 import psutil
 import pytest
-from conftest import KIT, script_environment
+from helpers import KIT, script_environment
 from test_generation import write_lora
 from test_inference import images, infer, manifest
 

@@ -25,7 +25,7 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
-from tiny import make_tiny_pipeline, write_image_folder  # noqa: E402
+from helpers.tiny import make_tiny_pipeline, write_image_folder  # noqa: E402
 
 import patch_sana  # noqa: E402
 from sana_kit import patch_upstream  # noqa: E402

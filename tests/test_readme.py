@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import KIT, script_environment
+from helpers import KIT, script_environment
 
 NOT_HERE = {
     "source /usr/local/Ascend/ascend-toolkit/set_env.sh": "needs CANN",

@@ -70,8 +70,8 @@ def roofline():
 
 def scaled_model(folder):
     """A SanaPipeline whose parts keep the proportions of the 1600M model, with random weights, for a CPU."""
-    import tiny
     import torch
+    from helpers import tiny
 
     torch.manual_seed(0)
     # decode : denoising step = 3.0 in FLOPs, as at 4096 px
@@ -189,7 +189,7 @@ def measured(folder, steps, rounds):
 def processes(folder, images, steps):
     """E2E images/s of the distributed script with 1 and 2 processes of one thread each, loading apart."""
     sys.path.insert(0, str(KIT / "tests"))
-    from conftest import script_environment
+    from helpers import script_environment
 
     print("\nDistributed script, scaled model, 256 px, one thread per process (images/s without loading)")
     rates = {}

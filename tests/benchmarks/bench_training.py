@@ -43,8 +43,8 @@ WORDS = (
 
 def write_scaled_model(folder: Path) -> Path:
     """A random SanaPipeline whose parts cost 5.2 : 1.2 : 3.0 per 256 px image, in bf16."""
-    import tiny
     import torch
+    from helpers import tiny
 
     torch.manual_seed(0)
     sizes = {"vae": tiny.SCALED_VAE, "text": tiny.SCALED_TEXT, "transformer": tiny.SCALED_TRANSFORMER}
@@ -60,7 +60,7 @@ def write_real_model(folder: Path, name: str, resolution: int, light: bool = Fal
     """
     import torch
     from diffusers import AutoencoderDC, SanaPipeline, SanaTransformer2DModel
-    from tiny import make_scheduler, make_tokenizer
+    from helpers.tiny import make_scheduler, make_tokenizer
     from transformers import Gemma2Config, Gemma2Model
 
     vae = dict(AUTOENCODER)

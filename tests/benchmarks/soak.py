@@ -27,8 +27,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     options = parser.parse_args()
-    import tiny
-    from conftest import script_environment
+    from helpers import script_environment, tiny
 
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

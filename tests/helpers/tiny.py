@@ -1,6 +1,6 @@
 """Tiny, real things for the tests: a complete SanaPipeline folder of about half a megabyte, and small image sets.
 
-Used by conftest.py; by hand: `python tests/tiny.py OUTPUT_FOLDER` writes a tiny pipeline there.
+Used by conftest.py; by hand: `python tests/helpers/tiny.py OUTPUT_FOLDER` writes a tiny pipeline there.
 """
 
 import json

@@ -4,10 +4,10 @@ Run: pytest tests/test_flops.py
 """
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import KIT
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from sana_kit import flops
@@ -257,7 +257,7 @@ def test_bytes_of_the_published_model_are_those_of_its_parameters():
 
 def test_the_benchmarks_real_model_is_one_that_the_kit_takes(tmp_path, monkeypatch):
     """The published configuration with fewer blocks: what bench_training.py writes where there is a GPU."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
+    monkeypatch.syspath_prepend(str(KIT / "tests" / "benchmarks"))
     import bench_training
 
     small = {"num_layers": 1, "num_attention_heads": 4, "cross_attention_dim": 128, "num_cross_attention_heads": 2}
