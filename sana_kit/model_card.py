@@ -4,6 +4,7 @@ Used by the trainer at its end (`--push_to_hub` uploads). By hand, from an outpu
     python -m sana_kit.model_card OUTPUT_DIR                                   writes the card again
     python -m sana_kit.model_card OUTPUT_DIR --push_to_hub USER/NAME           and uploads card, images and weights
 The token of the upload is the stored login (`hf auth login`) or the environment's HF_TOKEN; it is written nowhere.
+The text is in model_card_template.md.
 """
 
 from __future__ import annotations
@@ -11,11 +12,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import re
 import shlex
 import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import jinja2
+import yaml
+from huggingface_hub import HfApi, ModelCardData
+from PIL import Image
 
 from sana_kit.files import write_atomic
 from sana_kit.runlog import load_run
@@ -25,18 +33,29 @@ LICENSE_MARK = "CHOOSE A LICENCE BEFORE PUBLISHING"
 IMAGE_FOLDER = "model_card"
 WEIGHTS = "pytorch_lora_weights.safetensors"
 PLACEHOLDER = "USER/REPOSITORY"  # until the upload knows the name
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
 _PACKAGES = ("torch", "torch_npu", "diffusers", "transformers", "accelerate", "deepspeed", "peft", "safetensors")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _SECRET_FLAG = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|access_?key)$", re.IGNORECASE)
 _SECRET_TEXT = re.compile(r"hf_[A-Za-z0-9]{16,}|(?<=://)[^/@\s:]+:[^/@\s]+(?=@)")
 REMOVED = "REMOVED"
+_SHOWN_SETTINGS = (
+    ("max_train_steps", "steps"),
+    ("train_batch_size", "batch size per device"),
+    ("gradient_accumulation_steps", "gradient accumulation"),
+    ("resolution", "resolution"),
+    ("learning_rate", "learning rate"),
+    ("lr_scheduler", "schedule"),
+    ("optimizer", "optimizer"),
+    ("weighting_scheme", "weighting scheme"),
+    ("flow_shift", "flow shift"),
+    ("mixed_precision", "precision"),
+    ("seed", "seed"),
+)
 
 
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that shape a training, as far as they are installed."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -63,6 +82,18 @@ def redact_command(command: str | Sequence[str]) -> str:
     return shlex.join(result)
 
 
+def without_local_paths(command: str | Sequence[str]) -> str:
+    """A command line whose local paths are shortened to their last part; flags and everything else stay."""
+    words = shlex.split(command) if isinstance(command, str) else list(command)
+    result = []
+    for word in words:
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        if re.match(r"(~|\.{1,2})?/", value):
+            value = Path(value).name or value
+        result.append(f"{flag}{equals}{value}")
+    return shlex.join(result)
+
+
 def hub_id(name: str | None) -> str | None:
     """`name` where it can be a repository of the hub; None for nothing, and for local folders (no card tells them)."""
     if not name or os.path.exists(name) or not _HUB_ID.match(name):
@@ -84,8 +115,6 @@ def _base_model(name: str | None) -> str | None:
 
 def _front_matter(text: str) -> dict:
     """The metadata of a card; {} where there is none."""
-    import yaml
-
     found = re.match(r"^---\s*\n(.*?)\n---\s*(\n|$)", text, re.S)
     try:
         data = yaml.safe_load(found[1]) if found else {}
@@ -108,11 +137,12 @@ def _inline(text: str) -> str:
     return f"{ticks}{space}{text}{space}{ticks}"
 
 
-def _latest_images(output_dir: Path) -> list[dict]:
-    """[{"file", "prompt", "seed"}] of the last validation in the log whose images are there."""
+def _validation_images(output_dir: Path, last: bool) -> list[dict]:
+    """[{"file", "prompt", "seed"}] of the last (or first) validation in the log whose images are there."""
     if not (output_dir / "train_log.jsonl").is_file():
         return []
-    for line in reversed(load_run(output_dir / "train_log.jsonl").validations):
+    validations = load_run(output_dir / "train_log.jsonl").validations
+    for line in reversed(validations) if last else validations:
         files, prompts, seeds = (line.get(key) or [] for key in ("files", "prompts", "seeds"))
         found = [
             {
@@ -128,37 +158,78 @@ def _latest_images(output_dir: Path) -> list[dict]:
     return []
 
 
-def _copy_images(output_dir: Path, images: Sequence[dict], limit: int) -> list[dict]:
-    """Copies of at most 1024 px in `model_card/`, whose earlier images go; each item with the copy's "url" added."""
-    from PIL import Image
-
+def _copy_images(output_dir: Path, images: Sequence[dict], prefix: str, limit: int) -> list[dict]:
+    """Copies of at most 1024 px in `model_card/`, named `prefix`_NN.png; each item with the copy's "url" added."""
     folder, copies = output_dir / IMAGE_FOLDER, []
     for number, entry in enumerate(images[:limit]):
-        with Image.open(entry["file"]) as copy:
-            copy = copy.convert("RGB")
-            copy.thumbnail((1024, 1024), Image.Resampling.LANCZOS)
-            path = folder / f"image_{number:02d}.png"
-            write_atomic(path, lambda file, copy=copy: copy.save(file, "PNG", optimize=True))
+        with Image.open(entry["file"]) as opened:
+            copy = opened.convert("RGB")
+        copy.thumbnail((1024, 1024), Image.Resampling.LANCZOS)
+        path = folder / f"{prefix}_{number:02d}.png"
+        write_atomic(path, lambda file, copy=copy: copy.save(file, "PNG", optimize=True))
         copies.append({**entry, "url": f"{IMAGE_FOLDER}/{path.name}"})
-    for stale in folder.glob("image_*.png"):
+    for stale in folder.glob(f"{prefix}_*.png"):
         if not any(copy["url"].endswith(stale.name) for copy in copies):
             stale.unlink()
     return copies
 
 
-_SHOWN_SETTINGS = (
-    ("max_train_steps", "steps"),
-    ("train_batch_size", "batch size per device"),
-    ("gradient_accumulation_steps", "gradient accumulation"),
-    ("resolution", "resolution"),
-    ("learning_rate", "learning rate"),
-    ("lr_scheduler", "schedule"),
-    ("optimizer", "optimizer"),
-    ("weighting_scheme", "weighting scheme"),
-    ("flow_shift", "flow shift"),
-    ("mixed_precision", "precision"),
-    ("seed", "seed"),
-)
+def _pairs(before: list[dict], after: list[dict]) -> list[dict]:
+    """[{"prompt", "before", "after"}] of images of the same prompt and seed; none where both are the same files."""
+    known = {(item["prompt"], item["seed"]): item for item in before}
+    return [
+        {"prompt": item["prompt"], "before": known[key]["url"], "after": item["url"]}
+        for item in after
+        if (key := (item["prompt"], item["seed"])) in known and known[key]["file"] != item["file"]
+    ]
+
+
+def _snippet(base: str, repository: str, settings: dict, example: str, lora: bool) -> str:
+    """Python that draws with the weights as they were trained: size, instruction, checkpoint's own scheduler."""
+    variant = f", variant={settings['variant']!r}" if settings.get("variant") else ""
+    lines = ["import torch", "from diffusers import SanaPipeline" + ("" if lora else ", SanaTransformer2DModel"), ""]
+    if lora:
+        lines.append(f"pipeline = SanaPipeline.from_pretrained({base!r}{variant}, torch_dtype=torch.bfloat16)")
+        lines.append(f"pipeline.load_lora_weights({repository!r})")
+    else:
+        lines.append(f"weights = {repository!r}")
+        lines.append("transformer = SanaTransformer2DModel.from_pretrained(")
+        lines.append('    weights, subfolder="transformer", torch_dtype=torch.bfloat16')
+        lines.append(")")
+        lines.append("pipeline = SanaPipeline.from_pretrained(")
+        lines.append(f"    {base!r}{variant}, transformer=transformer, torch_dtype=torch.bfloat16")
+        lines.append(")")
+    lines.append('pipeline.to("cuda" if torch.cuda.is_available() else "cpu")  # "npu" with torch_npu')
+    lines += ["image = pipeline(", f"    prompt={example!r},"]
+    if settings.get("resolution"):
+        side = settings["resolution"]
+        lines.append(f"    height={side},")
+        lines.append(f"    width={side},")
+    steps, guidance = settings.get("validation_inference_steps"), settings.get("validation_guidance_scale")
+    lines += [f"    num_inference_steps={steps},"] if steps else []
+    lines += [f"    guidance_scale={guidance},"] if guidance else []
+    instruction = settings.get("instruction", "default")
+    if instruction != "default":  # what the prompts of the training had before them, None for nothing
+        lines.append(f"    complex_human_instruction={instruction!r},")
+    lines += ["    use_resolution_binning=False,", ").images[0]", 'image.save("image.png")']
+    return "\n".join(lines)
+
+
+def _base_licence(base_model: str | None) -> str | None:
+    """The licence that the card of a local copy of the base model names."""
+    card = Path(base_model or "") / "README.md"
+    if not base_model or not card.is_file():
+        return None
+    data = _front_matter(card.read_text(encoding="utf-8", errors="replace"))
+    return data.get("license_name") or data.get("license")
+
+
+def _render(**context) -> str:
+    """The template filled in; values of the user are escaped by `fence` and `inline`."""
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters.update(fence=_fence, inline=_inline)
+    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(mark=MARK, **context)
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
 
 def write_model_card(
@@ -166,7 +237,7 @@ def write_model_card(
     *,
     base_model: str,
     dataset: str | None = None,
-    instance_prompt: str | None = None,
+    trigger: str | None = None,
     validation_prompts: Sequence[str] = (),
     command: str | Sequence[str] | None = None,
     train_mode: str = "lora",
@@ -176,123 +247,108 @@ def write_model_card(
     versions: dict[str, str] | None = None,
     images: Sequence[dict] | None = None,
     repo_id: str | None = None,
+    settings: dict | None = None,
 ) -> Path:
     """Write `output_dir/README.md`, the card of the weights beside it; returns its path.
 
-    The licence is the user's to choose: the card says so at its top and under "Licence" until the front matter names
-    one, and a licence that stands there already is kept. A README.md that this function did not write (or whose mark
-    was removed) is left alone; the card then goes to README.generated.md.
+    The licence is the user's to choose: the card says so until the front matter names one, and a licence that stands
+    there already is kept. A README.md that this function did not write (or whose mark was removed) is left alone; the
+    card then goes to README.generated.md.
 
     Args:
         base_model: hub name, or a local folder, whose path the card does not tell.
         dataset: hub name of the data set, or a local folder (not told either).
-        instance_prompt: the trigger words.
+        trigger: words that the captions share; None where they share none.
         validation_prompts: example prompts, used where no image is there.
-        command: command line of the run; secrets are removed from it.
+        command: command line of the run; secrets are removed from it, local paths shortened.
         train_mode: "lora" or "full".
         rank, lora_alpha: of the adapter.
         license: a licence id of the hub, such as "apache-2.0".
         versions: {package: version}; default those installed.
         images: [{"file": path, "prompt": str, "seed": int or None}]; default the last validation of the run's log.
         repo_id: repository name for title and usage; default a placeholder.
+        settings: the run's configuration; default the log's. "instruction" in it is what prompts had before them:
+            "default" (SanaPipeline's own), None, or a list of lines.
 
     Raises:
         ValueError: an unknown train_mode.
     """
-    import yaml
-
     if train_mode not in ("lora", "full"):
         raise ValueError(f"train_mode={train_mode!r}: must be lora or full.")
-    output_dir = Path(output_dir)
+    output_dir, lora = Path(output_dir), train_mode == "lora"
+    path, kept = _where_to_write(output_dir)
+    settings = _logged_settings(output_dir) if settings is None else settings
+    base, data, licence = _base_model(base_model), hub_id(dataset), {"license": license} if license else kept
+    chosen = _validation_images(output_dir, last=True) if images is None else list(images)
+    shown = _copy_images(output_dir, chosen, "image", limit=8)
+    before = _copy_images(output_dir, _validation_images(output_dir, last=False), "before", limit=8)
+    widget = [{"text": item["prompt"] or " ", "output": {"url": item["url"]}} for item in shown]
+    widget = widget or [{"text": prompt} for prompt in validation_prompts]
+    prompts = [*(item["prompt"] for item in shown), *validation_prompts, trigger, "a photo of a red rose"]
+    example = next(prompt for prompt in prompts if prompt).replace("\n", " ")
+    told = versions if versions is not None else package_versions()
+    adapter = f"LoRA weights of rank {rank}" if rank else "LoRA weights"
+    card = _render(
+        card_data=_card_data(base, data, lora, licence, trigger, widget),
+        title=(repo_id or output_dir.resolve().name).split("/")[-1],
+        gallery=bool(shown),
+        what=f"LoRA weights{f' of rank {rank}' if rank else ''}"
+        if lora
+        else "transformer weights (all of them trained)",
+        base_link=_link(base),
+        data_link=_link(data, "datasets/"),
+        trigger=trigger,
+        snippet=_snippet(base or "PATH_OR_NAME_OF_THE_BASE_MODEL", repo_id or PLACEHOLDER, settings, example, lora),
+        pairs=_pairs(before, shown),
+        rows=_setting_rows(base, rank if lora else None, lora_alpha, settings),
+        command=without_local_paths(redact_command(command)) if command else None,
+        versions=", ".join(f"{name} {number}" for name, number in told.items()),
+        licence=licence.get("license"),
+        licence_mark=LICENSE_MARK,
+        base_licence=_base_licence(base_model),
+    )
+    return write_atomic(path, lambda file: file.write(card.encode()))
+
+
+def _logged_settings(output_dir: Path) -> dict:
+    """The configuration of the run's log; {} without one."""
+    log = output_dir / "train_log.jsonl"
+    configs = load_run(log).configs if log.is_file() else []
+    return configs[-1] if configs else {}
+
+
+def _setting_rows(base: str | None, rank: int | None, lora_alpha: float | None, settings: dict) -> list[tuple]:
+    """(name, value) of the table of settings."""
+    rows = [("base model", _inline(base) if base else "a local copy")]
+    rows += [("rank, alpha", f"{rank}, {lora_alpha if lora_alpha is not None else rank}")] if rank else []
+    return rows + [(label, _inline(settings[key])) for key, label in _SHOWN_SETTINGS if settings.get(key) is not None]
+
+
+def _where_to_write(output_dir: Path) -> tuple[Path, dict]:
+    """(path of the card, licence entries that the user put into the card that is there)."""
     path = output_dir / "README.md"
     previous = path.read_text(encoding="utf-8") if path.is_file() else ""
     kept = {key: value for key, value in _front_matter(previous).items() if key.startswith("license") and value}
-    if previous and MARK not in previous:
-        path = output_dir / "README.generated.md"
-    licence = {"license": license} if license else kept
+    return (output_dir / "README.generated.md" if previous and MARK not in previous else path), kept
 
-    lora = train_mode == "lora"
-    base, data = _base_model(base_model), hub_id(dataset)
-    chosen = _latest_images(output_dir) if images is None else list(images)
-    chosen = _copy_images(output_dir, chosen, limit=8)
-    widget = [{"text": item["prompt"] or " ", "output": {"url": item["url"]}} for item in chosen]
-    widget = widget or [{"text": prompt} for prompt in validation_prompts]
-    log = output_dir / "train_log.jsonl"
-    configs = load_run(log).configs if log.is_file() else []
-    settings = configs[-1] if configs else {}
 
+def _card_data(base, data, lora: bool, licence: dict, trigger: str | None, widget: list[dict]) -> str:
+    """The front matter as YAML."""
     tags = ["text-to-image", "diffusers", "diffusers-training", "sana", "sana-diffusers"]
-    tags += ["lora", "template:sd-lora"] if lora else []
-    metadata = {
-        **({"base_model": base, "base_model_relation": "adapter" if lora else "finetune"} if base else {}),
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
+    relation = {"base_model_relation": "adapter" if lora else "finetune"} if base else {}
+    card = ModelCardData(
+        base_model=base,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=[*tags, *(["lora", "template:sd-lora"] if lora else [])],
+        datasets=[data] if data else None,
+        **relation,
         **licence,
-        "tags": tags,
-        **({"datasets": [data]} if data else {}),
-        **({"instance_prompt": instance_prompt} if instance_prompt else {}),
+        **({"instance_prompt": trigger} if trigger else {}),
         **({"widget": widget} if widget else {}),
-    }
-    front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=1000)
-    if not licence:
-        front = f"# {LICENSE_MARK}: replace this line by e.g. `license: apache-2.0` (see the section below)\n" + front
-
-    repository = repo_id or PLACEHOLDER
-    shown_base = base or "PATH_OR_NAME_OF_THE_BASE_MODEL"
-    variant = f", variant={settings['variant']!r}" if settings.get("variant") else ""
-    what = (
-        f"LoRA weights{f' of rank {rank}' if rank else ''}" if lora else "transformer weights (all parameters trained)"
     )
-    title = (repo_id or output_dir.resolve().name).split("/")[-1]
-    parts = [f"---\n{front}---", MARK, f"# {title}"]
-    parts.append("<Gallery />" if chosen else "")
-    parts.append(
-        f"SANA {what}, fine-tuned from {_link(base) or 'a local copy of a SANA model'}"
-        f" on {_link(data, 'datasets/') or 'a local image set'}."
-    )
-    if instance_prompt:
-        parts.append(f"## Trigger words\n\nUse {_inline(instance_prompt)} in the prompt.")
-    example = (instance_prompt or next(iter(validation_prompts), None) or "a photo of a red rose").replace("\n", " ")
-    load = [
-        "import torch",
-        "from diffusers import SanaPipeline" + ("" if lora else ", SanaTransformer2DModel"),
-        "",
-    ]
-    if lora:
-        load += [
-            f"pipeline = SanaPipeline.from_pretrained({shown_base!r}{variant}, torch_dtype=torch.bfloat16)",
-            f"pipeline.load_lora_weights({repository!r})",
-        ]
-    else:
-        load += [
-            f'transformer = SanaTransformer2DModel.from_pretrained({repository!r}, subfolder="transformer",'
-            " torch_dtype=torch.bfloat16)",
-            f"pipeline = SanaPipeline.from_pretrained({shown_base!r}{variant}, transformer=transformer,"
-            " torch_dtype=torch.bfloat16)",
-        ]
-    load += ['pipeline.to("cuda")  # or "npu", "cpu"', f"pipeline(prompt={example!r}).images[0].save('image.png')"]
-    parts.append("## Use\n\n" + _fence("\n".join(load), "python"))
-
-    rows = [("base model", _inline(base) if base else "a local copy")]
-    rows += [("rank, alpha", f"{rank}, {lora_alpha if lora_alpha is not None else rank}")] if lora and rank else []
-    rows += [(label, _inline(settings[key])) for key, label in _SHOWN_SETTINGS if settings.get(key) is not None]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    parts.append(f"## Training\n\n| setting | value |\n|---|---|\n{table}")
-    if command:
-        parts.append("The exact command, secrets removed:\n\n" + _fence(redact_command(command), "bash"))
-    versions = package_versions() if versions is None else versions
-    parts.append("Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".")
-
-    if licence:
-        text = f"The author chose {_inline(licence.get('license'))}."
-    else:
-        text = (
-            f"**{LICENSE_MARK}.** Set `license:` in the front matter of this file. Mind the terms of the base model"
-            " and of the images: both bind what is derived from them, and many ask for an attribution here."
-        )
-    parts.append(f"## Licence\n\n{text}")
-    card = "\n\n".join(part for part in parts if part) + "\n"
-    return write_atomic(path, lambda file: file.write(card.encode()))
+    mark = "" if licence else f"# {LICENSE_MARK}: put e.g. `license: apache-2.0` in place of this line\n"
+    return mark + card.to_yaml()
 
 
 def _link(name: str | None, kind: str = "") -> str:
@@ -332,8 +388,6 @@ def push(
     if not _front_matter((output_dir / "README.md").read_text(encoding="utf-8")).get("license"):
         print(f"warning: {output_dir}/README.md: {LICENSE_MARK} (front matter, `license:`).", file=sys.stderr)
 
-    from huggingface_hub import HfApi
-
     api = HfApi(token=token)
     try:
         repo_id = api.create_repo(repo_id, exist_ok=True, private=private, repo_type="model").repo_id
@@ -345,7 +399,7 @@ def push(
             repo_id=repo_id,
             folder_path=output_dir,
             commit_message=commit_message,
-            allow_patterns=["README.md", WEIGHTS, f"{IMAGE_FOLDER}/image_*.png", "transformer/*"],
+            allow_patterns=["README.md", WEIGHTS, f"{IMAGE_FOLDER}/*.png", "transformer/*"],
         )
     except Exception as error:  # of huggingface_hub, its HTTP client or the network, by version
         again = f"python -m sana_kit.model_card {shlex.quote(str(output_dir))} --push_to_hub {repo_id}"
@@ -375,7 +429,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             output_dir,
             base_model=config.get("pretrained_model_name_or_path"),
             dataset=config.get("dataset_name") or config.get("instance_data_dir"),
-            instance_prompt=config.get("instance_prompt"),
+            trigger=config.get("trigger"),
             validation_prompts=[prompts] if isinstance(prompts, str) else prompts,
             command=config.get("command"),
             train_mode=config.get("train_mode") or "lora",

@@ -68,7 +68,7 @@ def write(folder, **changes):
     arguments = {
         "base_model": "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
         "dataset": "lambdalabs/pokemon-blip-captions",
-        "instance_prompt": "a photo of sks dog",
+        "trigger": "a photo of sks dog",
         "rank": 4,
         "command": f"accelerate launch train.py --hub_token={TOKEN} --hub_token {TOKEN} --rank=4",
         **changes,
@@ -131,6 +131,62 @@ def test_local_paths_are_not_told(run_folder, tmp_path):
     assert front_matter(write(run_folder, base_model=str(base)).read_text())["base_model"] == "Owner/Known"
 
 
+def test_before_and_after_stand_side_by_side(run_folder):
+    text = write(run_folder).read_text()
+    assert "| ![before](model_card/before_01.png) | ![after](model_card/image_01.png) |" in text
+    with Image.open(run_folder / "model_card" / "before_01.png") as image:
+        assert image.getpixel((0, 0)) == (128, 128, 128)
+
+
+def test_the_command_tells_no_local_path(run_folder):
+    words = ["accelerate", "launch", "--config_file", "/home/me/kit/a.yaml", "train.py", "--output_dir=./out/mine"]
+    text = write(run_folder, command=[*words, "--rank=4", "--dataset_name=owner/set"]).read_text()
+    assert (
+        "accelerate launch --config_file a.yaml train.py --output_dir=mine --rank=4 --dataset_name=owner/set" in text
+    )
+
+
+def test_the_base_models_own_licence_is_named(run_folder, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "README.md").write_text("---\nlicense: other\nlicense_name: nvidia-scl\n---\n")
+    assert "The base model says of itself: `nvidia-scl`" in write(run_folder, base_model=str(base)).read_text()
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_the_snippet_runs_as_it_stands(tiny_model, tmp_path, mode):
+    """Where base model and weights lie under the names that the card gives them."""
+    from diffusers import SanaTransformer2DModel
+    from peft import LoraConfig
+
+    import patch_sana
+
+    settings = {"resolution": 64, "validation_inference_steps": 2, "instruction": None}
+    card = write(
+        tmp_path / "card", base_model="owner/tiny", repo_id="me/weights", train_mode=mode, settings=settings
+    ).read_text()
+    weights = tmp_path / "me" / "weights"
+    transformer = SanaTransformer2DModel.from_pretrained(tiny_model, subfolder="transformer")
+    if mode == "full":
+        transformer.save_pretrained(weights / "transformer")
+    else:
+        transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"]))
+        adapter = {f"transformer.{k}": v for k, v in patch_sana._adapter_tensors(transformer).items()}
+        adapter = {key.replace("transformer.transformer.", "transformer."): value for key, value in adapter.items()}
+        config = patch_sana._lora_config(transformer)
+        patch_sana.write_adapter(str(weights), adapter, config, patch_sana.base_model_fingerprint(transformer))
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "tiny").symlink_to(tiny_model)
+    code = re.search(r"```python\n(.*?)\n```", card, re.S)[1]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, code + done.stderr[-3000:]
+    with Image.open(tmp_path / "image.png") as image:
+        assert image.size == (64, 64)
+
+
 def test_full_fine_tuning_and_no_images(tmp_path):
     text = write(
         tmp_path, train_mode="full", rank=None, validation_prompts=["an owl"], versions={"torch": "1"}
@@ -162,7 +218,7 @@ def test_secrets_are_removed_from_the_command_and_nothing_else(command, clean):
 
 def test_text_cannot_break_out_of_the_card(tmp_path):
     prompt = "x ``` y\n---\nlicense: evil"
-    text = write(tmp_path, instance_prompt=prompt, command=["echo", "````\n## Heading"]).read_text()
+    text = write(tmp_path, trigger=prompt, command=["echo", "````\n## Heading"]).read_text()
     assert front_matter(text)["instance_prompt"] == prompt and "license" not in front_matter(text)
     assert "`````bash" in text
 
@@ -283,8 +339,7 @@ def test_push_uploads_card_images_and_weights_and_nothing_else(run_folder, tmp_p
     assert set(hub.files) == {
         "README.md",
         model_card.WEIGHTS,
-        "model_card/image_00.png",
-        "model_card/image_01.png",
+        *(f"model_card/{name}_0{number}.png" for name in ("before", "image") for number in (0, 1)),
     }
     for name, content in hub.files.items():
         assert content == (run_folder / name).read_bytes()

@@ -132,7 +132,7 @@ def chart_series(run: RunLog) -> tuple[list[dict], list[dict], list[str]]:
         values = [None if value is None else value * chart.scale for value in found]
         if all(value is None for value in values):
             continue
-        label, note = chart.key.replace("_", " "), chart.note
+        label, note = chart.title.lower(), chart.note
         series = [{"label": label, "y": values, "color": chart.color, "width": 1.5}]
         if chart.key == "loss":
             raw = {"label": label, "y": values, "color": "--faint", "width": 1}

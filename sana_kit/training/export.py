@@ -87,7 +87,6 @@ def finish_outputs(args, output_dir: Path, validation) -> None:
         output_dir,
         base_model=args.pretrained_model_name_or_path,
         dataset=args.dataset_name or args.instance_data_dir,
-        instance_prompt=args.instance_prompt,
         validation_prompts=validation.prompts if validation else [],
         command=redacted_command(),
         train_mode=args.train_mode,
