@@ -292,9 +292,7 @@ def write_model_card(
         card_data=_card_data(base, data, lora, licence, trigger, widget),
         title=(repo_id or output_dir.resolve().name).split("/")[-1],
         gallery=bool(shown),
-        what=f"LoRA weights{f' of rank {rank}' if rank else ''}"
-        if lora
-        else "transformer weights (all of them trained)",
+        what=adapter if lora else "transformer weights (all of them trained)",
         base_link=_link(base),
         data_link=_link(data, "datasets/"),
         trigger=trigger,
