@@ -21,7 +21,6 @@ import json
 import logging
 import math
 import os
-import signal
 import sys
 import time
 import warnings
@@ -35,10 +34,10 @@ from sana_kit import devices
 from sana_kit.arithmetic import training_flops_per_image
 from sana_kit.data.discover import load_class_images, load_images
 from sana_kit.data.image_set import bad_image_problems, check_images, concat
-from sana_kit.distributed import EXIT_INTERRUPTED, StopSignal, under_deepspeed
+from sana_kit.distributed import Ranks, StopSignal, under_deepspeed
 from sana_kit.encodings.encode import encode
 from sana_kit.encodings.prompts import parse_instruction
-from sana_kit.errors import CheckpointError, EncodingStopped
+from sana_kit.errors import EncodingStopped, run_as_script
 from sana_kit.files import lock_folder, write_atomic
 from sana_kit.models.loading import load_scheduler
 from sana_kit.reports.report import refresh_report
@@ -55,7 +54,7 @@ from sana_kit.training.export import finish_outputs, write_final_weights, write_
 from sana_kit.training.optim import create_optimizer
 from sana_kit.training.prior import generate_class_images
 from sana_kit.training.recipes import flow_matching_loss, read_flow_shift
-from sana_kit.training.recorder import check_finite, is_users_problem, print_summary
+from sana_kit.training.recorder import check_finite, print_summary
 from sana_kit.training.state import differences, run_identity
 from sana_kit.training.stream import SampleStream, StreamBatchSampler, collate, ignore_signals_in_worker
 from sana_kit.training.transformer import prepare_transformer
@@ -94,13 +93,16 @@ def main(args: argparse.Namespace, process_started: float | None = None) -> int:
     devices.prepare_backend(device, allow_tf32=args.allow_tf32)
     output_dir = Path(args.output_dir)
 
-    stop = StopSignal(accelerator)
+    ranks = Ranks.of(accelerator)
+    stop = StopSignal(ranks)
     with lock_folder(output_dir, enabled=main_process):
         try:
-            return train(args, accelerator, base, output_dir, started, phases, stop)
+            code = train(args, accelerator, base, output_dir, started, phases, stop)
+            ranks.close()
+            return code
         except EncodingStopped:
             logger.warning("stopped while encoding; what is encoded is kept, the same command goes on from there")
-            return EXIT_INTERRUPTED.get(stop.signal, EXIT_INTERRUPTED[signal.SIGTERM])
+            return stop.exit_code
 
 
 def train(args, accelerator, base, output_dir: Path, started: float, phases: PhaseClock, stop: StopSignal) -> int:
@@ -178,7 +180,7 @@ def train(args, accelerator, base, output_dir: Path, started: float, phases: Pha
         vae_batch_size=args.vae_batch_size if args.vae_batch_size == "auto" else int(args.vae_batch_size),
         extra_prompts=extra_prompts,
         skip_bad_images=args.skip_bad_images,
-        should_stop=lambda: stop.signal is not None,
+        should_stop=lambda: stop.requested,
         log=logger.warning,
     )
     for message in encoded.messages:
@@ -520,21 +522,10 @@ def train(args, accelerator, base, output_dir: Path, started: float, phases: Pha
     accelerator.wait_for_everyone()
     accelerator.end_training()
     log.close()
-    return EXIT_INTERRUPTED[stop.signal] if interrupted else 0
+    return stop.exit_code if interrupted else 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(parse_args(), PROCESS_STARTED))
-    except (ValueError, RuntimeError, FloatingPointError) as problem:
-        if isinstance(problem, RuntimeError) and not is_users_problem(problem):
-            raise
-        # A user's error: its message is the help; a traceback would bury it. All ranks see the same one: rank 0 tells
-        # it.
-        if int(os.environ.get("RANK", "0")) == 0 or isinstance(problem, CheckpointError):
-            sys.stderr.write(f"\nerror: {problem}\n")
-            if os.environ.get(
-                "SANA_ERROR_FILE"
-            ):  # the launcher shows it once more, below the launcher's own traceback
-                Path(os.environ["SANA_ERROR_FILE"]).write_text(f"error: {problem}\n", encoding="utf-8")
-        sys.exit(1)
+    # Of ValueError and FloatingPointError the message is the help, too.
+    expected = (ValueError, FloatingPointError)
+    sys.exit(run_as_script(lambda: main(parse_args(), PROCESS_STARTED), expected=expected))

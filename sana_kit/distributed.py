@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import atexit
+import ctypes
+import dataclasses
 import os
 import signal
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
+import torch.distributed
 
-from sana_kit import devices
+from sana_kit import devices, heartbeat, launchers
 from sana_kit.devices import accelerator_type
-from sana_kit.errors import InputError, RankFailed
+from sana_kit.errors import InputError, KitError, RankFailed, UserError, at_failure
+from sana_kit.launchers import announced_wait, launched_world_size
 
-
-def launched_world_size() -> int:
-    """The world size that the launcher (accelerate launch, torchrun) promised through the environment; 1 without
-    one.
-    """
-    return int(os.environ.get("WORLD_SIZE", "1") or 1)
+T = TypeVar("T")
 
 
 def force_cpu() -> bool:
@@ -52,8 +53,6 @@ def process_group_handlers(timeout_seconds: int = 7500) -> list:
     The timeout covers the waits of other ranks while one encodes the last images or writes a checkpoint. It is
     longer than the launcher's HCCL_EXEC_TIMEOUT (7200 s), so that HCCL reports a stuck collective first.
     """
-    from datetime import timedelta
-
     from accelerate import InitProcessGroupKwargs
 
     _name_cpu_to_accelerate()
@@ -71,7 +70,8 @@ def distributed_state():
     from accelerate import PartialState
 
     _name_cpu_to_accelerate()
-    state = PartialState(cpu=True) if accelerator_type() == "cpu" else PartialState()
+    with announced_wait():
+        state = PartialState(cpu=True) if accelerator_type() == "cpu" else PartialState()
     check_world_size(state.num_processes)
     return state
 
@@ -99,150 +99,242 @@ def _hide_progress_bars() -> None:
 
 
 class Ranks:
-    """The processes of a run. Object exchange goes over a gloo group of its own.
+    """The processes of a run, and THE agreement between them.
 
-    Gloo, because the devices' own back ends limit how long a rank may wait (HCCL 1836 s by default), and an idle rank
-    waits for the whole run; gloo also notices at once when a peer has died.
+    Objects are exchanged over a gloo group of its own: the devices' own back ends limit how long a rank may wait (HCCL
+    1836 s by default), and an idle rank may wait for the whole run. Whether a peer still lives is the heartbeat's to
+    say, within two minutes; a peer that ends with an error is known at once.
+
+    Attributes:
+        rank, world_size: this process's number and how many there are.
+        local_rank: its number on its machine.
+        device: the torch.device of this rank.
+        device_problem: why the device asked for cannot be used (`start` only); None if it can.
     """
 
-    def __init__(self, device_flag: str):
-        """RuntimeError where ranks do not find one another. A device that is not there becomes `device_problem`."""
-
-        self.world = launched_world_size()
-        self.rank, self.group, self.own = 0, None, False
+    def __init__(self, rank: int, world_size: int, device: torch.device, own_group: bool = False):
+        self.rank, self.world_size, self.device = rank, world_size, device
+        self.local_rank = launchers.local_rank()
         self.device_problem: str | None = None
-        if self.world == 1:
+        self._own_group, self._group, self._heartbeat, self._forget = own_group, None, None, None
+        if world_size > 1:
+            self._meet()
+
+    @classmethod
+    def of(cls, state) -> Ranks:
+        """The ranks of an accelerate Accelerator or PartialState."""
+        return cls(state.process_index, state.num_processes, state.device)
+
+    @classmethod
+    def start(cls, device: str) -> Ranks:
+        """Make the process group that the launcher promised, for a script without an Accelerator.
+
+        Args:
+            device: "auto" or a device's name; one that is not there becomes `device_problem`.
+
+        Raises:
+            RuntimeError: the ranks do not find one another.
+        """
+        problem, world_size = None, launched_world_size()
+        if world_size == 1:
             try:
-                self.device = devices.pick_device(device_flag)
+                chosen = devices.pick_device(device)
             except ValueError as error:
-                self.device, self.device_problem = devices.pick_device("cpu"), str(error)
+                chosen, problem = devices.pick_device("cpu"), str(error)
+            ranks = cls(0, 1, chosen)
         else:
-            from datetime import timedelta
-
-            import torch.distributed
-
             kind = devices.accelerator_type()
-            if device_flag not in ("auto", kind):
-                self.device_problem = (
-                    f"--device={device_flag}: with {self.world} processes each takes its own {kind} device. Leave"
+            if device not in ("auto", kind):
+                problem = (
+                    f"--device={device}: with {world_size} processes each takes its own {kind} device. Leave"
                     " --device out, and hide devices by CUDA_VISIBLE_DEVICES or ASCEND_RT_VISIBLE_DEVICES."
                 )
-            self.own = not torch.distributed.is_initialized()
+            own = not torch.distributed.is_initialized()
             state = distributed_state()
-            self.rank, self.device = state.process_index, state.device
-            self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
-        devices.prepare_backend(self.device)
-        if not self.main:
+            ranks = cls(state.process_index, state.num_processes, state.device, own_group=own)
+        ranks.device_problem = problem
+        devices.prepare_backend(ranks.device)
+        if not ranks.is_main:
             _hide_progress_bars()
+        return ranks
+
+    def _meet(self) -> None:
+        """The gloo group and the heartbeat's store, whose port rank 0 tells."""
+        self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        store = heartbeat.open_store(host, 0, self.world_size, True) if self.is_main else None
+        port = self.agree(store.port if store else None)
+        if store is None:
+            store = heartbeat.open_store(host, port, self.world_size, False)
+        self._heartbeat = heartbeat.Heartbeat(store, self.rank, self.world_size)
+        self._forget = at_failure(self._heartbeat.tell_failure)
+        atexit.register(self._heartbeat.at_exit)
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
-    def gather(self, value) -> list:
-        """Every rank's value, in rank order, on every rank."""
-        if self.world == 1:
-            return [value]
-        import torch.distributed
+    @property
+    def is_local_main(self) -> bool:
+        """Whether this is the first rank of its machine."""
+        return self.local_rank == 0
 
-        values = [None] * self.world
-        torch.distributed.all_gather_object(values, value, group=self.group)
+    def _exchange(self, collective: Callable[[], None]) -> None:
+        """Run a collective of the gloo group; RankFailed, with the reason, where another rank is gone or failed."""
+        if self._heartbeat is not None:
+            self._heartbeat.check()
+        try:
+            collective()
+        except RuntimeError as error:
+            reason = self._heartbeat.why() if self._heartbeat is not None else None
+            raise RankFailed(reason or f"another rank ended while this one waited for it ({error})") from error
+
+    def gather(self, value) -> list:
+        """Every rank's value (anything that pickles), in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        self._exchange(lambda: torch.distributed.all_gather_object(values, value, group=self._group))
         return values
 
-    def run_on_all(self, action: Callable, checks_input: bool = False):
+    def agree(self, value, from_rank: int = 0):
+        """The value of `from_rank`, on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        self._exchange(lambda: torch.distributed.broadcast_object_list(box, src=from_rank, group=self._group))
+        return box[0]
+
+    def largest(self, number: int) -> int:
+        """The largest of all ranks' whole numbers; waits for the other hosts, never for a device."""
+        if self.world_size == 1:
+            return number
+        flag = torch.tensor([number], dtype=torch.int64)
+        self._exchange(lambda: torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self._group))
+        return int(flag)
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        self.largest(0)
+
+    def run_on_all(self, action: Callable[[], T], checks_input: bool = False) -> T:
         """Run `action` on every rank; if it fails anywhere, it fails everywhere. Returns this rank's result.
 
         Args:
-            checks_input: a ValueError is the user's to mend: every rank raises all ranks' messages, each once.
+            checks_input: a ValueError without problems of its own is the user's to mend, too.
 
         Raises:
-            InputError: with `checks_input`, where no rank failed in another way.
-            the rank's own exception: on a rank that failed.
-            RankFailed: on the others.
+            UserError: where ranks met problems with settings: all of them, each once, on every rank.
+            the first failing rank's error: a KitError of any other class, on every rank, with its class.
+            the rank's own exception: on a rank that failed with something else.
+            RankFailed: on the others, then.
         """
         result = failure = None
         try:
             result = action()
         except Exception as error:
             failure = error
-        kind = None
-        if failure is not None:
-            kind = "input" if checks_input and isinstance(failure, ValueError) else "failure"
-        reports = self.gather((kind, f"{type(failure).__name__}: {failure}" if kind == "failure" else str(failure)))
-        kinds = {kind for kind, _ in reports}
-        if "input" in kinds and "failure" not in kinds:
-            raise InputError("\n".join(dict.fromkeys(text for kind, text in reports if kind))) from failure
-        if failure is not None:
-            raise failure
-        for rank, (kind, text) in enumerate(reports):
-            if kind is not None:
-                raise RankFailed(f"rank {rank} failed: {text}")
-        return result
+        if self.world_size == 1:
+            if checks_input and isinstance(failure, ValueError) and not isinstance(failure, KitError):
+                raise InputError(str(failure)) from failure
+            if failure is not None:
+                raise failure
+            return result
+        reports = self.gather(_report(failure, checks_input))
+        if all(report is None for report in reports):
+            return result
+        raise _merged(reports, self.rank, failure) from failure
 
     def close(self) -> None:
-        """Leave the process group, at the end of a run that went well."""
-        if self.own:
-            import torch.distributed
-
+        """Leave, at the end of a run that went well; no rank is missed afterwards."""
+        if self._heartbeat is not None:
+            self._heartbeat.close()
+            self._forget()
+            atexit.unregister(self._heartbeat.at_exit)
+        if self._own_group:
             torch.distributed.destroy_process_group()
 
 
-EXIT_INTERRUPTED = {signal.SIGTERM: 143, signal.SIGINT: 130}
+def _report(failure: Exception | None, checks_input: bool) -> tuple | None:
+    """A failure as it travels: (its class, None for an unexpected one; problems; heading; text)."""
+    if failure is None:
+        return None
+    if isinstance(failure, UserError):
+        problems = [dataclasses.replace(p, value=None if p.value is None else str(p.value)) for p in failure.problems]
+        return UserError, problems, failure.heading, str(failure)
+    if isinstance(failure, KitError):
+        return type(failure), None, "", str(failure)
+    if checks_input and isinstance(failure, ValueError):
+        return InputError, None, "", str(failure)
+    return None, None, "", f"{type(failure).__name__}: {failure}"
+
+
+def _merged(reports: list[tuple | None], rank: int, own: Exception | None) -> Exception:
+    """The one error that this rank raises when these came together; see `Ranks.run_on_all`."""
+    failed = [(number, *report) for number, report in enumerate(reports) if report is not None]
+    unexpected = [entry for entry in failed if entry[1] is None]
+    if unexpected:
+        if own is not None and reports[rank][0] is None:
+            return own
+        number, _, _, _, text = unexpected[0]
+        return RankFailed(f"rank {number} failed: {text}")
+    # a rank that stopped since another had failed has nothing of its own to say
+    telling = [entry for entry in failed if not issubclass(entry[1], RankFailed)] or failed
+    kind = telling[0][1]
+    if kind is UserError:
+        problems = [problem for entry in telling for problem in entry[2] or ()]
+        merged = UserError(dict.fromkeys(problems), telling[0][3])
+    else:
+        texts = dict.fromkeys(entry[4] for entry in telling)
+        merged = kind("\n".join(texts))
+    merged.shared = True
+    return merged
+
+
+EXIT_INTERRUPTED = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
 
 
 class StopSignal:
-    """SIGTERM and SIGINT ask for a stop after the current step; all ranks agree on which step that is.
+    """SIGTERM, SIGINT and a closed terminal ask for a stop after the current update; all ranks agree on which it is.
 
-    Every step adds up one flag over the ranks and copies it to the host without waiting; the sum of two steps ago is
-    looked at, so the device always has work queued and every rank stops at the same step. A second signal ends at
-    once.
+    A second signal ends at once. `requested` is this rank's own knowledge, for loops that may be left at any image;
+    `agreed()` is the same on all ranks. It exchanges four bytes between the hosts and never waits for a device, so
+    the device keeps the work that is queued.
     """
 
-    def __init__(self, accelerator):
-        self.accelerator = accelerator
-        self.signal, self.signalled_at = None, 0.0
-        self.pending = deque()
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks if isinstance(ranks, Ranks) else Ranks.of(ranks)
+        self.signal: int | None = None
+        self._signalled_at = 0.0
         for number in EXIT_INTERRUPTED:
-            signal.signal(number, self._on_signal)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, and means it
+                signal.signal(number, self._on_signal)
         if sys.platform == "linux" and "LOCAL_RANK" in os.environ:
-            # A launcher that is killed takes nobody with it: ask the kernel for a SIGTERM then, so that no rank is
-            # left.
-            import ctypes
-
+            # A launcher that is killed takes its ranks with it: the kernel sends them a SIGTERM then.
             pr_set_pdeathsig = 1
             ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
-    def _on_signal(self, number, frame):
+    @property
+    def requested(self) -> bool:
+        """Whether this rank was asked to stop."""
+        return self.signal is not None
+
+    @property
+    def exit_code(self) -> int:
+        """What the script returns after a stop."""
+        return EXIT_INTERRUPTED.get(self.signal, EXIT_INTERRUPTED[signal.SIGTERM])
+
+    def _on_signal(self, number: int, frame) -> None:
         if self.signal is not None:
-            if time.monotonic() - self.signalled_at > 1.0:
+            if time.monotonic() - self._signalled_at > 1.0:
                 os._exit(EXIT_INTERRUPTED[number])
             return
-        self.signal, self.signalled_at = number, time.monotonic()
-        sys.stderr.write(f"\nsignal {number}: finishing this step, then saving; once more to end at once\n")
+        self.signal, self._signalled_at = number, time.monotonic()
+        os.write(2, f"\nsignal {number}: finishing this step, then saving; once more to end at once\n".encode())
 
     def agreed(self) -> bool:
-        """Whether the run stops after this step; the same answer on every rank. Call once per step."""
-        number = self.signal or 0
-        if self.accelerator.num_processes == 1:
-            return number != 0
-        device = self.accelerator.device
-        flag = torch.tensor([number], dtype=torch.int32, device=device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        if device.type == "cpu":
-            host, event = flag, None
-        else:
-            backend = getattr(torch, device.type)
-            host = torch.empty(1, dtype=torch.int32, pin_memory=True)
-            host.copy_(flag, non_blocking=True)
-            event = backend.Event()
-            event.record()
-        self.pending.append((host, event))
-        if len(self.pending) <= 2:
-            return False
-        host, event = self.pending.popleft()
-        if event is not None:
-            event.synchronize()
-        agreed = int(host.item())
-        if agreed:
-            self.signal = self.signal or agreed
-        return agreed != 0
+        """Whether the run stops now; the same answer on every rank. Call once per update, after it was issued."""
+        number = self.ranks.largest(self.signal or 0)
+        self.signal = self.signal or number or None
+        return number != 0

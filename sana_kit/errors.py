@@ -1,17 +1,31 @@
 """The errors that users can mend, and how a script ends with one.
 
 Libraries know settings, not flags: they raise a `UserError` with one `Problem` per setting, all of them at once. The
-command line turns fields into flags (`as_flags`), so a message names what the user can type.
+command line turns fields into flags (`as_flags`), so a message names what the user can type. Every error whose
+message is enough for the user is a `KitError`; of all others the traceback is shown.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import os
+import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from sana_kit.launchers import local_rank, settle_launcher
 
 
 def _as_flag(field: str) -> str:
     return f"--{field}"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """' Did you mean X?' for the known word that is nearest, '' where none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +55,17 @@ class Problem:
         return self.text()
 
 
-class UserError(ValueError):
+class KitError(Exception):
+    """An error whose message says all that the user needs: it is shown without a traceback.
+
+    Attributes:
+        shared: every rank raises this same error, so one rank of each machine tells it.
+    """
+
+    shared = False
+
+
+class UserError(KitError, ValueError):
     """What the user has to mend, all of it at once.
 
     Attributes:
@@ -57,28 +81,106 @@ class UserError(ValueError):
 
     def as_flags(self, name: Callable[[str], str] = _as_flag) -> UserError:
         """The same error as the command line tells it."""
-        return type(self)(self.problems, self.heading, name)
+        told = type(self)(self.problems, self.heading, name)
+        told.shared = self.shared
+        return told
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(KitError, RuntimeError):
     """A checkpoint could not be written or read; the message names the file and what is left."""
 
 
-class ImageError(ValueError):
+class ImageError(KitError, ValueError):
     """One image that cannot be used; the message names it and the reason."""
 
 
-class StoreError(RuntimeError):
+class StoreError(KitError, RuntimeError):
     """The encodings cannot be written, or a shard changed while it was in use; the message names file and remedy."""
 
 
-class EncodingStopped(RuntimeError):
+class EncodingStopped(KitError, RuntimeError):
     """`should_stop` asked for an end; what was encoded is kept and the next start goes on from there."""
 
 
-class InputError(ValueError):
+class InputError(KitError, ValueError):
     """Problems that the user can mend, one a line."""
 
 
-class RankFailed(RuntimeError):
-    """Another rank failed; that rank shows the whole error."""
+class RankFailed(KitError, RuntimeError):
+    """Another rank failed or is gone; the message says which, on which machine, and with what."""
+
+
+EXIT_INTERRUPTED_BY_KEYBOARD = 130
+_AT_FAILURE: list[Callable[[str], None]] = []
+
+
+def at_failure(tell: Callable[[str], None]) -> Callable[[], None]:
+    """Call `tell(message)` when this process ends with an error; returns a function that takes that back."""
+    _AT_FAILURE.append(tell)
+
+    def forget() -> None:
+        if tell in _AT_FAILURE:
+            _AT_FAILURE.remove(tell)
+
+    return forget
+
+
+def show_error(message: str) -> None:
+    """Write "error: message" to standard error and into the file that SANA_ERROR_FILE names.
+
+    The launcher shows that file once more, below what its own tools print.
+    """
+    sys.stderr.write(f"\nerror: {message}\n")
+    sys.stderr.flush()
+    if os.environ.get("SANA_ERROR_FILE"):
+        Path(os.environ["SANA_ERROR_FILE"]).write_text(f"error: {message}\n", encoding="utf-8")
+
+
+def _speaks(error: BaseException, told: bool) -> bool:
+    """Whether this rank shows `error`: the first of each machine always does, another what only it can know.
+
+    Before the ranks have met, all of a machine check the same settings, so the first speaks for them.
+    """
+    if local_rank() == 0 or not told:
+        return True
+    shared = getattr(error, "shared", False) or isinstance(error, RankFailed)
+    return bool(_AT_FAILURE) and not shared
+
+
+def run_as_script(
+    main: Callable[[], int | None],
+    *,
+    expected: tuple[type[BaseException], ...] = (),
+    name: Callable[[str], str] = _as_flag,
+    interrupted: str = "interrupted",
+) -> int:
+    """Run a script's `main` and return its exit code, 0 or what it returned; use as `sys.exit(run_as_script(main))`.
+
+    A KitError is shown by its message, fields written as flags: exit code 1. Any other exception keeps its traceback:
+    exit code 1. Ctrl-C is one line: exit code 130. Before all that, variables that a launcher left in the shell are
+    taken out. With several ranks the first of every machine shows the error, another one only what it alone met; the
+    others learn of it within seconds.
+
+    Args:
+        expected: further classes whose message is enough.
+        name: writes a field as what the user can type.
+        interrupted: the line for Ctrl-C.
+    """
+    settle_launcher()
+    try:
+        return main() or 0
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\n{interrupted}\n")
+        return EXIT_INTERRUPTED_BY_KEYBOARD
+    except Exception as error:
+        failure = error.as_flags(name) if isinstance(error, UserError) else error
+        told = isinstance(failure, (KitError, *expected))
+        message = str(failure) if told else f"{type(failure).__name__}: {failure}"
+        if not isinstance(failure, RankFailed):
+            for tell in list(_AT_FAILURE):
+                tell(message)
+        if _speaks(failure, told):
+            if not told:
+                traceback.print_exception(error)
+            show_error(message)
+        return 1

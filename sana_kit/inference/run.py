@@ -33,7 +33,7 @@ def run(args) -> dict:
         InputError: problems that the user can mend, all at once, before weights are loaded.
         RankFailed: on ranks that are well, when another one failed.
     """
-    ranks = Ranks(args.device)
+    ranks = Ranks.start(args.device)
     plan = ranks.run_on_all(lambda: check(args, ranks.device, ranks.device_problem), checks_input=True)
     views = ranks.gather([job.file_name for job in plan.jobs])
     if any(view != views[0] for view in views):
@@ -52,7 +52,7 @@ def run(args) -> dict:
 
 def _take_folder(path: str, folder: OutputFolder, ranks: Ranks, stack: contextlib.ExitStack) -> None:
     """Main process: lock the folder for this run and tidy it."""
-    if not ranks.main:
+    if not ranks.is_main:
         return
 
     try:
@@ -64,15 +64,15 @@ def _take_folder(path: str, folder: OutputFolder, ranks: Ranks, stack: contextli
 
 def _check_shared(path: str, ranks: Ranks) -> None:
     """Raise InputError unless all ranks see one output folder."""
-    if ranks.world == 1:
+    if ranks.world_size == 1:
         return
     token = Path(path) / f".run-{ranks.gather(os.urandom(8).hex())[0]}"
-    ranks.run_on_all(lambda: token.touch() if ranks.main else None)
+    ranks.run_on_all(lambda: token.touch() if ranks.is_main else None)
     deadline = time.monotonic() + 10  # network file systems show a new file late
     while not token.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     seen = ranks.gather(token.exists())
-    if ranks.main:
+    if ranks.is_main:
         token.unlink(missing_ok=True)
     if not all(seen):
         blind = [rank for rank, sees in enumerate(seen) if not sees]
@@ -84,12 +84,14 @@ def _check_shared(path: str, ranks: Ranks) -> None:
 
 def _run_in_folder(args, ranks: Ranks, plan: Plan, folder: OutputFolder) -> dict:
 
-    say = print if ranks.main else (lambda *_, **__: None)
+    say = print if ranks.is_main else (lambda *_, **__: None)
     _check_shared(args.output_path, ranks)
-    done, damaged = ranks.gather(folder.finished(plan.jobs) if ranks.main and not args.overwrite else (set(), []))[0]
+    done, damaged = ranks.gather(folder.finished(plan.jobs) if ranks.is_main and not args.overwrite else (set(), []))[
+        0
+    ]
     pending = [group for group in plan.groups if any(job.file_name not in done for job in group)]
     say(
-        f"{len(plan.jobs)} images, {len(done)} of them finished before; {ranks.world} process(es) on"
+        f"{len(plan.jobs)} images, {len(done)} of them finished before; {ranks.world_size} process(es) on"
         f" {ranks.device.type}"
     )
     for note in plan.notes:
@@ -108,7 +110,7 @@ def _run_in_folder(args, ranks: Ranks, plan: Plan, folder: OutputFolder) -> dict
     if pending:
         prompts, negatives, text_errors = _encode(args, ranks, plan, pending, seconds)
         mine = []
-        for group in pending[ranks.rank :: ranks.world]:
+        for group in pending[ranks.rank :: ranks.world_size]:
             fit = []
             for job in group:
                 errors = [text_errors.get((job.prompt, False)), text_errors.get((job.negative_prompt, True))]
@@ -120,7 +122,7 @@ def _run_in_folder(args, ranks: Ranks, plan: Plan, folder: OutputFolder) -> dict
                 mine.append(fit)
         lines = _generate(args, ranks, plan, folder, mine, done, (prompts, negatives), fail, seconds)
     results = ranks.gather((failures, lines, devices.peak_memory_bytes(ranks.device)))
-    finish = lambda: _finish(args, ranks, plan, folder, done, results, seconds) if ranks.main else None  # noqa: E731
+    finish = lambda: _finish(args, ranks, plan, folder, done, results, seconds) if ranks.is_main else None  # noqa: E731
     summary = ranks.gather(ranks.run_on_all(finish))[0]
     _tell(summary, say)
     return summary
@@ -135,7 +137,7 @@ def _encode(args, ranks: Ranks, plan: Plan, pending: list, seconds: dict):
 
     texts = job_texts(job for group in pending for job in group)
     per_rank = 4 if ranks.device.type == "cpu" else 64  # texts that are worth loading the encoder on one more rank
-    encoders = min(ranks.world, -(-len(texts) // per_rank))
+    encoders = min(ranks.world_size, -(-len(texts) // per_rank))
     errors: dict[tuple[str, bool], str] = {}
     cut: list[str] = []
 
@@ -165,7 +167,7 @@ def _encode(args, ranks: Ranks, plan: Plan, pending: list, seconds: dict):
         merged.update(part)
         errors.update(part_errors)
         too_long += part_cut
-    if too_long and ranks.main:
+    if too_long and ranks.is_main:
         print(
             f"{len(too_long)} prompt(s) have more than --max_sequence_length={args.max_sequence_length} tokens; the"
             f" rest of them is not seen: {too_long[0][:60]} ..."
@@ -208,7 +210,7 @@ def _generate(args, ranks, plan, folder, groups, done, embeds, fail, seconds) ->
 
     try:
         if groups:
-            with console_bar(steps, f"denoising {sum(map(len, groups))} images", main_process=ranks.main) as bar:
+            with console_bar(steps, f"denoising {sum(map(len, groups))} images", main_process=ranks.is_main) as bar:
                 generate_groups(
                     groups,
                     transformer=pipeline.transformer,
@@ -252,7 +254,7 @@ def _finish(
             {"file": plan.jobs[index].file_name, "prompt": plan.jobs[index].prompt, "error": text}
             for index, text in failures.items()
         ],
-        "world_size": ranks.world,
+        "world_size": ranks.world_size,
         "device": ranks.device.type,
         "largest_group": max(len(group) for group in plan.groups),
         "load_seconds": round(seconds["load"], 3),

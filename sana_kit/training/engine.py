@@ -11,6 +11,7 @@ import torch
 from sana_kit.arithmetic import bucket_elements
 from sana_kit.distributed import check_world_size, force_cpu, process_group_handlers, under_deepspeed
 from sana_kit.errors import CheckpointError
+from sana_kit.launchers import announced_wait
 from sana_kit.training.optim import base_optimizer, first_flat_state, optimizer_family
 from sana_kit.training.state import OPTIMIZER_FILE
 
@@ -151,6 +152,7 @@ def parameter_shape(parameter: torch.nn.Parameter) -> torch.Size:
     return parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape
 
 
+@announced_wait()
 def create_accelerator(args):
     """The Accelerator, with flags and the DeepSpeed config brought together.
 

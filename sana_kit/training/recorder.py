@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import math
 
-from sana_kit.errors import CheckpointError, StoreError
-
 logger = logging.getLogger("sana")
 
 
@@ -45,9 +43,3 @@ def print_summary(summary: dict) -> None:
         f" {summary['duration_seconds']:.1f} s (encoding {summary['encode_seconds']:.1f} s)",
         flush=True,
     )
-
-
-def is_users_problem(problem: RuntimeError) -> bool:
-    """Whether the message alone tells a user what to do; of other errors the traceback is needed."""
-
-    return isinstance(problem, (CheckpointError, StoreError))

@@ -1,0 +1,61 @@
+"""Several ranks on this machine for tests: `run_ranks(job, 2)` forks them, each with accelerate's group of gloo."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+
+from helpers import free_port
+
+
+def _work(job: Callable, rank: int, world_size: int, port: int, results) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    import torch
+
+    from sana_kit.distributed import Ranks
+
+    torch.set_num_threads(1)
+    ranks = Ranks.start("auto")
+    try:
+        results.put((rank, True, job(ranks)))
+        ranks.close()
+    except BaseException as error:
+        results.put((rank, False, f"{type(error).__name__}: {error}"))
+        if not isinstance(error, Exception):
+            traceback.print_exc()
+    results.close()
+    results.join_thread()
+    os._exit(0)
+
+
+def run_ranks(job: Callable, world_size: int = 2, timeout: float = 60) -> list:
+    """What `job(ranks)` returned or raised on each rank, as (ok, value or "Class: message").
+
+    A rank that ended without a word (it was killed) is None.
+    """
+    context = multiprocessing.get_context("fork")
+    results, port = context.Queue(), free_port()
+    processes = [
+        context.Process(target=_work, args=(job, rank, world_size, port, results)) for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    found: list = [None] * world_size
+    for process in processes:
+        process.join(timeout)
+    while not results.empty():
+        rank, ok, value = results.get()
+        found[rank] = ok, value
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+    return found
