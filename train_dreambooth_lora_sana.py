@@ -38,7 +38,8 @@ from sana_kit.distributed import Ranks, StopSignal, under_deepspeed
 from sana_kit.encodings.encode import encode
 from sana_kit.encodings.prompts import parse_instruction
 from sana_kit.errors import EncodingStopped, run_as_script
-from sana_kit.files import lock_folder, write_atomic
+from sana_kit.files import write_atomic
+from sana_kit.locks import lock_folder
 from sana_kit.models.loading import load_scheduler
 from sana_kit.reports.report import refresh_report
 from sana_kit.runlog import JsonLinesLog, PhaseClock, ThroughputMeter, console_bar

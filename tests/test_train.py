@@ -23,7 +23,7 @@ import train_dreambooth_lora_sana as trainer
 from sana_kit import devices
 from sana_kit.distributed import check_world_size
 from sana_kit.errors import CheckpointError
-from sana_kit.files import lock_folder
+from sana_kit.locks import lock_folder
 from sana_kit.models.attention import LinearAttentionProcessor, set_attention
 from sana_kit.models.folder import find_model
 from sana_kit.models.lora import DEFAULT_LORA_LAYERS, lean_lora

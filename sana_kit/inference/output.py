@@ -93,7 +93,7 @@ class OutputFolder:
             **facts,
             "sha256": hashlib.sha256(data).hexdigest(),
         }
-        write_atomic(self.path / job.file_name, lambda file: file.write(data))
+        write_atomic(self.path / job.file_name, lambda file: file.write(data), durable=False)
         with open(self.part, "a", encoding="utf-8", errors="backslashreplace") as part:
             part.write(json.dumps(line, ensure_ascii=False) + "\n")
         return line

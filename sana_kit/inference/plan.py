@@ -7,7 +7,7 @@ import hashlib
 import json
 
 from sana_kit.encodings.prompts import parse_instruction
-from sana_kit.files import check_output_path
+from sana_kit.files import check_output_folder
 from sana_kit.generation.decode import check_decodable
 from sana_kit.generation.jobs import Prompt, group_jobs, plan_jobs
 from sana_kit.generation.sizes import generation_size, nearest_bin
@@ -93,7 +93,7 @@ def check(args, device, device_problem: str | None = None) -> Plan:
         listed, found = read_prompts(args.prompts_file or str(DEFAULT_PROMPTS))
         prompts += listed
         problems += found
-    problems += check_output_path(args.output_path)
+    problems += [problem.text("--{}".format) for problem in check_output_folder(args.output_path, "output_path")]
 
     model, found = find_model(
         args.model_path,

@@ -14,13 +14,14 @@ from pathlib import Path
 from sana_kit import devices
 from sana_kit.devices import is_out_of_memory
 from sana_kit.distributed import Ranks
-from sana_kit.errors import InputError, RankFailed
-from sana_kit.files import lock_folder, write_atomic
+from sana_kit.errors import InputError, RankFailed, UserError
+from sana_kit.files import write_atomic
 from sana_kit.generation.generate import generate_groups
 from sana_kit.generation.texts import encode_texts, job_texts, split_texts, texts_cut
 from sana_kit.inference.config import build_parser
 from sana_kit.inference.output import MANIFEST, OutputFolder, Writer, make_contact_sheet
 from sana_kit.inference.plan import Plan, check
+from sana_kit.locks import lock_folder
 from sana_kit.models.loading import load_pipeline, load_text_encoder, text_dtype
 from sana_kit.reports.gallery import write_gallery
 from sana_kit.runlog import console_bar
@@ -56,7 +57,7 @@ def _take_folder(path: str, folder: OutputFolder, ranks: Ranks, stack: contextli
         return
 
     try:
-        stack.enter_context(lock_folder(Path(path), flag="--output_path"))
+        stack.enter_context(lock_folder(path, field="output_path"))
         folder.open()
     except OSError as error:
         raise ValueError(f"--output_path={path}: cannot be written ({error}). Name another folder.") from None
@@ -299,9 +300,10 @@ def main(description: str, argv: Sequence[str] | None = None, lora_default: str 
     args = build_parser(description, lora_default).parse_args(argv)
     try:
         summary = run(args)
-    except InputError as error:
+    except (InputError, UserError) as error:
         if rank == 0:
-            print("error:\n  " + str(error).replace("\n", "\n  "), file=sys.stderr, flush=True)
+            text = str(error.as_flags() if isinstance(error, UserError) else error)
+            print("error:\n  " + text.replace("\n", "\n  "), file=sys.stderr, flush=True)
         return 2
     except RankFailed as error:
         print(f"rank {rank} stops: {error}", file=sys.stderr, flush=True)

@@ -264,7 +264,7 @@ def write_report(
         **images,
         **_charts(run),
     )
-    return write_atomic(output_dir / "report.html", lambda file: file.write(page))
+    return write_atomic(output_dir / "report.html", lambda file: file.write(page), durable=False)
 
 
 _told: set[str] = set()

@@ -42,7 +42,7 @@ class Thumbnails:
             buffer = io.BytesIO()
             image.save(buffer, "WEBP", quality=quality, method=2)
         if cached is not None:
-            write_atomic(cached, lambda file: file.write(buffer.getvalue()))
+            write_atomic(cached, lambda file: file.write(buffer.getvalue()), durable=False)
         return buffer.getvalue()
 
     def embed(self, paths: Sequence[Path]) -> dict[Path, dict]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 
 from sana_kit.distributed import under_deepspeed
 from sana_kit.encodings.prompts import parse_instruction
+from sana_kit.files import check_output_folder
 from sana_kit.models.attention import ATTENTION_CHOICES, resolve_attention
 from sana_kit.models.folder import find_model, meta_transformer
 from sana_kit.training import checkpoints
@@ -335,7 +335,7 @@ def validate_args(args: argparse.Namespace, device_type: str):
         problems += _size_and_layer_problems(args, model)
 
     # output
-    problems += _output_problems(args)
+    problems += [problem.text("--{}".format) for problem in check_output_folder(args.output_dir, "output_dir")]
     if args.resume_from_checkpoint not in (None, "latest"):
         try:
             checkpoints.find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
@@ -381,23 +381,6 @@ def _linear_layer_names(transformer_config: dict) -> list[str]:
 
     modules = meta_transformer(transformer_config).named_modules()
     return [name for name, module in modules if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))]
-
-
-def _output_problems(args) -> list[str]:
-    """Whether the output folder can be made and written to; nothing is left behind."""
-    output = Path(args.output_dir)
-    if output.exists() and not output.is_dir():
-        return [f"--output_dir={output}: is a file. Name a folder."]
-    existing = output
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    probe = existing / f".write-test-{os.getpid()}"
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        return [f"--output_dir={output}: cannot be written to ({error.strerror}). Choose another folder."]
-    return []
 
 
 def validation_prompts(args) -> list[str]:

@@ -103,7 +103,7 @@ class Validation:
             images.append({**entry, "file": str(path.relative_to(args.output_dir))})
             if accelerator.is_main_process:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(path, lambda handle, png=png: handle.write(png))
+                write_atomic(path, lambda handle, png=png: handle.write(png), durable=False)
         if accelerator.is_main_process:
             self._track(images, step)
         return images
