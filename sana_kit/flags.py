@@ -1,0 +1,268 @@
+"""Settings of a script: flag, default, help and range of each stand once, in a field of a frozen dataclass.
+
+    @dataclasses.dataclass(frozen=True)
+    class Sampling:
+        num_inference_steps: int = flag(28, "Denoising steps.", low=1)
+        prompt: tuple[str, ...] = flag((), "A prompt; may be given several times.", repeat=True)
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        sampling: Sampling = section("sampling")
+
+    config, given = parse(Config, "Draws images.", argv)     # config.sampling.num_inference_steps
+    problems = range_problems(config)                        # a list of errors.Problem, empty if all is well
+
+Nothing heavy is imported here, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sana_kit.errors import Problem, did_you_mean
+from sana_kit.files import expand
+
+T = TypeVar("T")
+
+REQUIRED: Any = dataclasses.MISSING
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flag:
+    """What a field's metadata holds under "flag"."""
+
+    help: str
+    choices: tuple[str, ...] | None
+    low: float | None
+    high: float | None
+    above: float | None
+    below: float | None
+    repeat: bool
+    off: str | None
+    path: bool
+    metavar: str | None
+    convert: Callable[[str], Any] | None
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    repeat: bool = False,
+    off: str | None = None,
+    path: bool = False,
+    metavar: str | None = None,
+    convert: Callable[[str], Any] | None = None,
+) -> Any:
+    """A dataclass field that is a setting; its flag is `--` and the field's name, its type the field's annotation.
+
+    A `bool` that is False is a switch; one that is True takes true or false, or is switched off by the flag `off`. A
+    `tuple[X, ...]` takes one or more values, or with `repeat` one value each time that the flag is given.
+
+    Args:
+        default: its value without the flag; REQUIRED where there is none.
+        help: one or two sentences.
+        choices: the texts that are allowed.
+        low, high: the smallest and largest value; above, below: bounds that are not allowed themselves.
+        path: the value names a file or folder; ~ is expanded.
+        convert: makes the value from the text, instead of the annotation's type; ArgumentTypeError where it cannot.
+    """
+    settings = _Flag(
+        help, None if choices is None else tuple(choices), low, high, above, below, repeat, off, path, metavar, convert
+    )
+    if default is REQUIRED:
+        return dataclasses.field(metadata={"flag": settings}, kw_only=True)
+    return dataclasses.field(default=default, metadata={"flag": settings}, kw_only=True)
+
+
+def section(title: str) -> Any:
+    """A field that holds a dataclass of settings, shown in `--help` below `title`."""
+    return dataclasses.field(metadata={"title": title})
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser without abbreviations, which names the nearest flag for a misspelt one."""
+
+    def __init__(self, **kwargs: Any):
+        kwargs.setdefault("formatter_class", _Help)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+        """As argparse's; every unknown word is named, flags with the one that is nearest."""
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            said = [
+                word + (did_you_mean(word.split("=")[0], flags) if word.startswith("-") else "") for word in unknown
+            ]
+            self.error("unrecognized arguments: " + "; ".join(said))
+        return known
+
+    def error(self, message: str) -> typing.NoReturn:
+        """Say what is wrong in two lines; argparse would print all flags before it."""
+        self.exit(2, f"{self.prog}: error: {message}\n(--help lists all flags)\n")
+
+
+class _Help(argparse.HelpFormatter):
+    """Defaults behind the help of flags that have a value."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        shown = action.default
+        if not action.help or action.const is not None or shown in (None, argparse.SUPPRESS, False) or shown == ():
+            return action.help
+        if isinstance(shown, (tuple, list)):
+            shown = " ".join(map(str, shown))
+        return f"{action.help.rstrip('.')} (default: {shown})".replace("%", "%%")
+
+
+def _boolean(text: str) -> bool:
+    """'true' or 'false' as a flag's value; `type=bool` would read 'False' as True."""
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+
+
+def _value_type(annotation: Any) -> tuple[Any, bool]:
+    """(type of one value, whether the setting holds several) of a field's annotation."""
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        inner = [part for part in typing.get_args(annotation) if part is not type(None)]
+        return _value_type(inner[0])
+    if typing.get_origin(annotation) is tuple:
+        return typing.get_args(annotation)[0], True
+    return annotation, False
+
+
+def _expanded(text: str) -> str:
+    return str(expand(text)) if text.startswith("~") else text
+
+
+def _add(group: argparse._ArgumentGroup, field: dataclasses.Field, annotation: Any, default: Any) -> None:
+    """Give a setting's flag to argparse."""
+    settings: _Flag = field.metadata["flag"]
+    kind, several = _value_type(annotation)
+    name, words = f"--{field.name}", {"help": settings.help, "default": default}
+    if kind is bool and not several:
+        if settings.off is not None:
+            group.add_argument(f"--{settings.off}", dest=field.name, action="store_false", **words)
+            return
+        if default is False:
+            group.add_argument(name, action="store_true", **words)
+            return
+        kind = _boolean
+    if default is REQUIRED:
+        words = {"help": settings.help, "required": True}
+    convert = settings.convert or (_expanded if settings.path or kind is Path else kind)
+    words |= {"type": convert, "choices": settings.choices, "metavar": settings.metavar}
+    if several:
+        words |= {"action": "append"} if settings.repeat else {"nargs": "+"}
+        if settings.repeat and "default" in words:  # argparse would append to the default
+            words["default"] = None
+    group.add_argument(name, **words)
+
+
+def _sections(config_class: type) -> list[tuple[str, str, type]]:
+    """(field name, title, dataclass) of a configuration's sections."""
+    hints = typing.get_type_hints(config_class)
+    return [(f.name, f.metadata["title"], hints[f.name]) for f in dataclasses.fields(config_class)]
+
+
+def make_parser(
+    config_class: type, description: str, defaults: dict[str, Any] | None = None, epilog: str | None = None
+) -> Parser:
+    """A parser of all settings of a configuration, a group for each section.
+
+    Args:
+        config_class: a dataclass whose fields are made by `section`.
+        defaults: field name -> default, for scripts that differ in some.
+    """
+    parser, defaults = Parser(description=description, epilog=epilog), defaults or {}
+    for _, title, section_class in _sections(config_class):
+        group, hints = parser.add_argument_group(title), typing.get_type_hints(section_class)
+        for field in dataclasses.fields(section_class):
+            if "flag" in field.metadata:
+                _add(group, field, hints[field.name], defaults.get(field.name, field.default))
+    return parser
+
+
+def config_from(config_class: type[T], values: dict[str, Any]) -> T:
+    """The configuration whose settings have these values, by field name; one left out has its default."""
+
+    def build(section_class: type) -> Any:
+        fields = {field.name: field for field in dataclasses.fields(section_class) if "flag" in field.metadata}
+        taken = {name: values[name] for name in fields if name in values}
+        for name, value in taken.items():
+            if isinstance(value, list):
+                taken[name] = tuple(value)
+            elif value is None and isinstance(fields[name].default, tuple):
+                taken[name] = fields[name].default
+        return section_class(**taken)
+
+    return config_class(**{name: build(section_class) for name, _, section_class in _sections(config_class)})
+
+
+def parse(
+    config_class: type[T],
+    description: str,
+    argv: Sequence[str] | None = None,
+    defaults: dict[str, Any] | None = None,
+    epilog: str | None = None,
+) -> tuple[T, frozenset[str]]:
+    """(configuration, names of the settings that the command line gave); SystemExit 2 for what is no flag of it."""
+    parser = make_parser(config_class, description, defaults, epilog)
+    values = vars(parser.parse_args(argv))
+    for action in parser._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    given = vars(parser.parse_args(argv))
+    return config_from(config_class, values), frozenset(given)
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """Field name -> value of all settings of a configuration, in the order of its flags."""
+    return {
+        field.name: getattr(part, field.name)
+        for part in (getattr(config, name) for name, _, _ in _sections(type(config)))
+        for field in dataclasses.fields(part)
+        if "flag" in field.metadata
+    }
+
+
+def _range_fault(settings: _Flag, value: float) -> str | None:
+    """What is wrong with a number, a sentence without its full stop."""
+    bounds = [
+        (settings.low, value < (settings.low or 0), "must be at least"),
+        (settings.high, value > (settings.high or 0), "must be at most"),
+        (settings.above, value <= (settings.above or 0), "must be above"),
+        (settings.below, value >= (settings.below or 0), "must be below"),
+    ]
+    if not math.isfinite(value):
+        return "must be a finite number"
+    return next((f"{text} {bound:g}" for bound, crossed, text in bounds if bound is not None and crossed), None)
+
+
+def range_problems(config: Any) -> list[Problem]:
+    """Every number of a configuration that is out of its range."""
+    problems = []
+    for part in (getattr(config, name) for name, _, _ in _sections(type(config))):
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if "flag" not in field.metadata or isinstance(number, bool) or not isinstance(number, (int, float)):
+                    continue
+                fault = _range_fault(field.metadata["flag"], number)
+                if fault is not None:
+                    problems.append(Problem(field.name, number, fault))
+    return problems
