@@ -144,7 +144,7 @@ def test_cut_captions_and_enlarged_images_are_told(run, tmp_path):
     assert encoded.prompt_tokens()[1] == 50 > encoded.prompt_tokens()[0]
     assert [m[:40] for m in encoded.messages] == [
         "1 caption(s) reach --max_sequence_length",
-        "1 image(s) are smaller than --resoluti",
+        "1 image(s) are smaller than --resolution",
     ]
 
 
@@ -546,144 +546,6 @@ def test_reading_keeps_few_file_handles(run, image_folder, tmp_path, monkeypatch
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
-RANKS = """
-# Started by test_encodings.py: imports once, then forks groups of ranks, one group a scenario.
-import json, os, signal, socket, sys, time, traceback
-sys.path[:0] = [{kit!r}, {tests!r}]
-import torch
-torch.set_num_threads(1)
-from accelerate import PartialState
-from diffusers import AutoencoderDC
-from transformers import AutoModel, AutoTokenizer, Gemma2Model, GemmaTokenizerFast
-from sana_kit import devices, encodings
-from sana_kit.dataset import load_images
-model, work = sys.argv[1:3]
-
-def group(world, job, timeout=90):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0)); port = probe.getsockname()[1]
-    children = []
-    for rank in range(world):
-        pid = os.fork()
-        if pid == 0:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-                              LOCAL_WORLD_SIZE=str(world), MASTER_PORT=str(port), OMP_NUM_THREADS="1",
-                              ACCELERATE_TORCH_DEVICE="cpu")
-            try:
-                result = job(rank)
-            except Exception as error:
-                result = {{"error": type(error).__name__ + ": " + str(error)}}
-                if not isinstance(error, (ValueError, RuntimeError)): traceback.print_exc()
-            with open(f"{{work}}/result-{{rank}}.json", "w") as file:
-                json.dump(result, file)
-            os._exit(0)
-        children.append(pid)
-    limit, alive = time.time() + timeout, set(children)
-    while alive and time.time() < limit:
-        for pid in list(alive):
-            if os.waitpid(pid, os.WNOHANG)[0]: alive.discard(pid)
-        time.sleep(0.02)
-    for pid in alive:
-        os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
-    if alive: return "hung"
-    print(f"{{time.time() - limit + timeout:.1f}} s", file=sys.stderr)
-    results = [json.load(open(f"{{work}}/result-{{rank}}.json")) for rank in range(world)]
-    return results
-
-def digest(encoded):
-    import hashlib
-    whole = hashlib.sha256()
-    for i in range(len(encoded)):
-        for tensor in encoded[i].values(): whole.update(tensor.view(torch.uint8).numpy().tobytes())
-    return whole.hexdigest()
-
-def encode(folder, store, **changes):
-    state = PartialState(cpu=True)
-    assert state.num_processes == int(os.environ.get("WORLD_SIZE", 1))
-    encoded = encodings.encode(load_images(instance_data_dir=folder, instance_prompt="x"), accelerator=state,
-        pretrained_model_name_or_path=model, store_dir=store, num_workers=1,
-        **{{"resolution": 64, "vae_batch_size": 2, "text_batch_size": 2, **changes}})
-    return {{"digest": digest(encoded), "images": encoded.encoded_images, "prompts": encoded.encoded_prompts,
-             "samples": len(encoded)}}
-
-out = {{}}
-folder = work + "/images"
-out["one rank"] = group(1, lambda rank: encode(folder, work + "/store1"))
-out["two ranks"] = group(2, lambda rank: encode(folder, work + "/store2"))
-out["three ranks"] = group(3, lambda rank: encode(folder, work + "/store3"))
-out["again on two"] = group(2, lambda rank: encode(folder, work + "/store3"))
-out["idle ranks"] = group(3, lambda rank: encode(work + "/single", work + "/store4"))
-out["idle left"] = sorted(os.listdir(work + "/store4"))
-out["corrupt"] = group(3, lambda rank: encode(work + "/corrupt", work + "/store5"))
-out["corrupt left"] = sorted(os.listdir(work + "/store5"))
-out["skipped"] = group(3, lambda rank: encode(work + "/corrupt", work + "/store5", skip_bad_images=True))
-def alone_on_its_machine(rank):
-    os.environ["LOCAL_WORLD_SIZE"] = "1"
-    encodings.SHARED_SECONDS = 1.0
-    return encode(folder, f"{{work}}/own{{rank}}")
-out["separate"] = group(2, alone_on_its_machine)
-
-def fails_in_the_model(rank):
-    real = encodings.encode_pixels
-    def broken(vae, pixels):
-        if rank == 1: raise RuntimeError("the device caught fire")
-        time.sleep(0.2)
-        return real(vae, pixels)
-    encodings.encode_pixels = broken
-    return encode(folder, work + "/store6")
-out["failure"] = group(3, fails_in_the_model)
-out["failure left"] = sorted(os.listdir(work + "/store6"))
-
-def disagrees(rank):
-    return encode(folder, work + "/store7", resolution=64 if rank else 63)
-out["flag error on one rank"] = group(2, disagrees)
-
-def slow(vae, pixels, real=encodings.encode_pixels):
-    time.sleep(0.1)
-    return real(vae, pixels)
-
-# Kills at random moments: the whole group of two dies, the next start goes on.
-import random
-random.seed(0)
-encodings.SHARD_ITEMS = 1
-def killable(rank):
-    encodings.encode_pixels = slow
-    return encode(work + "/many", work + "/store8", vae_batch_size=1)
-store = work + "/store8"
-def count():
-    try: return len([n for n in os.listdir(store + "/latents") if n.endswith(".safetensors")])
-    except FileNotFoundError: return 0
-seen = []
-for attempt in range({kills}):
-    pid = os.fork()
-    if pid == 0:
-        os.setsid()
-        group(2, killable)
-        os._exit(0)
-    if attempt % 2:  # any moment from the start on
-        time.sleep(random.uniform(0.0, 1.0))
-    else:  # some moment after the first new shard
-        before, limit = count(), time.time() + 60
-        while count() == before and time.time() < limit: time.sleep(0.005)
-        time.sleep(random.uniform(0.0, 0.3))
-    try: os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError: pass
-    os.waitpid(pid, 0)
-    seen.append(count())
-out["kills"] = seen
-out["after kills"] = group(2, lambda rank: encode(work + "/many", store, vae_batch_size=1))
-out["undisturbed"] = group(1, lambda rank: encode(work + "/many", work + "/store9", vae_batch_size=1))
-
-def concurrent(rank):
-    # two runs of one rank each in one store at the same time
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
-        os.environ.pop(name)
-    return encode(work + "/many", work + "/store10", vae_batch_size=1)
-out["concurrent"] = group(2, concurrent)
-print("RESULT " + json.dumps(out))
-"""
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory, tiny_model):
     """The results of all scenarios with several ranks; one process imports torch for all of them."""
@@ -698,13 +560,13 @@ def run_ranks(work, tiny_model, kills):
     tiny.make_images(1, size=300)[0][0].save(corrupt / "cut.jpg")
     data = (corrupt / "cut.jpg").read_bytes()
     (corrupt / "cut.jpg").write_bytes(data[: len(data) * 3 // 4])
-    script = work / "ranks.py"
-    script.write_text(RANKS.format(kit=str(KIT), tests=str(KIT / "tests"), kills=kills))
+    script = KIT / "tests" / "distributed" / "workers" / "encode_groups.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = str(KIT)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         environment.pop(name, None)
     done = subprocess.run(
-        [sys.executable, str(script), str(tiny_model), str(work)],
+        [sys.executable, str(script), str(tiny_model), str(work), str(kills)],
         capture_output=True,
         text=True,
         timeout=900,

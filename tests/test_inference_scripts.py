@@ -57,28 +57,6 @@ def test_three_processes_two_of_them_idle_with_lora_and_groups(tiny_model, run_s
     assert images(tmp_path / "out") == images(tmp_path / "alone") and len(images(tmp_path / "out")) == 6
 
 
-# A user's script, with one fault put in on one rank.
-FAULTY = """
-import os, signal, sys
-from pathlib import Path
-from sana_kit import generation, inference, models
-rank, fault = int(os.environ["RANK"]), os.environ["FAULT"]
-real = models.load_pipeline
-def load_pipeline(*args, **kwargs):
-    if rank == 1 and fault == "raise":
-        raise OSError("the disk of rank 1 is gone")
-    if rank == 1 and fault == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args, **kwargs)
-models.load_pipeline = load_pipeline
-if fault == "apart":
-    folder = Path(os.environ["PLACE"]) / f"machine{rank}"
-    folder.mkdir(exist_ok=True)
-    os.chdir(folder)
-sys.exit(inference.main("faulty"))
-"""
-
-
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
@@ -88,11 +66,12 @@ sys.exit(inference.main("faulty"))
     ],
 )
 def test_a_ranks_failure_ends_the_run_with_its_error(tiny_model, run_script, tmp_path, fault, told):
-    (tmp_path / "faulty.py").write_text(FAULTY)
     flags = ("--model_path", tiny_model, "--output_path", "out" if fault == "apart" else tmp_path / "out", *SMALL)
     env = {"FAULT": fault, "PLACE": str(tmp_path)}
     start = time.monotonic()
-    done = run_script(tmp_path / "faulty.py", *flags, *JOBS, processes=2, engine="ddp", env=env)
+    done = run_script(
+        "tests/distributed/workers/faulty_inference.py", *flags, *JOBS, processes=2, engine="ddp", env=env
+    )
     assert done.returncode != 0 and told in done.stderr
     assert time.monotonic() - start < 200  # no rank waits for a time-out
     assert not list(tmp_path.rglob("*-seed*.png")) or fault == "kill"
