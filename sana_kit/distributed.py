@@ -139,8 +139,8 @@ class Ranks:
         if world_size == 1:
             try:
                 chosen = devices.pick_device(device)
-            except ValueError as error:
-                chosen, problem = devices.pick_device("cpu"), str(error)
+            except UserError as error:
+                chosen, problem = devices.pick_device("cpu"), str(error.as_flags())
             ranks = cls(0, 1, chosen)
         else:
             kind = devices.accelerator_type()

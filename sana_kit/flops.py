@@ -28,29 +28,7 @@ from sana_kit.arithmetic import (
     vae_encode_ops,
     vae_halves,
 )
-from sana_kit.devices import PEAK_BF16_TFLOPS, peak_flops
-
-# Memory bandwidth in bytes/s by device name, from the vendors' data sheets (the A100 is its 80 GB model, the H100 the
-# SXM one); the first key found in the name counts, as in devices.PEAK_BF16_TFLOPS.
-BANDWIDTH = {
-    "910b": 1.6e12,
-    "h200": 4.8e12,
-    "h100 pcie": 2.0e12,
-    "h100": 3.35e12,
-    "h800": 3.35e12,
-    "a100": 2.04e12,
-    "a800": 2.04e12,
-    "l40s": 0.864e12,
-    "l40": 0.864e12,
-    "4090": 1.01e12,
-    "3090": 0.936e12,
-    "a10": 0.6e12,
-}
-
-
-def bandwidth_of(name: str) -> float | None:
-    """Memory bandwidth in bytes/s of a device or chip name; None where it is not known."""
-    return next((value for key, value in BANDWIDTH.items() if key in name.lower()), None)
+from sana_kit.devices import chips, find_chip
 
 
 def load_configs(name: str) -> tuple[Mapping, Mapping, Mapping, str]:
@@ -94,80 +72,109 @@ def _vae_factor(vae_config: Mapping) -> int:
     return 2 ** (sum(1 for count in layers[:-1] if count > 0) + int(layers[0] == 0))
 
 
+def _chip(options: argparse.Namespace) -> tuple[float | None, float | None]:
+    """(peak in FLOP/s, memory bandwidth in bytes/s) by name or by flags; None where not given or not known."""
+    peak, bandwidth = options.peak_tflops, options.bandwidth_tbs
+    known = find_chip(options.chip) if options.chip else None
+    if options.chip and known is None and peak is None:
+        raise ValueError(
+            f"--chip={options.chip}: its peak is not known. Known: {', '.join(chips())}; or give --peak_tflops (and"
+            " --bandwidth_tbs)."
+        )
+    peak = peak * 1e12 if peak is not None else known and known.tflops * 1e12
+    return peak, bandwidth * 1e12 if bandwidth is not None else known and known.bandwidth
+
+
 def report(options: argparse.Namespace) -> dict:
     """All figures of the command line as one dictionary; FLOPs per image, seconds per image, shares 0 to 1."""
     transformer, vae, text, title = load_configs(options.config)
-    factor = _vae_factor(vae)
-    if options.resolution % (factor * transformer.get("patch_size", 1)):
+    factor, patch = _vae_factor(vae), transformer.get("patch_size", 1)
+    if options.resolution % (factor * patch):
         raise ValueError(f"--resolution={options.resolution}: must be a multiple of {factor}, the VAE's factor.")
+    peak, bandwidth = _chip(options)
+    if options.images_per_second is not None and peak is None:
+        raise ValueError("--images_per_second needs --chip or --peak_tflops: a share of what?")
     latent = options.resolution // factor
     shape = ((latent, latent), options.caption_tokens)
-    encode, decode = (ops(vae, options.resolution, options.resolution) for ops in (vae_encode_ops, vae_decode_ops))
-    prompt = text_encoder_ops(text, options.caption_tokens)
-    forward = transformer_ops(transformer, *shape)
-    training = transformer_ops(transformer, *shape, mode=options.mode, rank=options.rank)
-    recomputed = 1.0 if options.gradient_checkpointing else 0.0
-    passes = options.num_inference_steps * (2 if options.guidance_scale > 1 else 1)
-    flops = {
-        "vae_encode": total_flops(encode),
-        "text_encoder": total_flops(prompt),
-        "transformer_forward": total_flops(forward),
-        "training": total_flops(training, training=True),
-        "training_executed": total_flops(training, training=True, recomputed=recomputed),
-        # diffusers' trainer encodes image, caption and a negative prompt in each step, and recomputes each block
-        "training_uncached": total_flops(encode)
-        + 2 * total_flops(prompt)
-        + total_flops(training, training=True, recomputed=1.0),
-        "vae_decode": total_flops(decode),
-        "generation": passes * total_flops(forward) + 2 * total_flops(prompt) + total_flops(decode),
+    ops = {
+        "encode": vae_encode_ops(vae, options.resolution, options.resolution),
+        "decode": vae_decode_ops(vae, options.resolution, options.resolution),
+        "prompt": text_encoder_ops(text, options.caption_tokens),
+        "forward": transformer_ops(transformer, *shape),
+        "training": transformer_ops(transformer, *shape, mode=options.mode, rank=options.rank),
     }
     figures = {
         "title": title,
         "latents": latent,
-        "tokens": (latent // transformer.get("patch_size", 1)) ** 2,
-        "parameters": sum(op.weights for op in forward),
-        "flops": flops,
+        "tokens": (latent // patch) ** 2,
+        "parameters": sum(op.weights for op in ops["forward"]),
+        "flops": _flops(ops, options),
         "bytes": training_bytes(transformer, options.mode, options.rank, options.devices),
     }
-    peak, bandwidth = options.peak_tflops, options.bandwidth_tbs
-    if options.chip:
-        known = peak_flops(options.chip)
-        if known is None and peak is None:
-            raise ValueError(
-                f"--chip={options.chip}: its peak is not known. Known: {', '.join(PEAK_BF16_TFLOPS)}; or give"
-                " --peak_tflops (and --bandwidth_tbs)."
-            )
-        peak = peak if peak is not None else known / 1e12
-        if bandwidth is None and bandwidth_of(options.chip) is not None:
-            bandwidth = bandwidth_of(options.chip) / 1e12
-    if options.images_per_second is not None and peak is None:
-        raise ValueError("--images_per_second needs --chip or --peak_tflops: a share of what?")
     if peak is None:
         return figures
-    peak *= 1e12
-    figures["peak"], figures["devices"] = peak, options.devices
-    # without a known bandwidth only the arithmetic bounds
-    bytes_per_second = bandwidth * 1e12 if bandwidth is not None else float("inf")
-    figures["bandwidth"] = bytes_per_second if bandwidth is not None else None
-    step = roofline_seconds(training, peak, bytes_per_second, options.batch_size, True, recomputed)
-    denoising = roofline_seconds(forward, peak, bytes_per_second, 2 if options.guidance_scale > 1 else 1)
-    figures["roofline"] = {
+    figures["peak"], figures["devices"], figures["bandwidth"] = peak, options.devices, bandwidth
+    figures["roofline"] = _rooflines(ops, options, peak, bandwidth)
+    if options.images_per_second is not None:
+        figures["measured"] = _measured(figures, options)
+    return figures
+
+
+def _recomputed(options: argparse.Namespace) -> float:
+    return 1.0 if options.gradient_checkpointing else 0.0
+
+
+def _passes(options: argparse.Namespace) -> int:
+    """Forward passes for one generated image."""
+    return options.num_inference_steps * (2 if options.guidance_scale > 1 else 1)
+
+
+def _flops(ops: Mapping[str, list], options: argparse.Namespace) -> dict[str, float]:
+    """FLOPs per image of each part of training and of generation."""
+    encode, decode, prompt, forward = (total_flops(ops[part]) for part in ("encode", "decode", "prompt", "forward"))
+    training = ops["training"]
+    return {
+        "vae_encode": encode,
+        "text_encoder": prompt,
+        "transformer_forward": forward,
+        "training": total_flops(training, training=True),
+        "training_executed": total_flops(training, training=True, recomputed=_recomputed(options)),
+        # diffusers' trainer encodes image, caption and a negative prompt in each step, and recomputes each block
+        "training_uncached": encode + 2 * prompt + total_flops(training, training=True, recomputed=1.0),
+        "vae_decode": decode,
+        "generation": _passes(options) * forward + 2 * prompt + decode,
+    }
+
+
+def _rooflines(
+    ops: Mapping[str, list], options: argparse.Namespace, peak: float, bandwidth: float | None
+) -> dict[str, float]:
+    """Least seconds per image, and images per second; without a known bandwidth only the arithmetic bounds."""
+    moved = bandwidth if bandwidth is not None else float("inf")
+    step = roofline_seconds(ops["training"], peak, moved, options.batch_size, True, _recomputed(options))
+    denoising = roofline_seconds(ops["forward"], peak, moved, 2 if options.guidance_scale > 1 else 1)
+    texts, decoding = (roofline_seconds(ops[part], peak, moved) for part in ("prompt", "decode"))
+    return {
         "training_seconds": step,
         "training_images_per_second": options.devices / step,
-        "generation_seconds": passes * denoising
-        + 2 * roofline_seconds(prompt, peak, bytes_per_second)
-        + roofline_seconds(decode, peak, bytes_per_second),
+        "generation_seconds": _passes(options) * denoising + 2 * texts + decoding,
     }
-    if options.images_per_second is not None:
-        rate = options.images_per_second
-        figures["measured"] = {
-            "images_per_second": rate,
-            "mfu": model_flops_utilisation(rate, flops["training"], options.devices, peak),
-            "executed": model_flops_utilisation(rate, flops["training_executed"], options.devices, peak),
-            "executed_uncached": model_flops_utilisation(rate, flops["training_uncached"], options.devices, peak),
-            "of_roofline": rate * step / options.devices,
-        }
-    return figures
+
+
+def _measured(figures: Mapping, options: argparse.Namespace) -> dict[str, float]:
+    """Shares, 0 to 1, that a measured rate is of the peak and of the roofline."""
+    rate, flops = options.images_per_second, figures["flops"]
+
+    def share(part: str) -> float:
+        return model_flops_utilisation(rate, flops[part], options.devices, figures["peak"])
+
+    return {
+        "images_per_second": rate,
+        "mfu": share("training"),
+        "executed": share("training_executed"),
+        "executed_uncached": share("training_uncached"),
+        "of_roofline": rate * figures["roofline"]["training_seconds"] / options.devices,
+    }
 
 
 def format_report(figures: dict, options: argparse.Namespace) -> str:

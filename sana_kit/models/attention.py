@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from sana_kit.devices import kind_of
+
 ATTENTION_CHOICES = ("auto", "sdpa", "npu_fusion")
 
 
@@ -123,7 +125,7 @@ def resolve_attention(attention: str, device: torch.device) -> str:
     """
     if attention not in ATTENTION_CHOICES:
         raise ValueError(f"--attention={attention}: unknown. Use one of {', '.join(ATTENTION_CHOICES)}.")
-    if attention == "npu_fusion" and device.type != "npu":
+    if attention == "npu_fusion" and attention not in kind_of(device).fused_attention:
         raise ValueError(
             f"--attention=npu_fusion (--enable_npu_flash_attention) needs an Ascend NPU with torch_npu; this run is on"
             f" '{device.type}'. Use --attention=auto."
@@ -145,6 +147,6 @@ def set_attention(transformer, attention: str, device: torch.device) -> str:
     previous = getattr(transformer, "_sana_kit_mask_hook", None)
     if previous is not None:
         previous.remove()
-    mask = _CrossAttentionMask(kernel, materialize=device.type == "npu")
+    mask = _CrossAttentionMask(kernel, materialize=kind_of(device).whole_masks)
     transformer._sana_kit_mask_hook = transformer.register_forward_pre_hook(mask, with_kwargs=True)
     return kernel

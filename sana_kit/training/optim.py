@@ -6,6 +6,7 @@ import logging
 
 import torch
 
+from sana_kit.devices import kind_of
 from sana_kit.errors import CheckpointError
 
 logger = logging.getLogger("sana")
@@ -71,7 +72,7 @@ def create_optimizer(args, parameters: list, device: torch.device):
 
         return bitsandbytes.optim.AdamW8bit(parameters, **settings)
     # One fused kernel on CUDA. NPU's fused AdamW forbids reallocated parameters, which ZeRO makes: torch's own there.
-    return torch.optim.AdamW(parameters, **settings, fused=True if device.type == "cuda" else None)
+    return torch.optim.AdamW(parameters, **settings, fused=kind_of(device).fused_adamw)
 
 
 def base_optimizer(optimizer):

@@ -18,9 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from sana_kit import flops
 from sana_kit.arithmetic import AUTOENCODER, TRANSFORMERS, roofline_seconds, transformer_ops, vae_decode_ops
-from sana_kit.devices import PEAK_BF16_TFLOPS
+from sana_kit.devices import find_chip
 from sana_kit.encodings.prompts import collate_prompt_embeds, parse_instruction
 from sana_kit.generation.decode import MAX_TILE_PIXELS, decode_latents, plan_tiles
 from sana_kit.generation.denoise import denoise, initial_noise
@@ -50,7 +49,7 @@ def roofline():
         ("a100", 1 / 8, "an eighth"),
         ("a100", 1 / 2, "half (TF32)"),
     ):
-        peak, bandwidth = PEAK_BF16_TFLOPS[chip] * 1e12, flops.bandwidth_of(chip)
+        peak, bandwidth = find_chip(chip).tflops * 1e12, find_chip(chip).bandwidth
 
         def steps(tokens, peak=peak, bandwidth=bandwidth):
             return 28 * 2 * roofline_seconds(transformer_ops(transformer, (128, 128), tokens), peak, bandwidth, 2)
