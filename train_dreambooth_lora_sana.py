@@ -139,6 +139,7 @@ def train(args, accelerator, base, output_dir: Path, started: float, phases: Pha
     images = load_images(
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
+        dataset_split=args.dataset_split,
         instance_data_dir=args.instance_data_dir,
         image_column=args.image_column,
         caption_column=args.caption_column,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
+import zlib
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -132,14 +134,50 @@ def to_rgb(image: Image.Image, png: bool = False) -> Image.Image:
     return image.convert("RGB")
 
 
-def inspect_image(data: bytes, name: str) -> tuple[bytes, int, int, bool]:
-    """(SHA-256 of the bytes, width and height when upright, animated) from the header alone.
+@dataclass(frozen=True)
+class ImageFacts:
+    """What an image's header says.
+
+    Attributes:
+        sha256: of the encoded bytes.
+        width, height: in pixels, when upright.
+        open_ended: a PNG file without its last chunk, whose pixels are whole all the same.
+    """
+
+    sha256: bytes
+    width: int
+    height: int
+    animated: bool
+    open_ended: bool = False
+
+
+def _lacks_only_its_end(data: bytes) -> bool:
+    """Whether a PNG file ends after a whole chunk, or within the last one, IEND; all checksums before are right."""
+    position, pixels = 8, False
+    while position + 12 <= len(data):
+        length = int.from_bytes(data[position : position + 4], "big")
+        end = position + 12 + length
+        if end > len(data):
+            return False
+        kind = data[position + 4 : position + 8]
+        if zlib.crc32(data[position + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+            return False
+        if kind == b"IEND":
+            return False
+        pixels = pixels or kind == b"IDAT"
+        position = end
+    return pixels
+
+
+def inspect_image(data: bytes, name: str) -> ImageFacts:
+    """Hash, size and kind of an image, from the header alone.
 
     Raises:
         ImageError: as `open_image`, and for PNG files whose chunks fail their checksums.
     """
     image = open_image(data, name)
     animated = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
+    open_ended = False
     if image.format == "TIFF":
         # Whether PIL turns a TIFF by itself, and when, differs between its versions; the decoded image tells.
         width, height = decode_image(data, name).size
@@ -151,5 +189,8 @@ def inspect_image(data: bytes, name: str) -> tuple[bytes, int, int, bool]:
         try:
             image.verify()  # checksums of all chunks, without decompressing them
         except Exception as error:
-            raise ImageError(f"{name}: corrupt or truncated image ({type(error).__name__}: {error}).") from None
-    return hashlib.sha256(data).digest(), width, height, animated
+            if not _lacks_only_its_end(data):
+                raise ImageError(f"{name}: corrupt or truncated image ({type(error).__name__}: {error}).") from None
+            decode_image(data, name)  # PIL loads it whole, or says why not
+            open_ended = True
+    return ImageFacts(hashlib.sha256(data).digest(), width, height, animated, open_ended)

@@ -76,6 +76,14 @@ class ImageSet:
         """The source's row number: equal for repeats of one image."""
         return int(self._rows[i])
 
+    def digest(self) -> str:
+        """Hex SHA-256 of the whole set: images, captions, order and positions; equal on every rank of a sound run."""
+        whole = hashlib.sha256(self._digests[self._rows].tobytes())
+        whole.update(self._positions.tobytes())
+        for caption in self.captions:
+            whole.update(f"{len(caption)}:{caption}".encode())
+        return whole.hexdigest()
+
     def without(self, indices) -> ImageSet:
         """A set without these samples and the other repeats of their images; the rest keep their decisions."""
         bad = {int(self._rows[i]) for i in indices}

@@ -219,10 +219,10 @@ def _cell_bytes(value, name: str, root: str | None) -> bytes:
 
 
 def inside(root: Path, relative: str) -> Path | None:
-    """`root / relative` unless that lies outside root."""
-    file = Path(os.path.normpath(root / relative))
+    """`root / relative`, absolute, unless that lies outside root; both may be named relatively or absolutely."""
+    file = Path(os.path.abspath(root / relative))
     try:
-        file.relative_to(os.path.normpath(root))
+        file.relative_to(os.path.abspath(root))
     except ValueError:
         return None
     return file

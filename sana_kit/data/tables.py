@@ -1,16 +1,20 @@
-"""Tables of images and captions: parquet, Arrow, jsonl, csv, save_to_disk folders, data sets of the hub."""
+"""Tables of images and captions: parquet, Arrow, text tables, save_to_disk folders, tar shards, hub data sets."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import inspect
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sana_kit.data import arrow_types
+from sana_kit.data.decode import IMAGE_SUFFIXES
 from sana_kit.data.image_set import LISTED_PROBLEMS
 from sana_kit.data.sources import DatasetSource, FileSource, ParquetSource, inside
+from sana_kit.data.text_tables import TABLE_SUFFIXES, read_text_table
 
 SPLIT_WORDS = {
     "train": "train",
@@ -24,6 +28,18 @@ SPLIT_WORDS = {
 }
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What of a data set is asked for; None for what is to be found out."""
+
+    name: str
+    config: str | None
+    image_column: str | None
+    caption_column: str | None
+    split: str | None
+    cache_dir: str | None
+
+
 @dataclass
 class Table:
     """A found data set: its images and, per row, the raw caption cell (`captions` None: no caption column)."""
@@ -35,171 +51,182 @@ class Table:
     counts: dict[str, int]
 
 
-def refused_table(problem: str) -> Table:
-    """No data set, for this reason."""
-    return Table(None, None, [problem], [], {})
+def refused_table(*problems: str) -> Table:
+    """No data set, for these reasons."""
+    return Table(None, None, list(problems), [], {})
 
 
-def _choose_split(names, flag_value: str) -> str:
-    """'train', else the only one. Raises ValueError naming them all."""
+def _choose_split(names, wanted: Wanted) -> str:
+    """The split asked for, else 'train', else the only one. Raises ValueError naming them all."""
     names = list(names)
+    present = ", ".join(names)
+    if wanted.split is not None:
+        if wanted.split not in names:
+            raise ValueError(f"--dataset_split={wanted.split}: no such split in {wanted.name}; present: {present}.")
+        return wanted.split
     if "train" in names:
         return "train"
     if len(names) == 1:
         return names[0]
-    raise ValueError(f"--dataset_name={flag_value}: several splits and none is 'train': {', '.join(names)}.")
+    remedy = "Choose one by --dataset_split."
+    raise ValueError(f"--dataset_name={wanted.name}: several splits and none is 'train': {present}. {remedy}")
 
 
-def _missing_column(flag: str, value: str, name: str, columns) -> str:
-    return f"{flag}={value}: no such column in {name}; columns present: {', '.join(columns)}."
+def _missing_column(flag: str, value: str, where: str, columns) -> str:
+    return f"{flag}={value}: no such column in {where}; columns present: {', '.join(columns)}."
 
 
-def from_files(name, splits: dict[str, list[Path]], root: Path, image_column, caption_column) -> Table:
-    """Parquet, Arrow, jsonl or csv files of the chosen split."""
+def from_files(wanted: Wanted, splits: dict[str, list[Path]], root: Path) -> Table:
+    """Parquet, Arrow, tar, jsonl or csv files of the chosen split."""
+    name = wanted.name
     try:
-        split = _choose_split(splits, name)
+        split = _choose_split(splits, wanted)
     except ValueError as error:
         return refused_table(str(error))
     files = splits[split]
     for file in files:
         with open(file, "rb") as handle:
             if handle.read(23) == b"version https://git-lfs":
-                return refused_table(
-                    f"--dataset_name={name}: {file.name} is a Git LFS pointer; run `git lfs pull` there."
-                )
+                remedy = "run `git lfs pull` there."
+                return refused_table(f"--dataset_name={name}: {file.name} is a Git LFS pointer; {remedy}")
     kinds = {f.suffix.lower() for f in files}
     if len(kinds) > 1:
         return refused_table(f"--dataset_name={name}: files of several kinds: {', '.join(f.name for f in files)}.")
     kind = kinds.pop()
     if kind == ".parquet":
-        return _from_parquet(name, files, split, root, image_column, caption_column)
+        return _from_parquet(wanted, files, split, root)
     if kind == ".arrow":
-        return _from_arrow(name, files, split, root, image_column, caption_column)
-    if kind in (".jsonl", ".json", ".csv"):
-        return _from_text_tables(name, files, image_column, caption_column)
-    return refused_table(f"--dataset_name={name}: unknown kind of file; use .parquet, .arrow, .jsonl or .csv.")
+        return _from_arrow(wanted, files, split, root)
+    if kind == ".tar":
+        return _from_tar(wanted, files, split)
+    if kind in TABLE_SUFFIXES:
+        return _from_text_tables(wanted, files)
+    known = ", ".join((".parquet", ".arrow", ".tar", *TABLE_SUFFIXES))
+    return refused_table(f"--dataset_name={name}: unknown kind of file; use one of {known}.")
 
 
-def _holds_images(kind) -> bool:
-    """Whether an Arrow type can be a column of encoded images: binary, or a struct with a field 'bytes'."""
-    import pyarrow as pa
-
-    if pa.types.is_struct(kind):
-        return any(kind.field(k).name == "bytes" for k in range(kind.num_fields))
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def _check_columns(name, schema, image_column, caption_column) -> tuple[str | None, list[str]]:
+def _check_columns(where: str, schema: pa.Schema, wanted: Wanted) -> tuple[str | None, list[str]]:
     """(image column, problems) for an Arrow schema."""
-    import pyarrow as pa
-
     columns, problems = list(schema.names), []
+    image_column, caption_column = wanted.image_column, wanted.caption_column
+    present = f"columns present: {', '.join(columns)}."
     if image_column is None:
-        image_column = next((c for c in columns if _holds_images(schema.field(c).type)), None)
+        image_column = next((c for c in columns if arrow_types.holds_images(schema.field(c).type)), None)
         if image_column is None:
-            problems.append(
-                f"--image_column: no column of {name} holds images; columns present: {', '.join(columns)}."
-            )
+            problems.append(f"--image_column: no column of {where} holds images; {present}")
     elif image_column not in columns:
-        problems.append(_missing_column("--image_column", image_column, name, columns))
-    elif not _holds_images(schema.field(image_column).type) and not pa.types.is_string(
-        schema.field(image_column).type
-    ):
-        problems.append(
-            f"--image_column={image_column}: it holds {schema.field(image_column).type}, not images; columns"
-            f" present: {', '.join(columns)}."
-        )
+        problems.append(_missing_column("--image_column", image_column, where, columns))
+    else:
+        kind = schema.field(image_column).type
+        if not arrow_types.holds_images(kind) and not arrow_types.is_text(kind):
+            told = arrow_types.told(kind)
+            problems.append(f"--image_column={image_column}: it holds {told}, not images; {present}")
     if caption_column is not None and caption_column not in columns:
-        problems.append(_missing_column("--caption_column", caption_column, name, columns))
-    elif caption_column is not None and not _holds_text(schema.field(caption_column).type):
-        problems.append(
-            f"--caption_column={caption_column}: it holds {schema.field(caption_column).type}, not text; columns"
-            f" present: {', '.join(columns)}."
-        )
+        problems.append(_missing_column("--caption_column", caption_column, where, columns))
+    elif caption_column is not None:
+        kind = schema.field(caption_column).type
+        if not arrow_types.holds_captions(kind):
+            told = arrow_types.told(kind)
+            problems.append(f"--caption_column={caption_column}: it holds {told}, not text; {present}")
     return image_column, problems
 
 
-def _holds_text(kind) -> bool:
-    import pyarrow as pa
-
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return _holds_text(kind.value_type)
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
-
-
-def _from_parquet(name, files, split, root, image_column, caption_column) -> Table:
-    import pyarrow.parquet as pq
-
-    schema = None
-    problems, captions = [], []
+def _from_parquet(wanted: Wanted, files: list[Path], split: str, root: Path) -> Table:
+    problems, captions, column = [], [], None
     for file in files:
         try:
-            this = pq.read_schema(file)
+            schema = pq.read_schema(file)
         except Exception as error:
-            problems.append(f"--dataset_name={name}: {file.name} is not a readable parquet file ({error}).")
+            problems.append(f"--dataset_name={wanted.name}: {file.name} is not a readable parquet file ({error}).")
             continue
-        if "file_name" in this.names and image_column not in this.names:
-            return _from_text_tables(name, files, image_column, caption_column)
-        column, found = _check_columns(f"{name} ({file.name})", this, image_column, caption_column)
+        if "file_name" in schema.names and wanted.image_column not in schema.names:
+            return _from_text_tables(wanted, files)
+        column, found = _check_columns(f"{wanted.name} ({file.name})", schema, wanted)
         problems += found
-        schema = schema or this
-        if not found and caption_column is not None:
+        if not found and wanted.caption_column is not None:
             try:
-                captions += pq.read_table(file, columns=[caption_column]).column(0).to_pylist()
+                captions += pq.read_table(file, columns=[wanted.caption_column]).column(0).to_pylist()
             except Exception as error:
-                problems.append(f"--dataset_name={name}: {file.name} cannot be read ({error}).")
+                problems.append(f"--dataset_name={wanted.name}: {file.name} cannot be read ({error}).")
     if problems:
-        return Table(None, None, problems, [], {})
+        return refused_table(*problems)
     source = ParquetSource(files, column, split, root)
-    return Table(source, captions if caption_column is not None else None, [], [], {})
+    return Table(source, captions if wanted.caption_column is not None else None, [], [], {})
 
 
-def _from_dataset(name, dataset, split, root, image_column, caption_column) -> Table:
-    """A `datasets.Dataset`: its image column is cast so that images stay encoded."""
+def _from_dataset(wanted: Wanted, dataset, split: str, root: Path | None) -> Table:
+    """A `datasets.Dataset`: its image column is cast so that images stay encoded; class labels become their names."""
     import datasets
 
-    schema = dataset.features.arrow_schema
-    column, problems = _check_columns(name, schema, image_column, caption_column)
+    features, caption_column = dataset.features, wanted.caption_column
+    labels = features.get(caption_column) if caption_column is not None else None
+    if isinstance(labels, datasets.ClassLabel):
+        shown = dataset.cast_column(caption_column, datasets.Value("string"))  # only for the check of the columns
+        schema = shown.features.arrow_schema
+    else:
+        labels, schema = None, features.arrow_schema
+    column, problems = _check_columns(wanted.name, schema, wanted)
     if problems:
-        return Table(None, None, problems, [], {})
+        return refused_table(*problems)
     captions = list(dataset[caption_column]) if caption_column is not None else None
+    if labels is not None:
+        captions = [None if number is None or number < 0 else labels.int2str(number) for number in captions]
     dataset = dataset.cast_column(column, datasets.Image(decode=False))
     return Table(DatasetSource(dataset, column, split, root), captions, [], [], {})
 
 
-def _pick_loaded_split(name, loaded):
+def _pick_loaded_split(wanted: Wanted, loaded):
     """(split name, Dataset) of what `datasets` returned. Raises ValueError naming the splits."""
     if hasattr(loaded, "keys"):
-        split = _choose_split(loaded.keys(), name)
+        split = _choose_split(loaded.keys(), wanted)
         return split, loaded[split]
     return str(loaded.split or "train"), loaded
 
 
-def from_saved(name, path, image_column, caption_column) -> Table:
+def from_saved(wanted: Wanted, path: Path) -> Table:
     """A folder written by `save_to_disk`."""
     import datasets
 
     try:
-        split, dataset = _pick_loaded_split(name, datasets.load_from_disk(str(path)))
+        loaded = datasets.load_from_disk(str(path))
     except Exception as error:
-        return refused_table(f"--dataset_name={name}: cannot be read as a save_to_disk folder ({error}).")
-    return _from_dataset(name, dataset, split, path, image_column, caption_column)
+        return refused_table(f"--dataset_name={wanted.name}: cannot be read as a save_to_disk folder ({error}).")
+    try:
+        split, dataset = _pick_loaded_split(wanted, loaded)
+    except ValueError as error:
+        return refused_table(str(error))
+    return _from_dataset(wanted, dataset, split, path)
 
 
-def _from_arrow(name, files, split, root, image_column, caption_column) -> Table:
+def _from_arrow(wanted: Wanted, files: list[Path], split: str, root: Path) -> Table:
     import datasets
 
     try:
         dataset = datasets.concatenate_datasets([datasets.Dataset.from_file(str(f)) for f in files])
     except Exception as error:
-        return refused_table(f"--dataset_name={name}: the Arrow files cannot be read ({error}).")
-    return _from_dataset(name, dataset, split, root, image_column, caption_column)
+        return refused_table(f"--dataset_name={wanted.name}: the Arrow files cannot be read ({error}).")
+    return _from_dataset(wanted, dataset, split, root)
 
 
-def from_hub(name, config, image_column, caption_column, cache_dir) -> Table:
+def _from_tar(wanted: Wanted, files: list[Path], split: str) -> Table:
+    """WebDataset shards, through `datasets`: a column per file ending (jpg, png, txt, ...)."""
+    import datasets
+
+    paths = {split: [str(file) for file in files]}
+    try:
+        dataset = datasets.load_dataset("webdataset", data_files=paths, split=split, cache_dir=wanted.cache_dir)
+    except Exception as error:
+        told = str(error).strip().split("\n")[0]
+        return refused_table(f"--dataset_name={wanted.name}: the tar shards cannot be read ({told}).")
+    if wanted.image_column not in dataset.column_names:  # shards name their columns by file endings
+        endings = {suffix.lstrip(".") for suffix in IMAGE_SUFFIXES}
+        found = [column for column in dataset.column_names if column.lower() in endings]
+        wanted = Wanted(**{**vars(wanted), "image_column": found[0] if len(found) == 1 else wanted.image_column})
+    return _from_dataset(wanted, dataset, split, None)
+
+
+def from_hub(wanted: Wanted) -> Table:
     """A data set of the hub, from the cache when offline. Its scripts are never executed."""
-    import inspect
-
     try:
         import datasets
     except ImportError:
@@ -207,89 +234,81 @@ def from_hub(name, config, image_column, caption_column, cache_dir) -> Table:
     # Old versions of datasets would run a data set's own script; new ones know neither scripts nor this flag.
     known = inspect.signature(datasets.load_dataset).parameters
     guard = {"trust_remote_code": False} if "trust_remote_code" in known else {}
+    name = wanted.name
     try:
-        loaded = datasets.load_dataset(name, config, cache_dir=cache_dir, **guard)
-        split, dataset = _pick_loaded_split(name, loaded)
+        loaded = datasets.load_dataset(name, wanted.config, cache_dir=wanted.cache_dir, **guard)
     except Exception as error:
-        text = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        return refused_table(
-            f"--dataset_name={name}: neither a folder here ({Path(name).absolute()}) nor to be had from the hub"
-            f" ({type(error).__name__}: {text})."
-        )
-    return _from_dataset(name, dataset, split, None, image_column, caption_column)
-
-
-def _read_text_table(file: Path) -> tuple[list[str], list[dict]]:
-    """(columns, rows) of a .jsonl, .csv or small .parquet table. Raises ValueError naming the line."""
-    if file.suffix.lower() == ".parquet":
-        import pyarrow.parquet as pq
-
-        table = pq.read_table(file)
-        return table.column_names, table.to_pylist()
+        # A missing configuration's message lists those that are there below its first line.
+        text = " ".join(str(error).split())[:600]
+        if "onfig name is missing" in text or "BuilderConfig" in text:
+            return refused_table(f"--dataset_config_name={wanted.config}: {name} has several configurations: {text}")
+        where = f"neither a folder here ({Path(name).absolute()}) nor to be had from the hub"
+        return refused_table(f"--dataset_name={name}: {where} ({type(error).__name__}: {text}).")
     try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file.name} cannot be read as UTF-8 text ({error})") from None
-    if file.suffix.lower() == ".csv":
-        csv.field_size_limit(2**24)
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        try:
-            rows = list(reader)
-        except csv.Error as error:
-            raise ValueError(f"{file.name}, line {reader.line_num}: {error}") from None
-        return list(reader.fieldnames or []), rows
-    columns: dict[str, None] = {}
-    rows = []
-    # Not str.splitlines: JSON strings may hold line separators that it would split at.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file.name}, line {number}: not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{file.name}, line {number}: a JSON object is expected, not {type(row).__name__}")
-        columns.update(dict.fromkeys(row))
-        rows.append(row)
-    return list(columns), rows
+        split, dataset = _pick_loaded_split(wanted, loaded)
+    except ValueError as error:
+        return refused_table(str(error))
+    return _from_dataset(wanted, dataset, split, None)
 
 
-def _from_text_tables(name, files, image_column, caption_column) -> Table:
+def _from_text_tables(wanted: Wanted, files: list[Path]) -> Table:
     """Tables that name image files in the column file_name, or in --image_column, relative to the table's folder."""
-    problems, paths, names, captions = [], [], [], []
+    problems, paths, names, captions, notes = [], [], [], [], []
     root = files[0].parent
     for file in files:
         try:
-            columns, rows = _read_text_table(file)
+            columns, rows = read_text_table(file)
         except ValueError as error:
-            problems.append(f"--dataset_name={name}: {error}.")
+            problems.append(f"--dataset_name={wanted.name}: {error}.")
             continue
-        column = image_column if image_column in columns else "file_name"
-        # The images are addressed as in `datasets`: the column file_name becomes the column image.
-        shown = ["image (from file_name)" if c == "file_name" else c for c in columns]
-        if column not in columns or (image_column not in (None, "image", "file_name") and image_column not in columns):
-            problems.append(_missing_column("--image_column", image_column, f"{name} ({file.name})", shown))
-        if caption_column is not None and caption_column not in columns:
-            problems.append(_missing_column("--caption_column", caption_column, f"{name} ({file.name})", shown))
+        column, found = _file_column(wanted, file, columns)
+        problems += found
         if problems:
             continue
         for number, row in enumerate(rows, start=1):
+            where = f"--dataset_name={wanted.name}: {file.name}, row {number}"
             value = row.get(column)
-            if not isinstance(value, str) or not value.strip():
-                problems.append(
-                    f"--dataset_name={name}: {file.name}, row {number}: no file name in '{column}' ({value!r})."
-                )
+            image = inside(file.parent, value) if isinstance(value, str) and value.strip() else None
+            if image is not None:
+                paths.append(image)
+                names.append(os.path.relpath(image, os.path.abspath(root)))
+                captions.append(row.get(wanted.caption_column) if wanted.caption_column is not None else None)
+            elif isinstance(value, str) and value.strip():
+                problems.append(f"{where}: {value} leads out of the folder.")
             else:
-                image = inside(file.parent, value)
-                if image is None:
-                    problems.append(
-                        f"--dataset_name={name}: {file.name}, row {number}: {value} leads out of the folder."
-                    )
-                else:
-                    paths.append(image)
-                    names.append(os.path.relpath(image, root))
-                    captions.append(row.get(caption_column) if caption_column is not None else None)
+                problems.append(f"{where}: no file name in '{column}' ({value!r}).")
             if len(problems) >= LISTED_PROBLEMS:
                 break
-    return Table(FileSource(paths, names), captions if caption_column is not None else None, problems, [], {})
+    if not problems:
+        notes += _unnamed_images(wanted.name, {file.parent for file in files}, paths)
+    return Table(
+        FileSource(paths, names), captions if wanted.caption_column is not None else None, problems, notes, {}
+    )
+
+
+def _file_column(wanted: Wanted, file: Path, columns: list[str]) -> tuple[str, list[str]]:
+    """(column of the file names, problems) of a text table."""
+    where, image_column = f"{wanted.name} ({file.name})", wanted.image_column
+    column = image_column if image_column in columns else "file_name"
+    # The images are addressed as in `datasets`: the column file_name becomes the column image.
+    shown = ["image (from file_name)" if c == "file_name" else c for c in columns]
+    problems = []
+    if column not in columns or (image_column not in (None, "image", "file_name") and image_column not in columns):
+        problems.append(_missing_column("--image_column", image_column, where, shown))
+    if wanted.caption_column is not None and wanted.caption_column not in columns:
+        problems.append(_missing_column("--caption_column", wanted.caption_column, where, shown))
+    return column, problems
+
+
+def _unnamed_images(name: str, folders: set[Path], named: list[Path]) -> list[str]:
+    """A note on images beside the tables that no row names."""
+    known = {os.path.abspath(path) for path in named}
+    left = []
+    for folder in folders:
+        for here, _, files in os.walk(folder):
+            paths = (os.path.abspath(os.path.join(here, file)) for file in files if not file.startswith("."))
+            left += [path for path in paths if path not in known and path.lower().endswith(IMAGE_SUFFIXES)]
+    if not left:
+        return []
+    shown = ", ".join(sorted(os.path.basename(path) for path in left)[:10]) + (" ..." if len(left) > 10 else "")
+    return [f"--dataset_name={name}: {len(left)} image(s) that no row of the table names are left out: {shown}"]

@@ -84,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add("--dataset_name", help="Hub name, or a local folder: parquet (pokemon-blip-captions layout) or imagefolder.")
     add("--dataset_config_name", help="Config of the hub data set.")
+    add("--dataset_split", help="Split of the data set; default: train, or the only one.")
     add("--instance_data_dir", help="Folder of images; optional caption in a .txt of the same name.")
     add("--image_column", default="image", help="Column of the images.")
     add("--caption_column", help="Column of the captions; without it every image gets --instance_prompt.")
@@ -304,7 +305,7 @@ def validate_args(args: argparse.Namespace, device_type: str):
         )
     if args.instance_data_dir is not None and args.caption_column is not None:
         expect(False, "caption_column", "columns belong to --dataset_name; captions in a folder are .txt files.")
-    if args.dataset_name is not None and args.caption_column is None and not args.instance_prompt:
+    if args.dataset_name is not None and args.caption_column is None and args.instance_prompt is None:
         problems.append(
             "--instance_prompt: needed, since no --caption_column is given; every image gets it as caption."
         )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import torch
 
 from sana_kit import devices
+from sana_kit.data.folders import free_class_names, image_files
 from sana_kit.encodings.prompts import parse_instruction
-from sana_kit.files import write_atomic
+from sana_kit.files import expand, write_atomic
 from sana_kit.generation.generate import generate_from_embeddings
 from sana_kit.generation.jobs import Job
 from sana_kit.generation.texts import encode_job_prompts
@@ -21,13 +21,13 @@ logger = logging.getLogger("sana")
 def generate_class_images(args, accelerator, base) -> None:
     """Fill --class_data_dir up to --num_class_images with images of --class_prompt, each rank its share."""
 
-    folder = Path(args.class_data_dir)
+    folder = expand(args.class_data_dir)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
-    suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-    present = len([path for path in folder.iterdir() if path.suffix.lower() in suffixes])
+    present = len(image_files(folder))
     missing = args.num_class_images - present
+    names = free_class_names(folder, max(0, missing))  # a deleted image's gap is filled, none is overwritten
     accelerator.wait_for_everyone()  # every rank has counted before one adds
     if missing <= 0:
         return
@@ -43,14 +43,14 @@ def generate_class_images(args, accelerator, base) -> None:
             index=number,
             prompt=args.class_prompt,
             negative_prompt="",
-            seed=(args.seed or 0) + present + number,
+            seed=(args.seed or 0) + int(name.removeprefix("class-").removesuffix(".png")),
             height=args.resolution,
             width=args.resolution,
             num_inference_steps=args.validation_inference_steps,
             guidance_scale=args.validation_guidance_scale,
-            file_name=f"class-{present + number:05d}.png",
+            file_name=name,
         )
-        for number in range(missing)
+        for number, name in enumerate(names)
     ][accelerator.process_index :: accelerator.num_processes]
     instruction = parse_instruction(args.complex_human_instruction)
     embeddings, negative_embeddings = encode_job_prompts(
@@ -73,7 +73,7 @@ def generate_class_images(args, accelerator, base) -> None:
     del pipeline
     devices.empty_cache(accelerator.device)
     accelerator.wait_for_everyone()
-    there = len([path for path in folder.iterdir() if path.suffix.lower() in suffixes])
+    there = len(image_files(folder))
     if there < args.num_class_images:
         raise ValueError(
             f"--class_data_dir={folder}: holds {there} of {args.num_class_images} class images on this machine. The"

@@ -75,7 +75,7 @@ def test_image_folder_gives_each_image_its_caption_and_tells_other_files_once(tm
     assert images.source_hash(1) == hashlib.sha256((folder / "image_01.png").read_bytes()).hexdigest()
     assert images.report["other files skipped"] == 2
     told = [n for n in images.notes if "notes.md" in n and "orphan.txt" in n]
-    assert len(told) == 1 and len(images.notes) == 1
+    assert len(told) == 1 and len(images.notes) == 2 and "not searched: sub" in images.notes[1]
 
 
 def test_parquet_folder_with_and_without_the_extra_files(tmp_path):
@@ -511,7 +511,8 @@ def test_exif_orientation(kind, value):
     data = encoded(image, kind, exif=exif, **options)
     upright = decode_image(data, "x")
     assert np.abs(np.array(upright).astype(int) - turned).mean() < 2
-    _, width, height, _ = inspect_image(data, "x")
+    facts = inspect_image(data, "x")
+    width, height = facts.width, facts.height
     assert (width, height) == upright.size == (turned.shape[1], turned.shape[0])
 
 
