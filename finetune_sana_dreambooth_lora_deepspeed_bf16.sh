@@ -2,6 +2,7 @@
 # Fine-tune SANA with LoRA: DeepSpeed ZeRO-2, bf16, all devices of this machine. Nothing in here needs editing.
 #   bash finetune_sana_dreambooth_lora_deepspeed_bf16.sh --quickstart
 #   bash finetune_sana_dreambooth_lora_deepspeed_bf16.sh --model_name=/models/Sana --dataset_name=/data/pokemon-blip-captions
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # `sh finetune....sh`: other shells have neither arrays nor pipefail
 set -uo pipefail
 main() {  # the whole script is one function, so that bash has read it all: it may be edited while it runs
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -12,14 +13,18 @@ dataset_name="pokemon-blip-captions"
 batch_size=8
 num_processors=""        # default: as many as there are devices, 8 where none can be counted
 max_train_steps=5000
-mixed_precision="bf16"
+mixed_precision=""       # default: what the accelerate config says, else bf16
 resolution=1024
-gradient_accumulation_steps=1
+gradient_accumulation_steps=""   # default: what the accelerate config says, else 1
 config_file="$here/bf16_accelerate_config.yaml"
 output_dir="./output"
-caption_column=""        # default: text where the data set is not a folder of loose pictures
+caption_column=""        # default: text where the data set is not a folder of loose images
 instance_data_dir=""
-instance_prompt="a pokemon"
+instance_prompt=""       # default: "a pokemon" for the default data set, none for your own images
+learning_rate=1e-4
+seed=0
+checkpointing_steps=1000
+checkpoints_total_limit=3
 quickstart=no
 extra=()
 given=()
@@ -30,31 +35,41 @@ Fine-tune SANA with LoRA under DeepSpeed ZeRO-2. Flags as --name=value or --name
 
   --model_name                   hub name or folder  [Efficient-Large-Model/Sana_1600M_4Kpx_BF16_diffusers]
   --dataset_name                 hub name or folder  [pokemon-blip-captions]
-  --batch_size                   pictures per device and micro-step  [8]
+  --batch_size                   images per device and micro-step  [8]
   --num_processors               processes, one per device  [the devices found]
   --max_train_steps              updates  [5000]
-  --mixed_precision              bf16, fp16 or no  [bf16]
-  --resolution                   side of the training pictures in pixels  [1024]
-  --gradient_accumulation_steps  micro-steps per update  [1]
+  --mixed_precision              bf16, fp16 or no  [the config's, else bf16]
+  --resolution                   side of the training images in pixels  [1024]
+  --gradient_accumulation_steps  micro-steps per update  [the config's, else 1]
+  --learning_rate                peak learning rate, constant  [1e-4]
+  --seed                         of everything  [0]
+  --checkpointing_steps          write a checkpoint every so many updates  [1000]
+  --checkpoints_total_limit      keep this run's newest so many  [3]
   --config_file                  accelerate config  [bf16_accelerate_config.yaml beside this file]
   --output_dir                   everything is written there  [./output]
   --caption_column               column of the captions  [text]
-  --instance_data_dir            folder of your own pictures, captions in .txt files, instead of --dataset_name
-  --instance_prompt              caption of pictures without one  [a pokemon; "in my style" for --quickstart
-                                 with --instance_data_dir]
-  --quickstart                   a small shipped model and picture set: trains, then draws without and with the LoRA;
-                                 with --instance_data_dir on your own pictures
+  --instance_data_dir            folder of your own images, captions in .txt files, instead of --dataset_name
+  --instance_prompt              caption of images without one  [none for your own images; "a pokemon" for the
+                                 default data set, "in my style" for --quickstart with --instance_data_dir]
+  --quickstart                   a small shipped model and image set: trains, then draws without and with the LoRA;
+                                 with --instance_data_dir on your own images
   --help                         this text
 
 Anything after -- goes to train_dreambooth_lora_sana.py as it is (its --help lists all flags), e.g.
   bash finetune_sana_dreambooth_lora_deepspeed_bf16.sh --batch_size 4 -- --rank=16 --validation_prompt="a blue pokemon"
+
+A second run in a used folder is refused unless it resumes (-- --resume_from_checkpoint=latest), or sets the old run
+aside (-- --overwrite_output_dir); --quickstart does the latter. A stop by SIGTERM, SIGHUP or Ctrl-C has
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds [1800] to end its update and write its checkpoint.
 
 Exit code: the trainer's (0 done; 143 or 130 after SIGTERM or Ctrl-C with a checkpoint saved; anything else failed).
 HELP
 }
 
 # --------------------------------------------------------------------------------------------------------- arguments
-known="model_name dataset_name batch_size num_processors max_train_steps mixed_precision resolution gradient_accumulation_steps config_file output_dir caption_column instance_data_dir instance_prompt"
+known="model_name dataset_name batch_size num_processors max_train_steps mixed_precision resolution"
+known="$known gradient_accumulation_steps config_file output_dir caption_column instance_data_dir instance_prompt"
+known="$known learning_rate seed checkpointing_steps checkpoints_total_limit"
 while [ $# -gt 0 ]; do
   case "$1" in
     --) shift; extra=("$@"); break ;;
@@ -70,7 +85,7 @@ while [ $# -gt 0 ]; do
   esac
   case " $known " in
     *" $name "*) printf -v "$name" '%s' "$value"; given+=("$name") ;;
-    *) echo "error: unknown flag --$name. Known: $(printf -- '--%s ' $known)--quickstart --help; flags of the trainer go after --" >&2
+    *) echo "error: unknown flag --$name. Known: $(printf -- '--%s ' ${known})--quickstart --help; flags of the trainer go after --" >&2
        exit 2 ;;
   esac
 done
@@ -78,8 +93,13 @@ is_given() { local g; for g in ${given[@]+"${given[@]}"}; do [ "$g" = "$1" ] && 
 for name in ${given[@]+"${given[@]}"}; do
   [ -n "${!name}" ] || { echo "error: --$name=: needs a value" >&2; exit 2; }
 done
-for name in batch_size max_train_steps resolution gradient_accumulation_steps num_processors; do
-  if [ "$name" = num_processors ] && [ -z "$num_processors" ]; then continue; fi
+# ~ in the middle of a word, as in --output_dir=~/out, is left to us by the shell.
+for name in model_name dataset_name config_file output_dir instance_data_dir; do
+  case "${!name}" in \~|\~/*) printf -v "$name" '%s' "$HOME${!name#\~}" ;; esac
+done
+for name in batch_size max_train_steps resolution gradient_accumulation_steps num_processors checkpointing_steps \
+  checkpoints_total_limit; do
+  if [ -z "${!name}" ]; then continue; fi
   case "${!name}" in
     ''|*[!0-9]*|0) echo "error: --$name=${!name}: must be a whole number of at least 1" >&2; exit 2 ;;
   esac
@@ -87,6 +107,14 @@ done
 [ -f "$config_file" ] || { echo "error: --config_file=$config_file: no such file" >&2; exit 2; }
 
 # ------------------------------------------------------------------------------------------------------- environment
+# What another launcher left in this shell would be believed by every process that is started below.
+leftovers=()
+for name in RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE NODE_RANK GROUP_RANK MASTER_ADDR MASTER_PORT \
+  OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_LOCAL_RANK OMPI_COMM_WORLD_LOCAL_SIZE PMI_RANK PMI_SIZE; do
+  if [ -n "${!name:-}" ]; then leftovers+=("$name=${!name}"); unset "$name"; fi
+done
+[ ${#leftovers[@]} -eq 0 ] || echo "note: not used, since this script starts its own processes: ${leftovers[*]}" >&2
+
 # The active environment where it satisfies requirements_sana.txt, else .venv beside this file.
 python=$("${PYTHON:-python3}" "$here/sana_kit/environment.py") || exit $?
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
@@ -118,7 +146,7 @@ if [ "$device_kind" = npu ]; then
 fi
 
 # -------------------------------------------------------------------------------------------------------- quick start
-# What says where the user's pictures are counts behind the -- too; the quick start reads them itself.
+# What says where the user's images are counts behind the -- too; the quick start reads them itself.
 skip=()
 for ((i = 0; i < ${#extra[@]}; i++)); do
   case "${extra[i]}" in
@@ -131,6 +159,7 @@ for ((i = 0; i < ${#extra[@]}; i++)); do
 done
 quickstart_item() { "$python" -m sana_kit.quickstart --print "$@"; }
 own=()
+[ -n "$instance_data_dir" ] || is_given dataset_name || is_given instance_prompt || instance_prompt="a pokemon"
 if [ "$quickstart" = yes ]; then
   if [ -n "$instance_data_dir" ]; then
     is_given instance_prompt || instance_prompt="in my style"
@@ -140,7 +169,7 @@ if [ "$quickstart" = yes ]; then
   is_given model_name || model_name=$(quickstart_item model_path) || exit 1
   [ -n "$instance_data_dir" ] || is_given dataset_name || dataset_name=$(quickstart_item dataset_path) || exit 1
   quickstart_flags=$(quickstart_item training_flags) || exit 1
-  prompts=$(quickstart_item prompts ${own[@]+"${own[@]}"}) || exit 1   # before training: pictures of one's own may be bad
+  prompts=$(quickstart_item prompts ${own[@]+"${own[@]}"}) || exit 1   # before training: images of one's own may be bad
   if [ "$device_kind" = cpu ] && [ -z "$num_processors" ]; then num_processors=2; fi
 fi
 
@@ -149,13 +178,27 @@ if [ -z "$num_processors" ]; then
   num_processors=$device_count
   [ "$device_kind" = cpu ] && num_processors=1
 fi
-config_machines=$(sed -n 's/^num_machines:[[:space:]]*\([0-9]*\).*/\1/p' "$config_file"); config_machines=${config_machines:-1}
-config_port=$(sed -n 's/^main_process_port:[[:space:]]*\([0-9]*\).*/\1/p' "$config_file")
+config=$("$python" - "$config_file" <<'PY'
+import sys, yaml
+with open(sys.argv[1], encoding="utf-8") as file:
+    config = yaml.safe_load(file) or {}
+deepspeed = config.get("deepspeed_config") or {}
+steps = deepspeed.get("gradient_accumulation_steps", config.get("gradient_accumulation_steps"))
+values = (config.get("num_machines"), config.get("main_process_port"), config.get("mixed_precision"), steps)
+print(*("-" if value in (None, "", "auto") else value for value in values))
+PY
+  ) || { echo "error: --config_file=$config_file: not a YAML file (see above)" >&2; exit 2; }
+read -r config_machines config_port config_precision config_steps <<<"$config"
+[ "$config_machines" != - ] || config_machines=1
+[ "$config_port" != - ] || config_port=""
+if [ -z "$mixed_precision" ] && [ "$config_precision" = - ]; then mixed_precision=bf16; fi
+if [ -z "$gradient_accumulation_steps" ] && [ "$config_steps" = - ]; then gradient_accumulation_steps=1; fi
 if [ "$device_kind" != cpu ] && [ "$config_machines" -le 1 ] && [ "$num_processors" -gt "$device_count" ]; then
   echo "error: --num_processors=$num_processors: this machine has $device_count $device_kind device(s). Ask for at most that many." >&2
   exit 2
 fi
-launch=(--config_file "$config_file" --mixed_precision "$mixed_precision")
+launch=(--config_file "$config_file")
+[ -z "$mixed_precision" ] || launch+=(--mixed_precision "$mixed_precision")
 if [ "$config_machines" -le 1 ]; then
   launch+=(--num_processes "$num_processors")
   # A free port where the config names none, so that two runs on one machine do not collide.
@@ -187,18 +230,22 @@ if [ "$quickstart" = yes ]; then
   is_given batch_size && trainer+=(--train_batch_size "$batch_size")
   is_given gradient_accumulation_steps && trainer+=(--gradient_accumulation_steps "$gradient_accumulation_steps")
   is_given max_train_steps && trainer+=(--max_train_steps "$max_train_steps")
+  for name in learning_rate seed checkpointing_steps checkpoints_total_limit; do
+    is_given "$name" && trainer+=("--$name" "${!name}")
+  done
 else
+  [ -z "$mixed_precision" ] || trainer+=(--mixed_precision "$mixed_precision")
+  [ -z "$gradient_accumulation_steps" ] || trainer+=(--gradient_accumulation_steps "$gradient_accumulation_steps")
   trainer+=(
-    --mixed_precision "$mixed_precision"
     --resolution "$resolution"
     --train_batch_size "$batch_size"
-    --gradient_accumulation_steps "$gradient_accumulation_steps"
     --max_train_steps "$max_train_steps"
-    --learning_rate 1e-4 --lr_scheduler constant --lr_warmup_steps 0 --seed 0
-    --checkpointing_steps 1000 --checkpoints_total_limit 3 --dataloader_num_workers 2
+    --learning_rate "$learning_rate" --lr_scheduler constant --lr_warmup_steps 0 --seed "$seed"
+    --checkpointing_steps "$checkpointing_steps" --checkpoints_total_limit "$checkpoints_total_limit"
+    --dataloader_num_workers 2
   )
 fi
-trainer+=("--instance_prompt=$instance_prompt")
+if [ -n "$instance_prompt" ] || is_given instance_prompt; then trainer+=("--instance_prompt=$instance_prompt"); fi
 if [ -n "$instance_data_dir" ]; then
   trainer+=("--instance_data_dir=$instance_data_dir")
   # Given together with what belongs to a data set, the trainer says what is wrong.
@@ -211,14 +258,20 @@ trainer+=(${extra[@]+"${extra[@]}"})
 
 error_file=$(mktemp) || exit 1
 export SANA_ERROR_FILE=$error_file
+# torch's launcher kills ranks this long after a signal (30 s by its own default): an update and a checkpoint take longer
+# on large models. Newer torch reads it (2.13 does, 2.7 does not); older ones keep their 30 s.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-1800}
 stamp=$(mktemp) || exit 1
 caught=""
 child=""
 forward() { caught=$1; [ -n "$child" ] && kill -s "$1" "$child" 2>/dev/null; }
 trap 'forward TERM' TERM
 trap 'forward INT' INT
+trap 'forward TERM' HUP   # the terminal was closed: the run ends as by SIGTERM
 # In a session of its own, so that Ctrl-C reaches the run once, through this script, and not once more from the terminal.
-setsid "$python" -m accelerate.commands.launch "${launch[@]}" "$here/train_dreambooth_lora_sana.py" "${trainer[@]}" &
+# Killed outright (SIGKILL), this script takes the run with it: the kernel then sends SIGTERM to the process below.
+setsid "$python" -m sana_kit.tied $$ accelerate.commands.launch "${launch[@]}" \
+  "$here/train_dreambooth_lora_sana.py" "${trainer[@]}" &
 child=$!
 status=0
 while :; do

@@ -1,0 +1,143 @@
+"""The launcher script: what it passes on, what it does not believe, and that it leaves nobody behind.
+
+What it passes on is seen through a stand-in for Python that prints the command instead of running it.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from helpers import KIT, script_environment
+
+LAUNCHER = KIT / "finetune_sana_dreambooth_lora_deepspeed_bf16.sh"
+STAND_IN = """#!{python}
+import json, os, subprocess, sys
+words = sys.argv[1:]
+if words[0].endswith("environment.py"):
+    print(os.path.abspath(sys.argv[0]))
+elif words[:2] == ["-m", "sana_kit.doctor"]:
+    print("cpu 0")
+elif words[0] == "-":
+    sys.exit(subprocess.run([sys.executable, *words]).returncode)
+elif words[:2] == ["-m", "sana_kit.tied"]:
+    names = ("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+    told = {{"words": words, "env": {{name: os.environ.get(name) for name in names}}}}
+    open(os.environ["TOLD"], "w").write(json.dumps(told))
+    sys.exit(7)
+"""
+
+
+@pytest.fixture
+def told(tmp_path):
+    """told(*arguments, env=None, shell="bash"): (words of the run's command, environment, completed process)."""
+    python = tmp_path / "python"
+    python.write_text(STAND_IN.format(python=sys.executable))
+    python.chmod(0o755)
+
+    def run(*arguments, env=None, shell="bash"):
+        environment = {**script_environment(), "PYTHON": str(python), "TOLD": str(tmp_path / "told"), **(env or {})}
+        command = [shell, str(LAUNCHER), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60)
+        path = tmp_path / "told"
+        seen = json.loads(path.read_text()) if path.exists() else {"words": [], "env": {}}
+        return seen["words"], seen["env"], done
+
+    return run
+
+
+def value(words, flag):
+    """The last value of a flag in a list of words, None without it."""
+    found = None
+    for index, word in enumerate(words):
+        if word == flag:
+            found = words[index + 1]
+        elif word.startswith(flag + "="):
+            found = word.partition("=")[2]
+    return found
+
+
+def test_the_exit_code_is_the_trainers_and_a_stop_has_half_an_hour(told):
+    words, environment, done = told()
+    assert done.returncode == 7 and environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "1800"
+    assert told(env={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60"})[1]["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "60"
+    assert value(words, "--dataset_name") == "pokemon-blip-captions"
+    assert value(words, "--instance_prompt") == "a pokemon"
+
+
+def test_ones_own_images_get_no_prompt_of_the_launcher(told, tmp_path):
+    for flag in ("--instance_data_dir", "--dataset_name"):
+        assert value(told(f"{flag}={tmp_path}")[0], "--instance_prompt") is None
+    assert value(told(f"--instance_data_dir={tmp_path}", "--instance_prompt=TOK")[0], "--instance_prompt") == "TOK"
+
+
+def test_only_what_is_given_is_passed_where_the_config_decides(told, tmp_path):
+    config = tmp_path / "config.yaml"
+    text = (KIT / "bf16_accelerate_config.yaml").read_text()
+    config.write_text(text.replace("deepspeed_config:", "deepspeed_config:\n  gradient_accumulation_steps: 4"))
+    words, _, _ = told(f"--config_file={config}")
+    assert value(words, "--gradient_accumulation_steps") is None and value(words, "--mixed_precision") is None
+    assert value(told(f"--config_file={config}", "--mixed_precision=no")[0], "--mixed_precision") == "no"
+    config.write_text(text.replace("mixed_precision: bf16", ""))
+    words, _, _ = told(f"--config_file={config}")
+    assert value(words, "--mixed_precision") == "bf16" and value(words, "--gradient_accumulation_steps") == "1"
+
+
+@pytest.mark.parametrize("machines", ["2", '"2"'])
+def test_the_number_of_machines_may_stand_in_quotes(told, tmp_path, machines):
+    config = tmp_path / "config.yaml"
+    text = (KIT / "bf16_accelerate_config.yaml").read_text()
+    config.write_text(text.replace("num_machines: 1", f"num_machines: {machines}"))
+    words, _, _ = told(f"--config_file={config}")
+    assert words and "--num_processes" not in words  # the config's, of all machines together
+
+
+def test_a_config_that_is_no_yaml_is_named(told, tmp_path):
+    (tmp_path / "config.yaml").write_text("a: [")
+    done = told(f"--config_file={tmp_path / 'config.yaml'}")[2]
+    assert done.returncode == 2 and "not a YAML file" in done.stderr
+
+
+def test_what_another_launcher_left_is_not_believed(told):
+    leftovers = {"RANK": "1", "WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "3"}
+    _, environment, done = told(env=leftovers)
+    assert [environment[name] for name in leftovers] == [None, None, None]
+    assert "note: not used" in done.stderr and "RANK=1 WORLD_SIZE=2" in done.stderr
+
+
+def test_a_tilde_within_a_word_is_the_home_folder(told, tmp_path):
+    words, _, _ = told("--output_dir=~/out", "--model_name=~/model", env={"HOME": str(tmp_path)})
+    assert value(words, "--output_dir") == f"{tmp_path}/out"
+    assert value(words, "--pretrained_model_name_or_path") == f"{tmp_path}/model"
+
+
+def test_sh_serves_as_well_as_bash(told):
+    words, _, done = told("--seed=5", "--learning_rate=1e-3", shell="sh")
+    assert done.returncode == 7 and value(words, "--seed") == "5" and value(words, "--learning_rate") == "1e-3"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_a_killed_launcher_or_a_closed_terminal_leaves_nobody(tiny_model, parquet_dataset, tmp_path, number):
+    """SIGKILL: the kernel tells the run, which saves and ends. SIGHUP: it ends as by SIGTERM."""
+    output = tmp_path / "out"
+    command = ["bash", str(LAUNCHER), "--model_name", str(tiny_model), f"--dataset_name={parquet_dataset}"]
+    command += ["--batch_size=1", "--num_processors=2", "--resolution=64", f"--output_dir={output}", "--"]
+    command += ["--logging_steps=1", "--report_to=none"]
+    environment = {**script_environment(), "PYTHON": sys.executable}
+    with open(tmp_path / "log", "wb") as log:
+        run = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env=environment, start_new_session=True)
+    deadline, path = time.monotonic() + 300, output / "train_log.jsonl"
+    while not path.exists() or '"event": "step"' not in path.read_text():
+        assert run.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+        time.sleep(0.05)
+    family = psutil.Process(run.pid).children(recursive=True)
+    assert len(family) >= 3
+    os.kill(run.pid, number)
+    code = run.wait(timeout=200)
+    assert psutil.wait_procs(family, timeout=200)[1] == [], "ranks were left training"
+    assert list(output.glob("checkpoint-*")), "the run did not save"
+    assert code == (143 if number == signal.SIGHUP else -9)
