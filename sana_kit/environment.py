@@ -13,6 +13,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,26 @@ def install(python: str, files: list[Path]) -> None:
             sys.exit(1)
 
 
+def is_whole(python: str) -> bool:
+    """Whether a Python runs and has pip; that of a half-made environment (Debian without python3-venv) has not."""
+    if not Path(python).exists():
+        return False
+    return subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0
+
+
+def make_venv(venv: Path) -> bool:
+    """Make the environment anew, whatever is there; where that fails nothing half-made is left, and why is told."""
+    if venv.exists():
+        print(f"{venv} is there but cannot be used (no working Python with pip): it is made again", file=sys.stderr)
+    command = [sys.executable, "-m", "venv", "--clear", str(venv)]
+    if subprocess.run(command, stdout=sys.stderr).returncode == 0 and is_whole(str(venv / "bin" / "python")):
+        return True
+    shutil.rmtree(venv, ignore_errors=True)
+    remedy = "on Debian and Ubuntu: apt-get install python3-venv"
+    print(f"error: could not make {venv.name} ({remedy}); nothing was left there", file=sys.stderr)
+    return False
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tests", action="store_true", help="also what the tests need")
@@ -99,18 +120,16 @@ def main() -> int:
         return 0
     if not SUPPORTED[0] <= sys.version_info[:2] <= SUPPORTED[1]:
         print(
-            f"error: Python {platform.python_version()} is active; 3.10 to 3.12 are supported. Put another one first"
-            f" on"
-            " PATH, or name it: PYTHON=python3.11",
+            f"error: Python {platform.python_version()} is active; 3.10 to 3.12 are supported."
+            " Put another one first on PATH, or name it: PYTHON=python3.11",
             file=sys.stderr,
         )
         return 1
     venv = KIT / ".venv"
     python = str(venv / "bin" / "python")
-    if not Path(python).exists():
+    if not is_whole(python):
         print(f"the active environment lacks: {'; '.join(lacking)}\nmaking {venv}", file=sys.stderr, flush=True)
-        if subprocess.run([sys.executable, "-m", "venv", str(venv)], stdout=sys.stderr).returncode:
-            print("error: could not make .venv (on Debian and Ubuntu: apt-get install python3-venv)", file=sys.stderr)
+        if not make_venv(venv):
             return 1
     check = (
         "import sys; sys.path.insert(0, sys.argv[1]); import environment as e; from pathlib import Path;"
