@@ -56,7 +56,7 @@ from sana_kit.training.optim import create_optimizer
 from sana_kit.training.prior import generate_class_images
 from sana_kit.training.recipes import flow_matching_loss, read_flow_shift
 from sana_kit.training.recorder import check_finite, print_summary
-from sana_kit.training.state import differences, run_identity
+from sana_kit.training.state import check_same_images, differences, run_identity
 from sana_kit.training.stream import SampleStream, StreamBatchSampler, collate, ignore_signals_in_worker
 from sana_kit.training.transformer import prepare_transformer
 from sana_kit.training.validation import Validation, validation_due
@@ -148,6 +148,7 @@ def train(args, accelerator, base, output_dir: Path, started: float, phases: Pha
         repeats=args.repeats,
         skip_bad_images=args.skip_bad_images,
     )
+    check_same_images(images, stop.ranks)
     num_class = 0
     if args.with_prior_preservation:
         if not args.skip_bad_images and (bad := check_images(images)):  # before weights load for the class images
@@ -321,7 +322,9 @@ def train(args, accelerator, base, output_dir: Path, started: float, phases: Pha
     log.write("resume" if state else "start", step=global_step, world_size=world_size, config=config)
     if args.report_to != "none":
         trackable = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config.items()}
-        accelerator.init_trackers("sana-dreambooth-lora", config=trackable)
+        accelerator.init_trackers(
+            "sana-dreambooth-lora", config=trackable, init_kwargs={"wandb": {"dir": str(output_dir)}}
+        )
     validation = None
     if validation_prompts(args) and args.num_validation_images > 0:
         validation = Validation(args, accelerator, encoded, base, instruction)

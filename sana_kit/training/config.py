@@ -10,10 +10,11 @@ import torch
 
 from sana_kit.distributed import under_deepspeed
 from sana_kit.encodings.prompts import parse_instruction
-from sana_kit.files import check_output_folder
+from sana_kit.files import check_output_folder, expand
 from sana_kit.models.attention import ATTENTION_CHOICES, resolve_attention
 from sana_kit.models.folder import find_model, meta_transformer
 from sana_kit.training import checkpoints
+from sana_kit.training.accounts import tracker_problems, upload_problems
 from sana_kit.training.recipes import WEIGHTING_SCHEMES
 
 OPTIMIZERS = ("adamw", "prodigy")
@@ -32,6 +33,8 @@ LR_SCHEDULERS = (
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
 
 
+PATH_FLAGS = ("pretrained_model_name_or_path", "cache_dir", "dataset_name", "instance_data_dir", "class_data_dir")
+PATH_FLAGS += ("encodings_dir", "output_dir", "resume_from_checkpoint", "complex_human_instruction")
 SECRET_FLAGS = ("hub_token",)
 
 
@@ -216,6 +219,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     args.explicit = set(vars(quiet.parse_args(arguments)))
     if args.enable_npu_flash_attention:
         args.attention = "npu_fusion"
+    for name in PATH_FLAGS:  # a shell leaves the ~ of --output_dir=~/out as it is
+        value = getattr(args, name)
+        if value is not None and value.startswith("~"):
+            setattr(args, name, str(expand(value)))
     return args
 
 
@@ -278,13 +285,9 @@ def validate_args(args: argparse.Namespace, device_type: str):
         # Prodigy's distance estimate is a sum over all weights, which a ZeRO rank does not have.
         expect(not under_deepspeed(), "optimizer", "Prodigy cannot run on ZeRO's partitions; use AdamW.")
         expect(_importable("prodigyopt"), "optimizer", "needs the package prodigyopt: pip install prodigyopt.")
-    for tracker in ("tensorboard", "wandb", "comet_ml"):
-        if args.report_to == tracker:
-            expect(_importable(tracker), "report_to", f"the package {tracker} is not installed.")
-    if args.report_to == "wandb" and args.hub_token is not None:
-        problems.append(
-            "--hub_token: must not be given with --report_to=wandb, which may publish it; log in beforehand."
-        )
+    accounts = tracker_problems(args.report_to, args.hub_token)
+    accounts += upload_problems(args.push_to_hub, args.hub_model_id, args.hub_token, args.output_dir)
+    problems += [problem.text(lambda field: f"--{field}") for problem in accounts]
 
     # devices and precision
     try:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+from sana_kit.data.image_set import ImageSet
+from sana_kit.distributed import Ranks
+from sana_kit.errors import Problem, UserError
+
 OPTIMIZER_FILE = "optimizer.safetensors"
 
 
@@ -58,3 +64,17 @@ def differences(before: dict, now: dict) -> list[str]:
         for key in now
         if key in before and before[key] != now[key]
     ]
+
+
+def check_same_images(images: ImageSet, ranks: Ranks) -> None:
+    """Raise UserError on every rank unless all ranks found the same images and captions.
+
+    Machines whose folders differ by one file would train on permutations of different sets without a word.
+    """
+    found = ranks.gather((images.digest(), len(images), os.uname().nodename))
+    odd = [rank for rank, (digest, _, _) in enumerate(found) if digest != found[0][0]]
+    if odd:
+        rank = odd[0]
+        counts = f"{found[0][1]} samples on rank 0 ({found[0][2]}), {found[rank][1]} on rank {rank} ({found[rank][2]})"
+        reason = f"ranks {odd} found other images or captions than rank 0: {counts}"
+        raise UserError(Problem("dataset_name", None, reason, "Give every machine the same files."))
