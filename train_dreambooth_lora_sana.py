@@ -57,9 +57,10 @@ from sana_kit.training.prior import generate_class_images
 from sana_kit.training.recipes import flow_matching_loss, read_flow_shift
 from sana_kit.training.recorder import check_finite, print_summary
 from sana_kit.training.state import check_same_images, differences, run_identity
-from sana_kit.training.stream import SampleStream, StreamBatchSampler, collate, ignore_signals_in_worker
+from sana_kit.training.stream import SampleStream, StreamBatchSampler, collate
 from sana_kit.training.transformer import prepare_transformer
 from sana_kit.training.validation import Validation, validation_due
+from sana_kit.workers import prepare_worker
 
 PROCESS_STARTED = time.perf_counter()  # before the imports that take seconds
 
@@ -308,7 +309,7 @@ def train(args, accelerator, base, output_dir: Path, started: float, phases: Pha
         prefetch_factor=4 if workers else None,
         persistent_workers=workers > 0,
         pin_memory=device.type != "cpu",
-        worker_init_fn=ignore_signals_in_worker,
+        worker_init_fn=prepare_worker,
         generator=torch.Generator(),  # the loader's own draw must not move the state that dropout continues from
     )
 

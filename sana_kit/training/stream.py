@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-
 import torch
 
 from sana_kit.encodings.prompts import collate_prompt_embeds
@@ -69,14 +67,6 @@ class StreamBatchSampler(torch.utils.data.Sampler):
         for micro_step in range(self.micro_steps):
             first = self.start + (micro_step * self.world_size + self.rank) * self.batch_size
             yield list(range(first, first + self.batch_size))
-
-
-def ignore_signals_in_worker(worker: int) -> None:
-    """For the loader's processes: a SIGTERM to the whole group must not end them while the trainer finishes its
-    step.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def collate(samples: list[list[dict]]) -> dict:
