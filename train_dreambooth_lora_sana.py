@@ -23,18 +23,16 @@ import math
 import os
 import sys
 import time
-import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
-from patch_sana import check_adapter, create_load_model_hook, create_save_model_hook
 from sana_kit import devices
 from sana_kit.arithmetic import training_flops_per_image
 from sana_kit.data.discover import load_class_images, load_images
 from sana_kit.data.image_set import bad_image_problems, check_images, concat
-from sana_kit.distributed import Ranks, StopSignal, under_deepspeed
+from sana_kit.distributed import StopSignal
 from sana_kit.encodings.encode import encode
 from sana_kit.encodings.prompts import parse_instruction
 from sana_kit.errors import EncodingStopped, run_as_script
@@ -45,18 +43,13 @@ from sana_kit.reports.report import refresh_report
 from sana_kit.runlog import JsonLinesLog, PhaseClock, ThroughputMeter, console_bar
 from sana_kit.training import checkpoints
 from sana_kit.training.config import parse_args, public_config, redacted_command, validate_args, validation_prompts
-from sana_kit.training.engine import (
-    create_accelerator,
-    fit_buckets,
-    frozen_weights,
-    zero_nonfinite_loss,
-)
-from sana_kit.training.export import finish_outputs, write_final_weights, write_transformer
-from sana_kit.training.optim import create_optimizer
+from sana_kit.training.engine import Engine
+from sana_kit.training.export import finish_outputs, write_final_weights
+from sana_kit.training.optim import build_optimizer
 from sana_kit.training.prior import generate_class_images
 from sana_kit.training.recipes import flow_matching_loss, read_flow_shift
 from sana_kit.training.recorder import check_finite, print_summary
-from sana_kit.training.state import check_same_images, differences, run_identity
+from sana_kit.training.state import TrainState, check_same_images, data_digests, run_identity
 from sana_kit.training.stream import SampleStream, StreamBatchSampler, collate
 from sana_kit.training.transformer import prepare_transformer
 from sana_kit.training.validation import Validation, validation_due
@@ -81,9 +74,9 @@ def main(args: argparse.Namespace, process_started: float | None = None) -> int:
     phases.mark("checks")
 
     # ------------------------------------------------------------------------------------------------- engine, logs
-    accelerator = create_accelerator(args)
+    engine = Engine.create(args)
     phases.mark("processes")
-    main_process, device = accelerator.is_main_process, accelerator.device
+    main_process, device = engine.ranks.is_main, engine.device
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(message)s",
         datefmt="%H:%M:%S",
@@ -95,45 +88,34 @@ def main(args: argparse.Namespace, process_started: float | None = None) -> int:
     devices.prepare_backend(device, allow_tf32=args.allow_tf32)
     output_dir = Path(args.output_dir)
 
-    ranks = Ranks.of(accelerator)
-    stop = StopSignal(ranks)
+    stop = StopSignal(engine.ranks)
     with lock_folder(output_dir, enabled=main_process):
         try:
-            code = train(args, accelerator, base, output_dir, started, phases, stop)
-            ranks.close()
+            code = train(args, engine, base, output_dir, started, phases, stop)
+            engine.ranks.close()
             return code
         except EncodingStopped:
             logger.warning("stopped while encoding; what is encoded is kept, the same command goes on from there")
             return stop.exit_code
 
 
-def train(args, accelerator, base, output_dir: Path, started: float, phases: PhaseClock, stop: StopSignal) -> int:
+def train(args, engine, base, output_dir: Path, started: float, phases: PhaseClock, stop: StopSignal) -> int:
     """The run itself, once the output folder is ours; `base` is the checked model. See `main`."""
-    main_process, world_size, device = accelerator.is_main_process, accelerator.num_processes, accelerator.device
-    from accelerate.utils import broadcast_object_list
+    ranks, accelerator, device = engine.ranks, engine.accelerator, engine.device
+    main_process, world_size = ranks.is_main, ranks.world_size
     from diffusers.optimization import get_scheduler
 
     # ------------------------------------------------------------------------------------------- where to start from
-    found = [None, [], None]
-    if args.resume_from_checkpoint and main_process:
-        folder, notes = checkpoints.find_checkpoint(output_dir, args.resume_from_checkpoint)
-        found = [str(folder) if folder else None, notes, None]
-    if args.seed is None and main_process:
-        found[2] = int.from_bytes(os.urandom(4), "little")
-    broadcast_object_list(found)
-    resume_folder = Path(found[0]) if found[0] else None
-    state = checkpoints.read_trainer_state(resume_folder, accelerator) if resume_folder else None
+    resume, notes = checkpoints.start_or_resume(args, ranks)
     if args.seed is None:
-        args.seed = state["seed"] if state else found[2]
+        args.seed = ranks.agree(resume.state["seed"] if resume else int.from_bytes(os.urandom(4), "little"))
         logger.info("seed: %d (drawn; --seed=%d repeats this run)", args.seed, args.seed)
     devices.seed_everything(args.seed)
-    if main_process:
-        checkpoints.remove_leftovers(output_dir)
     log = JsonLinesLog(output_dir / "train_log.jsonl", main_process)
-    for note in found[1]:
+    for note in notes:
         logger.warning(note)
         log.write("warning", step=0, message=note)
-    if args.resume_from_checkpoint == "latest" and resume_folder is None:
+    if args.resume_from_checkpoint == "latest" and resume is None:
         logger.info("no checkpoint in %s yet: starting at step 0", output_dir)
 
     # ------------------------------------------------------------------------------------- images and captions
@@ -211,15 +193,14 @@ def train(args, accelerator, base, output_dir: Path, started: float, phases: Pha
     logger.info("flow_shift: %s (the checkpoint's own: %s)", args.flow_shift, own_shift)
     phases.mark("images and encodings")
     devices.seed_everything(args.seed)  # the adapter's random start does not depend on what encoding consumed
-    transformer = prepare_transformer(args, accelerator, base)
+    transformer = prepare_transformer(args, engine, base)
     phases.mark("transformer")
-    named_parameters = [(n, p) for n, p in transformer.named_parameters() if p.requires_grad]
-    trainable = sum(p.numel() for _, p in named_parameters)
+    trained = [p for p in transformer.parameters() if p.requires_grad]
+    trainable = sum(p.numel() for p in trained)
     transformer_config = dict(transformer.config)
-    fit_buckets(accelerator, trainable)
     if args.scale_lr:
         args.learning_rate *= args.gradient_accumulation_steps * args.train_batch_size * world_size
-    optimizer = create_optimizer(args, [p for _, p in named_parameters], device)
+    optimizer = build_optimizer(args, trained, device)
 
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * world_size
     if args.max_train_steps is None:
@@ -234,54 +215,22 @@ def train(args, accelerator, base, output_dir: Path, started: float, phases: Pha
         power=args.lr_power,
     )
     transformer.train()
-    model, optimizer = accelerator.prepare(transformer, optimizer)
-
-    def unwrap_model(module):
-        return accelerator.unwrap_model(module)
-
-    save_hook = None
-    if args.train_mode == "lora":
-        save_hook = create_save_model_hook(accelerator, unwrap_model, transformer)
-        accelerator.register_save_state_pre_hook(save_hook)
-        accelerator.register_load_state_pre_hook(create_load_model_hook(accelerator, unwrap_model, transformer, args))
-
-    def write_weights(folder: Path) -> None:
-        if args.train_mode == "lora":
-            save_hook([model], [], str(folder))
-        else:
-            write_transformer(accelerator, model, args, folder)
+    model, optimizer = engine.prepare(transformer, optimizer)
 
     # ------------------------------------------------------------------------------------------------------- resume
-    global_step, samples_seen = 0, 0
-    if state is not None:
-        if main_process and args.train_mode == "lora":
-            check_adapter(str(resume_folder), unwrap_model(model), same_weights=False)
-        random_state = checkpoints.load_checkpoint(
-            resume_folder,
-            accelerator=accelerator,
-            model=model,
-            optimizer=optimizer,
-            named_parameters=named_parameters,
-            trainer_state=state,
-            device=device,
+    digests = ranks.agree(data_digests(encoded.images) if main_process else None)
+    state = TrainState(seed=args.seed, run=run_identity(args, num_instance, world_size, digests))
+    state.run_id = ranks.agree(state.run_id)
+    saver = checkpoints.Checkpointer(args, engine, state, lr_scheduler)
+    for note in saver.load(resume):
+        logger.warning(note)
+        log.write("warning", step=state.global_step, message=note)
+    if resume is not None:
+        logger.info(
+            "resumed from %s: step %d, %d samples seen", resume.folder.name, state.global_step, state.samples_seen
         )
-        if main_process and args.train_mode == "lora":  # the adapter file and the masters must say the same
-            check_adapter(str(resume_folder), unwrap_model(model), same_weights=True)
-        global_step, samples_seen = state["global_step"], state["samples_seen"]
-        with warnings.catch_warnings():  # torch warns that no optimizer step came before
-            warnings.simplefilter("ignore", UserWarning)
-            for _ in range(global_step):
-                lr_scheduler.step()
-        for warning in differences(state["run"], run_identity(args, num_instance, world_size)):
-            logger.warning(warning)
-            log.write("warning", step=global_step, message=warning)
-        logger.info("resumed from %s: step %d, %d samples seen", resume_folder.name, global_step, samples_seen)
-    else:
-        random_state = None
-    if random_state is None:  # dropout differs between ranks, and goes on differently after a change of world size
-        devices.seed_everything((args.seed * 1_000_003 + 97 * global_step + accelerator.process_index) % 2**63)
-    else:
-        devices.set_random_state(random_state, device)
+    global_step, samples_seen = state.global_step, state.samples_seen
+    logger.info("one checkpoint: %.1f MB", saver.bytes() / 1e6)
 
     # ------------------------------------------------------------------------------------------------------- loader
     stream = SampleStream(
@@ -320,7 +269,7 @@ def train(args, accelerator, base, output_dir: Path, started: float, phases: Pha
         "device": devices.device_name(device),
         "world_size": world_size,
     }
-    log.write("resume" if state else "start", step=global_step, world_size=world_size, config=config)
+    log.write("resume" if resume else "start", step=global_step, world_size=world_size, config=config)
     if args.report_to != "none":
         trackable = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config.items()}
         accelerator.init_trackers(
@@ -356,7 +305,7 @@ def train(args, accelerator, base, output_dir: Path, started: float, phases: Pha
 
     def validate() -> None:
         with meter.paused(), bar.paused() if bar is not None else nullcontext():
-            shown = validation.run(unwrap_model(model), global_step)
+            shown = validation.run(engine.unwrap(model), global_step)
             log.write(
                 "validation",
                 step=global_step,
@@ -366,26 +315,20 @@ def train(args, accelerator, base, output_dir: Path, started: float, phases: Pha
             )
             report_page()
 
+    def check_updates() -> list[float]:
+        """The losses since the last call; waits for the device."""
+        losses = accelerator.reduce(torch.stack(interval), reduction="mean").tolist()
+        interval.clear()
+        skipped = engine.guard.read()
+        counts = (samples_seen, stream, samples_per_step, global_step)
+        check_finite(losses, skipped, *counts, saver.last_good, args, engine, log)
+        return losses
+
     def save() -> Path:
         with meter.paused(), bar.paused():
-            folder, seconds = checkpoints.save_checkpoint(
-                output_dir,
-                accelerator=accelerator,
-                model=model,
-                optimizer=optimizer,
-                named_parameters=named_parameters,
-                trainer_state={
-                    "global_step": global_step,
-                    "samples_seen": samples_seen,
-                    "epoch": samples_seen / num_instance,
-                    "seed": args.seed,
-                    "learning_rate": lr_scheduler.get_last_lr()[0],
-                    "run": run_identity(args, num_instance, world_size),
-                },
-                random_state=devices.random_state(device),
-                write_weights=write_weights,
-                keep=args.checkpoints_total_limit,
-            )
+            state.global_step, state.samples_seen = global_step, samples_seen
+            state.epoch, state.learning_rate = samples_seen / num_instance, lr_scheduler.get_last_lr()[0]
+            folder, seconds = saver.save()
             log.write("checkpoint", step=global_step, path=folder.name, seconds=round(seconds, 3))
             report_page()
         return folder
@@ -407,28 +350,18 @@ def train(args, accelerator, base, output_dir: Path, started: float, phases: Pha
     )
     devices.reset_peak_memory(device)
     interval = []  # losses since the last report, on the device: reading them would wait for it
-    trained, skipped_updates = [p for _, p in named_parameters], 0
-    last_saved, final_loss, interrupted, grad_norm = global_step, None, False, None
+    final_loss, interrupted = None, False
     batch_iterator = iter(loader)
     meter.start()  # once more: the first validation does not count
     while global_step < args.max_train_steps:
-        step_loss, skip_update = torch.zeros((), dtype=torch.float32, device=device), False
+        step_loss = torch.zeros((), dtype=torch.float32, device=device)
         for _ in range(args.gradient_accumulation_steps):
             batch = {k: v.to(device, non_blocking=True) for k, v in next(batch_iterator).items()}
-            with accelerator.accumulate(model):
+            with engine.accumulate():
                 loss = flow_matching_loss(model, batch, args, num_class > 0)
                 step_loss += loss.detach() / args.gradient_accumulation_steps
-                if args.on_nan == "skip":
-                    loss, bad = zero_nonfinite_loss(loss, trained, accelerator)
-                    skip_update = skip_update or bad
-                with frozen_weights(optimizer, skip_update):  # DeepSpeed's engine steps inside backward
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients and not under_deepspeed() and args.max_grad_norm > 0:
-                        # Under DeepSpeed the engine clips: its gradient_clipping comes from --max_grad_norm.
-                        grad_norm = accelerator.clip_grad_norm_(trained, args.max_grad_norm)
-                    optimizer.step()
-                optimizer.zero_grad()
-        skipped_updates += skip_update
+                engine.backward(loss)
+                engine.step()
         lr_scheduler.step()
         global_step += 1
         samples_seen += samples_per_step
@@ -443,14 +376,10 @@ def train(args, accelerator, base, output_dir: Path, started: float, phases: Pha
 
         # After the first step the only place where the host waits for the device.
         if global_step % args.logging_steps == 0 or global_step == args.max_train_steps or interrupted:
-            losses = accelerator.reduce(torch.stack(interval), reduction="mean").tolist()
-            interval.clear()
-            check_finite(losses, samples_seen, stream, samples_per_step, global_step, last_saved, args, log)
+            losses = check_updates()
             finite = [value for value in losses if math.isfinite(value)]
             final_loss = sum(finite) / len(finite) if finite else float("nan")
             rate = meter.lap()
-            if under_deepspeed():
-                grad_norm = model.get_global_grad_norm()
             figures = {
                 "loss": final_loss,
                 "loss_max": max(finite, default=None),  # a spike of one step would drown in the mean of the interval
@@ -458,7 +387,7 @@ def train(args, accelerator, base, output_dir: Path, started: float, phases: Pha
                 "images_per_second": rate,
                 "peak_memory_bytes": devices.peak_memory_bytes(device),
                 "mfu": rate * flops_per_image / (peak * world_size) if peak and rate else None,
-                "grad_norm": float(grad_norm) if grad_norm is not None else None,
+                "grad_norm": float(engine.guard.grad_norm) if engine.guard.grad_norm is not None else None,
             }
             log.write("step", step=global_step, epoch=samples_seen / num_instance, **figures)
             accelerator.log({k: v for k, v in figures.items() if v is not None}, step=global_step)
@@ -470,21 +399,17 @@ def train(args, accelerator, base, output_dir: Path, started: float, phases: Pha
 
         if interrupted:
             break
-        if global_step % args.checkpointing_steps == 0:
-            if (
-                interval and args.on_nan == "stop"
-            ):  # between two reports: nothing that is not a number may get into a checkpoint
-                losses = accelerator.reduce(torch.stack(interval), reduction="mean").tolist()
-                check_finite(losses, samples_seen, stream, samples_per_step, global_step, last_saved, args, log)
+        if saver.due(global_step):
+            if interval:  # between two reports: nothing that is not finite may get into a checkpoint
+                check_updates()
             save()
-            last_saved = global_step
         if validation is not None and validation_due(args, global_step, samples_seen, samples_per_step, num_instance):
             validate()
     bar.close()
 
     # ---------------------------------------------------------------------------------------------------------- end
     if interrupted:
-        if last_saved != global_step:
+        if saver.last_step != global_step:
             save()
         logger.warning(
             "stopped by signal %d after step %d; --resume_from_checkpoint=latest goes on from there",
@@ -493,7 +418,7 @@ def train(args, accelerator, base, output_dir: Path, started: float, phases: Pha
         )
         log.write("warning", step=global_step, message=f"stopped by signal {stop.signal}")
     else:
-        write_final_weights(args, accelerator, model, optimizer, named_parameters, write_weights, output_dir)
+        write_final_weights(args, engine, output_dir)
         if validation is not None:
             validate()
     summary = {
@@ -515,7 +440,7 @@ def train(args, accelerator, base, output_dir: Path, started: float, phases: Pha
         "device_type": device.type,
         "peak_memory_bytes": devices.peak_memory_bytes(device),
         "flops_per_image": flops_per_image,
-        "skipped_updates": skipped_updates,
+        "skipped_updates": engine.guard.total,
         "interrupted_by_signal": stop.signal if interrupted else None,
     }
     if main_process:

@@ -1,313 +1,407 @@
 """Checkpoints: written beside and renamed when whole, found again, resumed exactly, on any number of processes.
 
-Used by train_dreambooth_lora_sana.py. A `checkpoint-N` folder holds
+A `checkpoint-N` folder holds
 
-    pytorch_lora_weights.safetensors   the adapter, as patch_sana.py's save hook writes it (LoRA)
-    optimizer.safetensors              per trainable parameter: float32 master, and the optimizer's tensors (Adam
-    moments) trainer_state.json                 global step, data position, seed, scheduler, what the run was made of
+    pytorch_lora_weights.safetensors   LoRA: the adapter, as patch_sana.py writes it
+    transformer/                       full fine-tuning: the model's weights in the dtype of the run
+    optimizer.safetensors              per trainable parameter: float32 master, and the optimizer's tensors
+    (optimizer-00001-of-00020....)     the same in several files where they are large
+    trainer_state.json                 TrainState, and the optimizer's and the loss scale's numbers
     random_states.pt                   every rank's generator states, the device's too (plain tensors and numbers)
-    manifest.json                      size and SHA-256 of each file: a folder without a true manifest is no checkpoint
+    manifest.json                      size and SHA-256 of each file
 
-Optimizer state is stored per parameter, whole, and not as an engine's shards: DeepSpeed ZeRO-1/2/3, DDP and a single
-process write and read the same files, so a checkpoint of P processes resumes on Q. One process writes, so one rename
-makes it whole, and machines that share no folder can resume from the first machine's: rank 0 reads and broadcasts.
+Optimizer state is stored per parameter, whole, and not as an engine's shards: ZeRO-1/2/3, DDP and a single process
+write and read the same files, so a checkpoint of P processes resumes on Q. Ranks that see the folder share the writing
+(shares.py); one rename makes the checkpoint whole. On a resume rank 0 reads and passes on tensor by tensor, so
+machines that share no folder resume from the first machine's.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import os
-import re
-import shutil
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
-from sana_kit.errors import CheckpointError
-from sana_kit.files import apply_umask, file_sha256, sync_path
-from sana_kit.training.engine import collect_optimizer_state, parameter_shape, restore_optimizer_state
-from sana_kit.training.optim import optimizer_scalars
-from sana_kit.training.state import OPTIMIZER_FILE, pack_random_state, unpack_random_state
+from sana_kit import devices
+from sana_kit.errors import CheckpointError, Problem, UserError
+from sana_kit.files import expand, read_header, remove_tree
+from sana_kit.training.checkpoint_folders import (
+    FORMAT,
+    STATE_FILE,
+    all_checkpoints,
+    find_checkpoint,
+    find_damage,
+    list_checkpoints,
+    prune_checkpoints,
+    put_in_place,
+    read_state,
+    recover,
+    set_later_aside,
+    set_run_aside,
+    write_manifest,
+)
+from sana_kit.training.engine import Engine
+from sana_kit.training.shares import (
+    DTYPES,
+    MODEL_FILE_BYTES,
+    TensorFile,
+    index_of,
+    share_out,
+    split_files,
+    write_shares,
+)
+from sana_kit.training.state import DECISIVE, TrainState, differences, pack_random_state, unpack_random_state
+from sana_kit.training.zero import whole_shape
+
+__all__ = ["Checkpointer", "Resume", "find_damage", "list_checkpoints", "start_or_resume"]
+
+logger = logging.getLogger("sana")
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-
-
-STATE_FILE = "trainer_state.json"
-
-
+OPTIMIZER_STEM = "optimizer"
+TRANSFORMER_STEM = "transformer/diffusion_pytorch_model"
 RANDOM_FILE = "random_states.pt"
+# Below this one rank writes alone: agreeing on the shares would take longer.
+SHARED_BYTES = 64 << 20
 
 
-MANIFEST_FILE = "manifest.json"
+@dataclasses.dataclass(frozen=True)
+class Resume:
+    """A checkpoint to go on from.
 
-
-FORMAT = 1
-
-
-CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
-
-
-def write_manifest(folder: Path) -> None:
-    """Write manifest.json with size and SHA-256 of every other file below `folder`, each synced to the disk."""
-    files = {}
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST_FILE)
-    apply_umask(paths)
-    for path in paths:
-        sync_path(path)
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    manifest = folder / MANIFEST_FILE
-    manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
-    sync_path(manifest)
-
-
-def find_damage(folder: Path, hashes: bool = True) -> str | None:
-    """What is wrong with a checkpoint folder, None if it is whole: a missing manifest, a file missing, cut or
-    changed.
+    Attributes:
+        folder: where it lies; only rank 0 needs to see it.
+        state: its trainer_state.json in today's FORMAT.
     """
-    manifest = folder / MANIFEST_FILE
-    if not manifest.is_file():
-        return f"{MANIFEST_FILE} is missing: it was never finished, or is not a checkpoint of this kit"
+
+    folder: Path
+    state: dict
+
+
+def start_or_resume(settings, ranks) -> tuple[Resume | None, list[str]]:
+    """Make the output folder ready and find the checkpoint to go on from: rank 0 does it and tells all.
+
+    Args:
+        settings: output_dir, resume_from_checkpoint, overwrite_output_dir, and the names of `state.DECISIVE`.
+
+    Returns:
+        (the checkpoint or None for a fresh start, notes for the log).
+
+    Raises:
+        UserError: the checkpoint asked for is not there, is damaged, or holds another kind of run.
+    """
+    output_dir = expand(settings.output_dir)
+
+    def look() -> tuple[str | None, dict | None, list[str]]:
+        if not ranks.is_main:
+            return None, None, []
+        notes = [f"{name} was whole but not yet in place; brought back" for name in recover(output_dir)]
+        if settings.overwrite_output_dir:
+            aside = set_run_aside(output_dir)
+            notes += [f"what lay in {output_dir} was set aside in {aside.name}"] if aside else []
+        if not settings.resume_from_checkpoint:
+            return None, None, notes
+        folder, found = find_checkpoint(output_dir, settings.resume_from_checkpoint)
+        if folder is None:
+            return None, None, [*notes, *found]
+        state = read_state(folder)
+        _check_kind(settings, folder, state)
+        return str(folder), state, [*notes, *found]
+
+    folder, state, notes = ranks.agree(ranks.run_on_all(look))
+    return (Resume(Path(folder), state) if folder else None), notes
+
+
+def _check_kind(settings, folder: Path, state: dict) -> None:
+    """UserError where the run trains something that the checkpoint's tensors do not fit."""
+    before = state["run"]
+    problems = []
+    for key in DECISIVE:
+        value, saved = getattr(settings, key), before.get(key)
+        same = str(value).lower() == str(saved).lower() if key == "optimizer" else value == saved
+        if key in before and not same and (key == "train_mode" or settings.train_mode == "lora" or key == "optimizer"):
+            reason = f"{folder.name} was trained with {key} {saved}"
+            problems.append(Problem(key, value, reason, f"Resume with {key} {saved}, or start afresh."))
+    if problems:
+        raise UserError(problems, f"{folder} does not fit this run:")
+
+
+class Checkpointer:
+    """Writes the checkpoints of a run and goes on from one; knows when one is due.
+
+    Every method is called by all ranks.
+
+    Attributes:
+        last_step: global step of the newest checkpoint that this run wrote or went on from, None before.
+    """
+
+    def __init__(self, settings, engine: Engine, state: TrainState, schedule=None):
+        """
+        Args:
+            settings: output_dir, checkpointing_steps, checkpoints_total_limit, and for full fine-tuning
+                pretrained_model_name_or_path and revision.
+            engine: after `prepare`.
+            state: of the run; `load` fills it, `save` reads it.
+            schedule: the learning rate's, stepped once an update; `load` replays it.
+        """
+        self._settings, self._engine, self.state, self._schedule = settings, engine, state, schedule
+        self._output_dir = expand(settings.output_dir)
+        self.last_step: int | None = None
+        state.sequence = max(
+            state.sequence, engine.ranks.agree(max((c.sequence for c in all_checkpoints(self._output_dir)), default=0))
+        )
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint belongs after this update."""
+        return step % self._settings.checkpointing_steps == 0
+
+    @property
+    def last_good(self) -> str:
+        """The newest checkpoint in words, for messages."""
+        return f"checkpoint-{self.last_step}" if self.last_step else "none was written"
+
+    def bytes(self) -> int:
+        """Bytes of the tensors of one checkpoint."""
+        engine = self._engine
+        trained = sum(torch.Size(whole_shape(p)).numel() for _, p in engine.named_parameters)
+        entries = engine.optimizer_entries()
+        moments = sum(e.bytes for e in entries if not e.key.endswith("|master"))
+        weights = sum(e.bytes for e in engine.weight_entries()) if engine.train_mode == "full" else 2 * trained
+        # before the first step there are no moments: two a weight, as of AdamW
+        return 4 * trained + (moments or 8 * trained) + weights
+
+    # ---------------------------------------------------------------------------------------------------------- write
+
+    def save(self) -> tuple[Path, float]:
+        """Write checkpoint-N for N = state.global_step; returns (folder, seconds).
+
+        Raises:
+            CheckpointError: on every rank, if any rank could not write, or something that was to be saved is not
+                finite. Nothing is left under the final name then, and older checkpoints are untouched.
+        """
+        started = time.perf_counter()
+        ranks, step = self._engine.ranks, self.state.global_step
+        self.state.sequence += 1
+        final = self._output_dir / f"checkpoint-{step}"
+        partial = Path(ranks.agree(str(self._output_dir / f".checkpoint-{step}.partial-{os.getpid()}")))
+        problem = self._write(partial)
+        failed = [found for found in ranks.gather(problem) if found]
+        if not failed:
+            failed = [found for found in ranks.gather(self._finish(partial, final)) if found]
+        if failed:
+            raise CheckpointError(ranks.agree(self._failure(partial, final, failed[0])))
+        ranks.barrier()
+        self.last_step = step
+        return final, time.perf_counter() - started
+
+    def _write(self, partial: Path) -> str | None:
+        """Everything but the manifest; what went wrong on this rank, None if nothing did."""
+        engine, ranks = self._engine, self._engine.ranks
+        files = split_files(OPTIMIZER_STEM, engine.optimizer_entries())
+        model_files = []
+        if engine.train_mode == "full":
+            model_files = split_files(TRANSFORMER_STEM, engine.weight_entries(), MODEL_FILE_BYTES)
+        problem = _attempt(lambda: _make_folder(partial)) if ranks.is_main else None
+        writers = self._writers(partial, files + model_files)
+        random_states = ranks.gather(pack_random_state(devices.random_state(engine.device)))
+        self._written, written_problem = write_shares(partial, share_out(files + model_files, writers), ranks.rank)
+        problem = problem or written_problem
+        if engine.train_mode == "lora":
+            problem = _attempt(lambda: engine.write_adapter(partial)) or problem
+        if ranks.is_main and problem is None:
+            problem = _attempt(lambda: self._write_small_files(partial, random_states, model_files))
+        return problem
+
+    def _writers(self, partial: Path, files: list[TensorFile]) -> list[int]:
+        """The ranks that see the main rank's folder, where there is enough to share; else the main rank."""
+        ranks = self._engine.ranks
+        if ranks.world_size == 1 or sum(file.bytes for file in files) < SHARED_BYTES:
+            return [0]
+        ranks.barrier()
+        # a folder of the same path on another machine's disk does not hold this very folder
+        sees = partial.is_dir()
+        return [rank for rank, there in enumerate(ranks.gather(sees)) if there] or [0]
+
+    def _write_small_files(self, partial: Path, random_states: list, model_files: list[TensorFile]) -> None:
+        engine = self._engine
+        if model_files:
+            write_model_facts(partial, engine, self._settings, model_files)
+        torch.save({"world_size": engine.ranks.world_size, "states": random_states}, partial / RANDOM_FILE)
+        state = {
+            **dataclasses.asdict(self.state),
+            "format": FORMAT,
+            "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "optimizer": engine.optimizer_numbers(),
+            "loss_scale": engine.loss_scale(),
+        }
+        (partial / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+    def _finish(self, partial: Path, final: Path) -> str | None:
+        """The manifest of all ranks' files, then the name; older checkpoints of this run go only after that."""
+        ranks = self._engine.ranks
+        known = {name: entry for written in ranks.gather(self._written) for name, entry in written.items()}
+        if not ranks.is_main:
+            return None
+
+        def rename() -> None:
+            write_manifest(partial, known)
+            put_in_place(partial, final)
+            prune_checkpoints(self._output_dir, self._settings.checkpoints_total_limit, self.state.run_id, final)
+
+        return _attempt(rename)
+
+    def _failure(self, partial: Path, final: Path, problem: str) -> str:
+        if self._engine.ranks.is_main:
+            remove_tree(partial)
+        whole = [path.name for _, path in list_checkpoints(self._output_dir) if find_damage(path, False) is None]
+        there = ", ".join(whole) or "none"
+        if "not finite" in problem:
+            remedy = "Go on from one of them with a lower learning rate."
+        else:
+            remedy = "Free space or choose another output folder, then go on from the latest of them."
+        return f"Could not write {final}: {problem}. Older checkpoints are untouched: {there}. {remedy}"
+
+    # ----------------------------------------------------------------------------------------------------------- read
+
+    def load(self, resume: Resume | None) -> list[str]:
+        """Go on from `resume`, or begin: weights, optimizer, schedule, loss scale, random states, and the state.
+
+        Later checkpoints of the folder are set aside. Returns what differs from the run that wrote the checkpoint,
+        as sentences.
+
+        Raises:
+            CheckpointError: the checkpoint does not fit this model or optimizer.
+        """
+        engine, state = self._engine, self.state
+        if resume is None:
+            self._seed()
+            return []
+        saved = resume.state
+        with ExitStack() as open_files:
+            reader = _Reader(resume.folder, engine, open_files)
+            engine.ranks.run_on_all(lambda: self._check_adapter(resume.folder, same_weights=False))
+            reader.check(engine.named_parameters)
+            engine.restore_optimizer(saved["optimizer"], list(reader.tensors), reader.read)
+            engine.ranks.run_on_all(lambda: self._check_adapter(resume.folder, same_weights=True))
+            random_states = engine.ranks.agree(reader.random_states())
+        state.global_step, state.samples_seen = saved["global_step"], saved["samples_seen"]
+        state.run_id, state.epoch = saved["run_id"], saved["epoch"]
+        state.sequence = max(state.sequence, saved["sequence"])
+        self.last_step = state.global_step
+        if self._schedule is not None:
+            _replay(self._schedule, state.global_step)
+        notes = differences(saved["run"], state.run)
+        if not engine.restore_loss_scale(saved["loss_scale"]):
+            notes.append("the checkpoint holds no loss scale of this engine: fp16 starts with its own")
+        if random_states["world_size"] == engine.ranks.world_size:
+            packed = random_states["states"][engine.ranks.rank]
+            devices.set_random_state(unpack_random_state(packed), engine.device)
+        else:
+            self._seed()
+        aside = engine.ranks.agree(self._set_later_aside(resume.folder))
+        if aside is not None:
+            notes.append(f"checkpoints that were written after {resume.folder.name} were set aside in {aside}")
+        return notes
+
+    def _seed(self) -> None:
+        """Dropout differs between ranks, and goes on differently after a change of world size."""
+        number = self.state.seed * 1_000_003 + 97 * self.state.global_step + self._engine.ranks.rank
+        devices.seed_everything(number % 2**63)
+
+    def _check_adapter(self, folder: Path, same_weights: bool) -> None:
+        if self._engine.ranks.is_main and self._engine.train_mode == "lora":
+            self._engine.check_adapter(folder, same_weights)
+
+    def _set_later_aside(self, folder: Path) -> str | None:
+        aside = set_later_aside(self._output_dir, folder) if self._engine.ranks.is_main else None
+        return aside.name if aside else None
+
+
+def _replay(schedule, steps: int) -> None:
+    import warnings
+
+    with warnings.catch_warnings():  # torch warns that no optimizer step came before
+        warnings.simplefilter("ignore", UserWarning)
+        for _ in range(steps):
+            schedule.step()
+
+
+def _attempt(action) -> str | None:
+    """Run `action`; what it raised, in words. Disk full, quota, permission: told to every rank by the caller."""
     try:
-        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-    except (ValueError, KeyError, UnicodeDecodeError) as error:
-        return f"{MANIFEST_FILE} is unreadable ({error})"
-    for name, entry in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-        if hashes and file_sha256(path) != entry["sha256"]:
-            return f"{name} has another SHA-256 than its manifest says"
+        action()
+    except Exception as error:  # noqa: BLE001
+        return f"{type(error).__name__}: {error}"
     return None
 
 
-def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
-    """(global step, folder) of everything named checkpoint-N below `output_dir`, oldest first, whole or not."""
-    if not output_dir.is_dir():
-        return []
-    found = []
-    for path in output_dir.iterdir():
-        match = CHECKPOINT_NAME.fullmatch(path.name)
-        if match and path.is_dir():
-            found.append((int(match.group(1)), path))
-    return sorted(found)
+def _make_folder(partial: Path) -> None:
+    remove_tree(partial)
+    partial.mkdir(parents=True)
 
 
-def find_checkpoint(output_dir: Path, name: str, set_aside: bool = True) -> tuple[Path | None, list[str]]:
-    """The folder that `--resume_from_checkpoint=name` means, and notes on what was passed over.
-
-    'latest' is the newest whole checkpoint of `output_dir`, None if there is none; damaged newer ones are renamed to
-    `checkpoint-N.damaged` (if `set_aside`) and named in the notes. Anything else is a folder: as given, or in
-    `output_dir`.
-
-    Raises:
-        ValueError: a checkpoint asked for by name does not exist or is damaged.
-    """
-    if name == "latest":
-        notes = []
-        for _, folder in reversed(list_checkpoints(output_dir)):
-            damage = find_damage(folder)
-            if damage is None:
-                return folder, notes
-            kept = folder
-            if set_aside:
-                kept = folder.with_name(folder.name + ".damaged")
-                while kept.exists():
-                    kept = kept.with_name(kept.name + "_")
-                os.replace(folder, kept)
-            notes.append(f"{folder.name} is damaged ({damage}); skipped and kept as {kept.name}")
-        return None, notes
-    candidates = [Path(name), output_dir / name]
-    folder = next((path for path in candidates if path.is_dir()), None)
-    there = ", ".join(path.name for _, path in list_checkpoints(output_dir)) or "none"
-    if folder is None:
-        raise ValueError(
-            f"--resume_from_checkpoint={name}: no such folder, neither as given nor in {output_dir}. Checkpoints"
-            f" there:"
-            f" {there}. Use one of them or 'latest'."
-        )
-    damage = find_damage(folder)
-    if damage is not None:
-        raise ValueError(
-            f"--resume_from_checkpoint={name}: {folder} is not a whole checkpoint: {damage}. Checkpoints in"
-            f" {output_dir}:"
-            f" {there}. Use another one or 'latest', which skips damaged ones."
-        )
-    return folder, []
+def write_model_facts(folder: Path, engine: Engine, settings, files: list[TensorFile]) -> None:
+    """What a diffusers folder holds beside the tensors: config, index of several files; and the base model's name."""
+    engine.transformer.save_config(folder / "transformer")
+    if len(files) > 1:
+        index = folder / f"{TRANSFORMER_STEM}.safetensors.index.json"
+        index.write_text(json.dumps(index_of(files), indent=2), encoding="utf-8")
+    base = {"base_model": settings.pretrained_model_name_or_path, "revision": settings.revision}
+    (folder / "sana_kit_base.json").write_text(json.dumps(base), encoding="utf-8")
 
 
-def prune_checkpoints(output_dir: Path, keep: int | None) -> list[str]:
-    """Remove the oldest checkpoints so that `keep` remain; called only once the newest is whole. Returns their
-    names.
-    """
-    if keep is None:
-        return []
-    removed = []
-    for _, folder in list_checkpoints(output_dir)[:-keep]:
-        # Renamed first: a kill halfway through the removal must not leave half a checkpoint under a checkpoint's name.
-        doomed = folder.with_name(f".{folder.name}.removed-{os.getpid()}")
-        os.replace(folder, doomed)
-        shutil.rmtree(doomed)
-        removed.append(folder.name)
-    return removed
+class _Reader:
+    """A checkpoint's tensors, read by the main rank and passed on to all, one at a time."""
 
+    def __init__(self, folder: Path, engine: Engine, open_files: ExitStack):
+        from safetensors import safe_open
 
-def remove_leftovers(output_dir: Path) -> list[str]:
-    """Remove what a killed run left unfinished (hidden .checkpoint-N.partial-* and .removed-* folders)."""
-    removed = []
-    if output_dir.is_dir():
-        for path in output_dir.iterdir():
-            if re.fullmatch(r"\.checkpoint-\d+\.(partial|removed)-\d+", path.name):
-                shutil.rmtree(path)
-                removed.append(path.name)
-    return removed
+        self._folder, self._engine, self._handles = folder, engine, {}
+        described = {}
+        if engine.ranks.is_main:
+            for path in sorted(folder.glob(f"{OPTIMIZER_STEM}*.safetensors")):
+                handle = open_files.enter_context(safe_open(path, framework="pt"))
+                self._handles.update(dict.fromkeys(handle.keys(), handle))
+                described.update({key: (shape, DTYPES[name]) for key, (name, shape) in read_header(path)[0].items()})
+        # {key: (shape, dtype)} on every rank
+        self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = engine.ranks.agree(described)
 
-
-def save_checkpoint(
-    output_dir: Path,
-    *,
-    accelerator,
-    model,
-    optimizer,
-    named_parameters: list[tuple[str, torch.nn.Parameter]],
-    trainer_state: dict,
-    random_state: dict,
-    write_weights,
-    keep: int | None,
-) -> tuple[Path, float]:
-    """Write `checkpoint-N` for N = trainer_state["global_step"]; every rank must call it. Returns (folder, seconds).
-
-    Args:
-        named_parameters: the trainable parameters of the unwrapped model, the same order on every rank.
-        random_state: this rank's `devices.random_state()`.
-        write_weights: function (folder), called on every rank after the optimizer state was collected; it writes the
-            adapter (or the transformer) on the main process.
-        keep: how many checkpoints may remain afterwards; the oldest go only after the new one is whole.
-
-    Raises:
-        CheckpointError: on every rank, if the main process could not write; nothing is left under the final name and
-            older checkpoints are untouched.
-    """
-    from accelerate.utils import broadcast_object_list, gather_object
-    from safetensors.torch import save_file
-
-    started = time.perf_counter()
-    step = trainer_state["global_step"]
-    final = output_dir / f"checkpoint-{step}"
-    partial = output_dir / f".checkpoint-{step}.partial-{os.getpid()}"
-    main = accelerator.is_main_process
-    failure = None
-    if main:
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        except OSError as error:
-            failure = error
-
-    # All collectives come first and run on every rank, whatever happens to the main process's files.
-    tensors = {}
-    for key, tensor in collect_optimizer_state(model, optimizer, named_parameters, keep=main):
-        if main:
-            tensors[key] = tensor.contiguous()
-    random_states = gather_object([pack_random_state(random_state)])
-    state = {**trainer_state, "format": FORMAT, "optimizer": optimizer_scalars(optimizer)}
-
-    try:
-        write_weights(partial)
-        if main and failure is None:
-            save_file(tensors, partial / OPTIMIZER_FILE)
-            torch.save({"world_size": accelerator.num_processes, "states": random_states}, partial / RANDOM_FILE)
-            (partial / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-            write_manifest(partial)
-            if final.exists():  # a step reached twice, after a resume from an older checkpoint: the new one counts
-                os.replace(final, output_dir / f".{final.name}.removed-{os.getpid()}")
-            os.replace(partial, final)
-            sync_path(output_dir)
-    except Exception as error:  # noqa: BLE001  disk full, quota, permission, ...: told to every rank below
-        failure = error
-    message = None
-    if main and failure is not None:
-        shutil.rmtree(partial, ignore_errors=True)
-        whole = [path.name for _, path in list_checkpoints(output_dir) if find_damage(path, hashes=False) is None]
-        message = (
-            f"Could not write {final}: {type(failure).__name__}: {failure}. Older checkpoints are untouched:"
-            f" {', '.join(whole) or 'none'}. Free space or choose another --output_dir, then start again with"
-            " --resume_from_checkpoint=latest."
-        )
-    told = [message]
-    broadcast_object_list(told)
-    if told[0] is not None:
-        raise CheckpointError(told[0]) from failure
-    if failure is not None:
-        raise CheckpointError(f"rank {accelerator.process_index}: {failure}") from failure
-    if main:
-        prune_checkpoints(output_dir, keep)
-        remove_leftovers(output_dir)
-    accelerator.wait_for_everyone()
-    return final, time.perf_counter() - started
-
-
-def read_trainer_state(folder: Path | None, accelerator) -> dict:
-    """trainer_state.json of the checkpoint, read by the main process and broadcast: the others need not see the
-    folder.
-    """
-    from accelerate.utils import broadcast_object_list
-
-    state = [json.loads((folder / STATE_FILE).read_text(encoding="utf-8")) if accelerator.is_main_process else None]
-    broadcast_object_list(state)
-    return state[0]
-
-
-def load_checkpoint(
-    folder: Path | None, *, accelerator, model, optimizer, named_parameters, trainer_state: dict, device: torch.device
-) -> dict | None:
-    """Restore weights, optimizer and random state from a checkpoint; every rank must call it.
-
-    `folder` matters on the main process only, which reads the files and broadcasts tensor by tensor.
-
-    Returns:
-        This rank's random state for `devices.set_random_state`, None if another number of processes wrote it.
-
-    Raises:
-        CheckpointError: the checkpoint does not fit this model or optimizer.
-    """
-    from accelerate.utils import broadcast, broadcast_object_list
-    from safetensors import safe_open
-
-    main = accelerator.is_main_process
-    several = accelerator.num_processes > 1
-    handle = safe_open(folder / OPTIMIZER_FILE, framework="pt") if main else None
-    shapes = [{k: list(handle.get_slice(k).get_shape()) for k in handle.keys()} if main else None]
-    broadcast_object_list(shapes)
-    shapes = shapes[0]
-
-    expected = {f"{name}|master": list(parameter_shape(p)) for name, p in named_parameters}
-    found = {k: v for k, v in shapes.items() if k.endswith("|master")}
-    if expected != found:
+    def check(self, named_parameters: list[tuple[str, torch.nn.Parameter]]) -> None:
+        """CheckpointError unless the file's masters are those of these parameters."""
+        expected = {f"{name}|master": whole_shape(p) for name, p in named_parameters}
+        found = {key: shape for key, (shape, _) in self.tensors.items() if key.endswith("|master")}
+        if expected == found:
+            return
         missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
         other = [
             f"{k}: {found[k]} instead of {expected[k]}" for k in expected if k in found and found[k] != expected[k]
         ]
         raise CheckpointError(
             "The checkpoint does not fit this model (another --rank, --lora_layers, --train_mode or base model):"
-            f" missing {missing[:3]} ({len(missing)}), unexpected {extra[:3]} ({len(extra)}), other shapes {other[:3]}"
-            f" ({len(other)})."
+            f" missing {missing[:3]} ({len(missing)}), unexpected {extra[:3]} ({len(extra)}),"
+            f" other shapes {other[:3]} ({len(other)})."
         )
 
-    def read(key: str) -> torch.Tensor | None:
-        if key not in shapes:
-            return None
-        tensor = handle.get_tensor(key) if main else torch.empty(shapes[key], dtype=torch.float32)
-        if several:
-            tensor = broadcast(tensor.to(device))
+    def read(self, key: str) -> torch.Tensor:
+        """One tensor, the same on every rank."""
+        shape, dtype = self.tensors[key]
+        if self._engine.ranks.is_main:
+            tensor = self._handles[key].get_tensor(key)
+        else:
+            tensor = torch.empty(shape, dtype=dtype)
+        if self._engine.ranks.world_size > 1:
+            tensor = tensor.to(self._engine.device)
+            torch.distributed.broadcast(tensor, src=0)
         return tensor
 
-    restore_optimizer_state(model, optimizer, named_parameters, trainer_state["optimizer"], read)
-
-    packed = [torch.load(folder / RANDOM_FILE, map_location="cpu", weights_only=True) if main else None]
-    broadcast_object_list(packed)
-    if packed[0]["world_size"] != accelerator.num_processes:
-        return None
-    return unpack_random_state(packed[0]["states"][accelerator.process_index])
+    def random_states(self) -> dict | None:
+        """random_states.pt, on the main rank."""
+        if not self._engine.ranks.is_main:
+            return None
+        return torch.load(self._folder / RANDOM_FILE, map_location="cpu", weights_only=True)

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 import torch
 
-from sana_kit.distributed import under_deepspeed
 from sana_kit.encodings.prompts import parse_instruction
+from sana_kit.errors import CheckpointError, Problem, UserError
 from sana_kit.files import check_output_folder, expand
 from sana_kit.models.attention import ATTENTION_CHOICES, resolve_attention
 from sana_kit.models.folder import find_model, meta_transformer
-from sana_kit.training import checkpoints
 from sana_kit.training.accounts import tracker_problems, upload_problems
+from sana_kit.training.checkpoint_folders import find_checkpoint, folder_problems
+from sana_kit.training.launch_config import LaunchConfig, settle
+from sana_kit.training.optim import OPTIMIZERS, optimizer_problems
 from sana_kit.training.recipes import WEIGHTING_SCHEMES
-
-OPTIMIZERS = ("adamw", "prodigy")
-
 
 LR_SCHEDULERS = (
     "linear",
@@ -148,14 +148,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("optimizer")
     add = group.add_argument
-    add("--optimizer", default="AdamW", help="AdamW or prodigy.")
+    add("--optimizer", default="AdamW", help="One of: " + ", ".join(OPTIMIZERS) + ".")
     add("--learning_rate", type=float, default=1e-4, help="Peak learning rate.")
     add("--scale_lr", action="store_true", help="Multiply the rate by batch size, accumulation and processes.")
     add("--lr_scheduler", default="constant", help="One of: " + ", ".join(LR_SCHEDULERS) + ".")
     add("--lr_warmup_steps", type=int, default=500, help="Updates of warm-up, for schedulers that have one.")
     add("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=float, default=1.0, help="Power of polynomial.")
-    add("--use_8bit_adam", action="store_true", help="bitsandbytes' AdamW8bit (CUDA).")
+    add("--use_8bit_adam", action="store_true", help="The same as --optimizer=adamw8bit.")
     add("--adam_beta1", type=float, default=0.9, help="First beta of AdamW and Prodigy.")
     add("--adam_beta2", type=float, default=0.999, help="Second beta of AdamW and Prodigy.")
     add("--adam_weight_decay", type=float, default=1e-04, help="Weight decay.")
@@ -175,8 +175,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--on_nan",
         choices=("stop", "skip"),
         default="stop",
-        help="A loss that is not finite: stop, or skip the update.",
+        help="A loss or gradient that is not finite: stop, or skip the update.",
     )
+    add("--max_skipped_updates", type=int, default=20, help="So many skipped updates in a row end the run.")
 
     group = parser.add_argument_group("checkpoints and output")
     add = group.add_argument
@@ -184,6 +185,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--checkpointing_steps", type=int, default=500, help="Write checkpoint-N every so many updates.")
     add("--checkpoints_total_limit", type=int, help="Keep at most so many checkpoints.")
     add("--resume_from_checkpoint", help="'latest', checkpoint-N, or a path.")
+    add("--overwrite_output_dir", action="store_true", help="Set an earlier run in --output_dir aside and start anew.")
     add("--upcast_before_saving", action="store_true", help="Save the final adapter in float32.")
     add("--push_to_hub", action="store_true", help="Upload the result.")
     add("--hub_token", help="Token for the upload (better: log in beforehand).")
@@ -255,6 +257,7 @@ def validate_args(args: argparse.Namespace, device_type: str):
         expect(getattr(args, flag) >= 1, flag, "must be at least 1.")
     for flag in ("logging_steps", "checkpointing_steps", "num_train_epochs", "gradient_checkpointing_interval"):
         expect(getattr(args, flag) >= 1, flag, "must be at least 1.")
+    expect(args.max_skipped_updates >= 1, "max_skipped_updates", "must be at least 1.")
     for flag in ("max_train_steps", "checkpoints_total_limit", "validation_steps", "validation_resolution"):
         value = getattr(args, flag)
         expect(value is None or value >= 1, flag, "must be at least 1.")
@@ -274,17 +277,13 @@ def validate_args(args: argparse.Namespace, device_type: str):
         "vae_batch_size",
         "auto or >= 1.",
     )
-    expect(args.optimizer.lower() in OPTIMIZERS, "optimizer", f"unknown; use one of {', '.join(OPTIMIZERS)}.")
     expect(args.lr_scheduler in LR_SCHEDULERS, "lr_scheduler", f"unknown; use one of {', '.join(LR_SCHEDULERS)}.")
     expect(args.report_to in TRACKERS, "report_to", f"unknown; use one of {', '.join(TRACKERS)}.")
-    if args.use_8bit_adam:
-        expect(args.optimizer.lower() == "adamw", "use_8bit_adam", "goes with --optimizer=AdamW only.")
-        expect(device_type == "cuda", "use_8bit_adam", f"bitsandbytes needs CUDA, this run is on {device_type}.")
-        expect(not under_deepspeed(), "use_8bit_adam", "its state cannot be sharded; use AdamW with DeepSpeed.")
-    if args.optimizer.lower() == "prodigy":
-        # Prodigy's distance estimate is a sum over all weights, which a ZeRO rank does not have.
-        expect(not under_deepspeed(), "optimizer", "Prodigy cannot run on ZeRO's partitions; use AdamW.")
-        expect(_importable("prodigyopt"), "optimizer", "needs the package prodigyopt: pip install prodigyopt.")
+    launch = LaunchConfig.read()
+    settled, found = settle(launch, args, args.explicit, device_type)
+    found += optimizer_problems(args, device_type, launch.deepspeed)
+    problems += [problem.text(lambda field: f"--{field}") for problem in found]
+    vars(args).update(vars(settled))
     accounts = tracker_problems(args.report_to, args.hub_token)
     accounts += upload_problems(args.push_to_hub, args.hub_model_id, args.hub_token, args.output_dir)
     problems += [problem.text(lambda field: f"--{field}") for problem in accounts]
@@ -296,8 +295,6 @@ def validate_args(args: argparse.Namespace, device_type: str):
         problems.append(str(error))
     if args.compile:
         expect(device_type != "npu", "compile", "torch.compile has no NPU backend here; leave the flag out.")
-    if args.mixed_precision == "fp16":
-        expect(device_type != "cpu", "mixed_precision", "fp16 needs an accelerator; use bf16 or no on CPU.")
 
     # data
     if args.dataset_name is None and args.instance_data_dir is None:
@@ -340,21 +337,12 @@ def validate_args(args: argparse.Namespace, device_type: str):
 
     # output
     problems += [problem.text("--{}".format) for problem in check_output_folder(args.output_dir, "output_dir")]
-    if args.resume_from_checkpoint not in (None, "latest"):
-        try:
-            checkpoints.find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
-        except ValueError as error:
-            problems.append(str(error))
+    if os.environ.get("RANK", "0") == "0":  # other machines may have no such folder
+        problems += _checkpoint_problems(args)
 
     if problems:
         raise ValueError(f"{len(problems)} problem(s) with the arguments:\n  " + "\n  ".join(problems))
     return model
-
-
-def _importable(package: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(package) is not None
 
 
 def _size_and_layer_problems(args, model) -> list[str]:
@@ -385,6 +373,20 @@ def _linear_layer_names(transformer_config: dict) -> list[str]:
 
     modules = meta_transformer(transformer_config).named_modules()
     return [name for name, module in modules if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))]
+
+
+def _checkpoint_problems(args) -> list[str]:
+    """Why the run can neither begin in its output folder nor go on from the checkpoint that it names."""
+    output_dir, resume = Path(args.output_dir), args.resume_from_checkpoint
+    problems = folder_problems(output_dir, resume, args.overwrite_output_dir)
+    if resume not in (None, "latest"):
+        try:
+            find_checkpoint(output_dir, resume)
+        except UserError as error:
+            problems += error.problems
+        except CheckpointError as error:
+            problems.append(Problem("resume_from_checkpoint", resume, str(error)))
+    return [problem.text(lambda field: f"--{field}") for problem in problems]
 
 
 def validation_prompts(args) -> list[str]:

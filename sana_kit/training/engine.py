@@ -1,308 +1,367 @@
-"""accelerate and DeepSpeed: the Accelerator, the DeepSpeed config, optimizer state per parameter for every engine."""
+"""The engine of a run: accelerate's Accelerator, and below it one process, DDP or DeepSpeed's ZeRO.
+
+The accelerate config alone chooses it; the trainer asks the engine and never which one it is. Everything of accelerate
+and DeepSpeed that is not their documented face lies here, in zero.py and in launch_config.py, each name with the
+versions it was read in.
+"""
 
 from __future__ import annotations
 
-import os
-from contextlib import contextmanager
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from sana_kit.arithmetic import bucket_elements
-from sana_kit.distributed import check_world_size, force_cpu, process_group_handlers, under_deepspeed
+from patch_sana import check_adapter, create_save_model_hook
+from sana_kit.distributed import Ranks, check_world_size, force_cpu, process_group_handlers
 from sana_kit.errors import CheckpointError
 from sana_kit.launchers import announced_wait
-from sana_kit.training.optim import base_optimizer, first_flat_state, optimizer_family
-from sana_kit.training.state import OPTIMIZER_FILE
+from sana_kit.training import zero
+from sana_kit.training.launch_config import LaunchConfig
+from sana_kit.training.optim import (
+    GroupNumbers,
+    base_optimizer,
+    optimizer_family,
+    restored_number,
+    state_numbers,
+    state_tensors,
+)
+from sana_kit.training.updates import UpdateGuard, gradient_norm, step_if_finite
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def _deepspeed_zero_optimizer(model):
-    """The ZeRO optimizer behind a prepared DeepSpeedEngine, None for other engines."""
-    return model.optimizer if hasattr(model, "zero_optimization_stage") else None
+def compute_dtype(settings) -> torch.dtype:
+    """What the transformer computes in; `settings.mixed_precision` is "no", "fp16" or "bf16"."""
+    return DTYPES[settings.mixed_precision]
 
 
-def collect_optimizer_state(model, optimizer, named_parameters, keep: bool):
-    """Yield (key, float32 CPU tensor) for the master and each optimizer tensor of every trainable parameter.
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor of a checkpoint.
 
-    Every rank must iterate it to the end: under ZeRO each tensor is put together by a collective. Only ranks with
-    `keep` get tensors, the others None. Keys: "<parameter name>|master", "<parameter name>|exp_avg", ...
+    Attributes:
+        key: its name in the file.
+        dtype, shape: of the whole tensor.
+        fetch: (keep) -> the tensor on the CPU where `keep`, else None. Under ZeRO a collective: every rank calls the
+            entries' `fetch` in one order.
     """
-    zero = _deepspeed_zero_optimizer(model)
-    base = base_optimizer(optimizer)
-    if zero is None:
-        for name, parameter in named_parameters:
-            yield f"{name}|master", parameter.detach().float().cpu() if keep else None
-            for key, value in base.state.get(parameter, {}).items():
-                if torch.is_tensor(value) and value.shape == parameter.shape:
-                    yield f"{name}|{key}", value.detach().float().cpu() if keep else None
-        return
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    keys = sorted(k for k, v in first_flat_state(base).items() if torch.is_tensor(v) and v.dim() > 0)
-    for name, parameter in named_parameters:
-        master = safe_get_full_fp32_param(parameter)
-        yield f"{name}|master", master.cpu() if keep else None
-        for key in keys:
-            value = safe_get_full_optimizer_state(parameter, key)
-            yield f"{name}|{key}", value.cpu() if keep else None
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    fetch: Callable[[bool], torch.Tensor | None]
 
-
-def restore_optimizer_state(model, optimizer, named_parameters, scalars: dict, read) -> None:
-    """Put masters and optimizer tensors back, whatever engine and number of processes wrote them.
-
-    Args:
-        read: function (key) -> float32 tensor on CPU, the same on every rank, or None if there is no such key.
-
-    Raises:
-        CheckpointError: the checkpoint was written with another optimizer, or lacks a parameter.
-    """
-    base = base_optimizer(optimizer)
-    if optimizer_family(scalars["class"]) != optimizer_family(type(base).__name__):
-        raise CheckpointError(
-            f"The checkpoint was written with optimizer {scalars['class']}, this run uses {type(base).__name__}."
-            f" Resume with"
-            " the same --optimizer (and --use_8bit_adam)."
-        )
-    zero = _deepspeed_zero_optimizer(model)
-    stepped = bool(scalars["state"])
-    if zero is None:
-        # torch keeps a fused optimizer's step count on the device, others' on the host.
-        fused = any(group.get("fused") or group.get("capturable") for group in base.param_groups)
-        step_device = str(named_parameters[0][1].device) if fused else "cpu"
-        with torch.no_grad():
-            for name, parameter in named_parameters:
-                parameter.copy_(_required(read, f"{name}|master").to(parameter.device))
-                if stepped:
-                    base.state[parameter] = _fresh_state(read, name, parameter, scalars["state"], step_device)
-    else:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        flats = _flat_partitions(zero, base)
-        device = flats[0].device
-        if stepped:
-            keys = [k for k in ("exp_avg", "exp_avg_sq") if read(f"{named_parameters[0][0]}|{k}") is not None]
-            _create_flat_states(zero, base, flats, keys, scalars["state"])
-        with torch.no_grad():
-            for name, parameter in named_parameters:
-                master = _required(read, f"{name}|master").to(device)
-                safe_set_full_fp32_param(parameter, master)
-                if hasattr(
-                    parameter, "ds_id"
-                ):  # ZeRO-3 keeps a part of the bf16 copy: gathered, set, partitioned again
-                    import deepspeed
-
-                    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                        parameter.data.copy_(master)
-                else:
-                    parameter.copy_(master.to(parameter.device))
-                for key in keys if stepped else ():
-                    safe_set_full_optimizer_state(parameter, _required(read, f"{name}|{key}").to(master.device), key)
-    for group, saved in zip(base.param_groups, scalars["groups"], strict=True):
-        group.update({k: v for k, v in saved.items() if k in group and k in ("d", "k", "d0", "d_max", "d_numerator")})
-
-
-def _required(read, key: str) -> torch.Tensor:
-    value = read(key)
-    if value is None:
-        raise CheckpointError(
-            f"{OPTIMIZER_FILE} lacks '{key}': the checkpoint is of another model, rank or layer choice."
-        )
-    return value
-
-
-def _fresh_state(read, name: str, parameter: torch.nn.Parameter, numbers: dict, step_device: str) -> dict:
-    """An optimizer state for one parameter, single process or DDP: tensors from the file, numbers as torch keeps
-    them.
-    """
-    state = {}
-    for key, number in numbers.items():
-        state[key] = torch.tensor(float(number), device=step_device) if key == "step" else number
-    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "s", "p0", "exp_avg_sq_diff"):
-        value = read(f"{name}|{key}")
-        if value is not None:
-            state[key] = value.to(parameter.device, parameter.dtype)
-    return state
-
-
-def _flat_partitions(zero, base) -> list:
-    """This rank's flat float32 partitions, the parameters that the torch optimizer below ZeRO steps."""
-    if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3 shows them to the optimizer only while it steps
-        return list(zero.fp32_partitioned_groups_flat)
-    return [flat for group in base.param_groups for flat in group["params"]]
-
-
-def _create_flat_states(zero, base, flats: list, keys: list[str], numbers: dict) -> None:
-    """Give each flat ZeRO partition the state that the first step would create, so that it can be filled.
-
-    DeepSpeed creates optimizer states lazily at the first step (0.15 to 0.19); `_lazy_init_hp_params_optimizer_state`
-    then links each parameter's fragment of them.
-    """
-    for flat in flats:
-        state = base.state[flat]
-        for key, number in numbers.items():
-            state[key] = torch.tensor(float(number)) if key == "step" else number
-        for key in keys:
-            state[key] = torch.zeros_like(flat)
-    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
-        zero._lazy_init_hp_params_optimizer_state()
-
-
-def parameter_shape(parameter: torch.nn.Parameter) -> torch.Size:
-    """The whole shape of a parameter, also where ZeRO-3 holds only a part of it."""
-    return parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensor in a file."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
 @announced_wait()
-def create_accelerator(args):
-    """The Accelerator, with flags and the DeepSpeed config brought together.
+def _create_accelerator(settings, launch: LaunchConfig):
+    """The Accelerator; `settings` and `launch` have been brought together by `launch_config.settle`."""
+    from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs
+    from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
-    Raises:
-        ValueError: a flag given on the command line and the accelerate or DeepSpeed config contradict each other.
-    """
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-    from accelerate.utils import ProjectConfiguration
-
-    problems = []
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if args.mixed_precision is None:
-        args.mixed_precision = launched
-    elif under_deepspeed() and launched not in ("no", args.mixed_precision):
-        problems.append(
-            f"--mixed_precision={args.mixed_precision}: the accelerate config says mixed_precision: {launched}. Make"
-            " both the same, or leave the flag out."
+    handlers, plugin = process_group_handlers(), None
+    precision = settings.mixed_precision
+    if launch.deepspeed:
+        # Given here, since accelerate would read them from the environment, where a config without them says "None".
+        plugin = DeepSpeedPlugin(
+            gradient_accumulation_steps=settings.gradient_accumulation_steps, gradient_clipping=settings.max_grad_norm
         )
-    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto")
-    if steps not in ("auto", "None", ""):
-        _agree(args, "gradient_accumulation_steps", int(steps), "gradient_accumulation_steps", problems)
-    clipping = os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "auto")
-    if under_deepspeed() and clipping not in ("auto", "None", "none", ""):
-        _agree(args, "max_grad_norm", float(clipping), "gradient_clipping", problems)
-    if problems:
-        raise ValueError(f"{len(problems)} contradiction(s):\n  " + "\n  ".join(problems))
-    if under_deepspeed():
-        # accelerate reads these once more from the environment, where a config without them leaves the word "None".
-        os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(args.gradient_accumulation_steps)
-        os.environ["ACCELERATE_GRADIENT_CLIPPING"] = str(args.max_grad_norm)
-
-    handlers = process_group_handlers()
-    if not under_deepspeed():
+    else:
         handlers.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True))
+        if settings.train_mode == "lora" and precision == "bf16":
+            # The frozen base runs in bf16 as it is and LoRA layers cast for themselves (see models/lora.py): no global
+            # autocast, which would run every norm in float32.
+            precision = "no"
+    trackers = None if settings.report_to == "none" else settings.report_to
     accelerator = Accelerator(
         cpu=force_cpu(),
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.gradient_accumulation_steps),
+        mixed_precision=precision,
+        deepspeed_plugin=plugin,
+        log_with=trackers,
         project_config=ProjectConfiguration(
-            project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
+            project_dir=settings.output_dir, logging_dir=str(Path(settings.output_dir, settings.logging_dir))
         ),
         kwargs_handlers=handlers,
     )
     check_world_size(accelerator.num_processes)
-    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is not None:
-        configure_deepspeed(args, accelerator, plugin.deepspeed_config)
+        zero.fill_config(plugin.deepspeed_config, settings, accelerator.num_processes)
         # transformers would load the text encoder partitioned under ZeRO-3, for an engine that it never gets.
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
         unset_hf_deepspeed_config()
-    elif args.train_mode == "lora" and args.mixed_precision == "bf16":
-        # The frozen base runs in bf16 as it is and LoRA layers cast for themselves (see lean_lora): no global
-        # autocast, which would run every norm in float32.
-        accelerator.native_amp = False
     return accelerator
 
 
-def _agree(args, flag: str, configured, config_name: str, problems: list[str]) -> None:
-    """Take the config's value where the flag was not given; note a contradiction where it was."""
-    value = getattr(args, flag)
-    if flag in args.explicit and value != configured:
-        problems.append(
-            f"--{flag}={value}: the config says {config_name}: {configured}. Make both the same, or drop one."
-        )
-    else:
-        setattr(args, flag, configured)
+class Engine:
+    """What runs the forward, backward and update of a run.
 
-
-def configure_deepspeed(args, accelerator, config: dict) -> None:
-    """Write what the flags decide into the DeepSpeed config; bucket sizes follow in `fit_buckets`.
-
-    Raises:
-        ValueError: a flag and the config contradict each other, or the config asks for what the kit cannot do.
+    Attributes:
+        accelerator: accelerate's, for trackers and `reduce`.
+        ranks: the processes and their agreement.
+        device: of this rank.
+        kind: "single", "ddp" or "zero1", "zero2", "zero3".
+        mixed_precision: "no", "fp16" or "bf16".
+        compute_dtype: what the transformer computes in.
+        weight_dtype: what its weights are loaded in: float32 where they are their own masters, else compute_dtype.
+        guard: the updates that were left out, and the newest gradient norm.
+        named_parameters: (name, parameter) of the trainable ones, after `prepare`.
     """
-    problems = []
-    zero = config.setdefault("zero_optimization", {})
-    stage = zero.get("stage", 0)
-    if args.train_mode == "lora" and stage == 3:
-        problems.append(
-            "zero_stage: 3 in the accelerate config: a LoRA's few million trainable weights gain nothing from"
-            " partitioned parameters, and every step would gather the frozen base. Use zero_stage: 2 (or 1)."
-        )
-    if stage == 3:
-        zero["stage3_gather_16bit_weights_on_model_save"] = True
-    if stage == 0:
-        problems.append("zero_stage: 0 in the accelerate config: use 1 or 2, or no DeepSpeed at all.")
-    values = {
-        "train_micro_batch_size_per_gpu": ("train_batch_size", args.train_batch_size),
-        "gradient_accumulation_steps": ("gradient_accumulation_steps", args.gradient_accumulation_steps),
-        "gradient_clipping": ("max_grad_norm", args.max_grad_norm),
-        "train_batch_size": (
-            "train_batch_size x accumulation x processes",
-            args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
-        ),
-    }
-    for key, (flag, value) in values.items():
-        configured = config.get(key, "auto")
-        if configured not in ("auto", None) and float(configured) != float(value):
-            problems.append(f"--{flag}={value}: the DeepSpeed config says {key}: {configured}. Make both the same.")
-        config[key] = value
-    if problems:
-        raise ValueError(f"{len(problems)} problem(s) with the DeepSpeed config:\n  " + "\n  ".join(problems))
-    # bf16 gradients are added up over micro-steps and ranks in float32: small LoRA gradients round away otherwise.
-    if args.mixed_precision == "bf16":
-        config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
-        config.setdefault("communication_data_type", "fp32" if args.train_mode == "lora" else "bf16")
-    config["zero_allow_untested_optimizer"] = True
+
+    def __init__(self, accelerator, settings, launch: LaunchConfig):
+        self.accelerator, self.launch, self.ranks = accelerator, launch, Ranks.of(accelerator)
+        self.device, self.train_mode = accelerator.device, settings.train_mode
+        self.mixed_precision, self.max_grad_norm = settings.mixed_precision, settings.max_grad_norm
+        self.compute_dtype = compute_dtype(settings)
+        masters_apart = launch.deepspeed or settings.train_mode == "lora"
+        self.weight_dtype = self.compute_dtype if masters_apart else torch.float32
+        several = accelerator.num_processes > 1
+        self.kind = f"zero{launch.zero_stage}" if launch.deepspeed else "ddp" if several else "single"
+        self.guard = UpdateGuard()
+        self.named_parameters: list[tuple[str, torch.nn.Parameter]] = []
+        self._model = self._optimizer = self._transformer = self._save_adapter = self._groups = None
+
+    @classmethod
+    def create(cls, settings, launch: LaunchConfig | None = None) -> Engine:
+        """The engine that the accelerate config asks for.
+
+        Args:
+            settings: mixed_precision, gradient_accumulation_steps, max_grad_norm (as `launch_config.settle` gave
+                them), train_mode, train_batch_size, output_dir, logging_dir, report_to.
+            launch: the accelerate config; read from the environment by default.
+
+        Raises:
+            UserError: a setting and the DeepSpeed config contradict each other.
+        """
+        launch = LaunchConfig.read() if launch is None else launch
+        return cls(_create_accelerator(settings, launch), settings, launch)
+
+    @property
+    def under_deepspeed(self) -> bool:
+        """Whether DeepSpeed's ZeRO is the engine."""
+        return self.launch.deepspeed
+
+    # ------------------------------------------------------------------------------------------------ model, optimizer
+
+    def prepare(self, transformer: torch.nn.Module, optimizer: torch.optim.Optimizer):
+        """Hand model and optimizer to the engine; returns what is called and stepped from now on."""
+        self.named_parameters = [(n, p) for n, p in transformer.named_parameters() if p.requires_grad]
+        self._transformer = transformer
+        if self.train_mode == "lora":  # describes the base while its weights are whole
+            self._save_adapter = create_save_model_hook(self.accelerator, self.unwrap, transformer)
+        if self.launch.deepspeed:
+            numel = sum(p.numel() for _, p in self.named_parameters)
+            zero.fit_buckets(self.accelerator.state.deepspeed_plugin.deepspeed_config, numel)
+        self._model, self._optimizer = self.accelerator.prepare(transformer, optimizer)
+        self._groups = GroupNumbers(self.base_optimizer)
+        return self._model, self._optimizer
+
+    def unwrap(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model without the engine's wrappers."""
+        model = self.accelerator.unwrap_model(model)
+        return getattr(model, "_orig_mod", model)
+
+    @property
+    def transformer(self) -> torch.nn.Module:
+        """The model as it was given to `prepare`: its names hold no wrapper's."""
+        return self._transformer
+
+    @property
+    def base_optimizer(self) -> torch.optim.Optimizer:
+        """The torch optimizer below the wrappers."""
+        return base_optimizer(self._optimizer)
+
+    @property
+    def _zero(self):
+        """The ZeRO optimizer, None for other engines."""
+        return self._model.optimizer if self.launch.deepspeed else None
+
+    # ------------------------------------------------------------------------------------------------------- the step
+
+    def accumulate(self):
+        """Context of one micro-step; gradients are shared between ranks in the last one of an update."""
+        return self.accelerator.accumulate(self._model)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of a micro-step's mean loss."""
+        if self.launch.deepspeed:
+            self._model.set_gradient_accumulation_boundary(is_boundary=self.accelerator.sync_gradients)
+            self._model.backward(loss)
+        else:
+            self.accelerator.backward(loss)
+
+    def step(self) -> None:
+        """After the last micro-step of an update: clip, step unless the gradient is not finite, clear gradients."""
+        if not self.accelerator.sync_gradients:
+            return
+        if self.launch.deepspeed:
+            self.guard.add(*zero.engine_step(self._model))
+            return
+        self.accelerator.unscale_gradients()
+        norm = gradient_norm([p for _, p in self.named_parameters], self.max_grad_norm)
+        if self.accelerator.scaler is not None:  # fp16: the scaler decides, and lowers its scale
+            self._optimizer.step()
+            left_out = self._optimizer.step_was_skipped
+        else:
+            left_out = step_if_finite(self._optimizer, self.base_optimizer, norm)
+        self.guard.add(left_out, norm)
+        self._optimizer.zero_grad()
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether updates are left out now and then by design: fp16's loss scale is found by trying."""
+        return self.mixed_precision == "fp16"
+
+    # -------------------------------------------------------------------------------------------- state, any engine's
+
+    def optimizer_entries(self) -> list[Entry]:
+        """Masters and optimizer tensors of the trainable parameters: "<name>|master", "<name>|exp_avg", ..."""
+        base, found = self.base_optimizer, []
+        keys = zero.tensor_keys(self._zero, base) if self.launch.deepspeed else ()
+        for name, parameter in self.named_parameters:
+            shape = zero.whole_shape(parameter)
+            if self.launch.deepspeed:
+                found.append(Entry(f"{name}|master", torch.float32, shape, _bound(zero.fetch_master, parameter)))
+                for key in keys:
+                    fetch = _bound(zero.fetch_state, parameter, key)
+                    found.append(Entry(f"{name}|{key}", torch.float32, shape, fetch))
+                continue
+            found.append(Entry(f"{name}|master", torch.float32, shape, _bound(_copy, parameter, torch.float32)))
+            for key, value in state_tensors(base.state.get(parameter, {})).items():
+                fetch = _bound(_copy, value, value.dtype)
+                found.append(Entry(f"{name}|{key}", value.dtype, tuple(value.shape), fetch))
+        return found
+
+    def weight_entries(self) -> list[Entry]:
+        """Every weight and buffer of the transformer as it is saved: in bf16 where the run computes in bf16."""
+        found = []
+        for name, tensor in self._transformer.state_dict(keep_vars=True).items():
+            dtype = tensor.dtype
+            if self.mixed_precision == "bf16" and dtype == torch.float32:
+                dtype = torch.bfloat16
+            found.append(Entry(name, dtype, zero.whole_shape(tensor), _bound(_whole, tensor, dtype)))
+        return found
+
+    def optimizer_numbers(self) -> dict:
+        """What the optimizer keeps beside tensors, as JSON values; `restore_optimizer` takes it back."""
+        base = self.base_optimizer
+        if self.launch.deepspeed:
+            numbers, own = state_numbers(zero.first_state(base)), {}
+        else:
+            states = [(name, state_numbers(base.state[p])) for name, p in self.named_parameters if base.state.get(p)]
+            numbers = states[0][1] if states else {}
+            own = {name: found for name, found in states if found != numbers}
+        return {
+            "class": type(base).__name__,
+            "numbers": numbers,
+            "own_numbers": own,
+            "groups": self._groups.changed(),
+        }
+
+    def restore_optimizer(self, saved: dict, keys: Sequence[str], read: Callable[[str], torch.Tensor]) -> None:
+        """Put masters, optimizer tensors and numbers back, whatever engine and world size wrote them.
+
+        Args:
+            saved: what `optimizer_numbers` gave.
+            keys: every key of the checkpoint's optimizer tensors.
+            read: (key) -> tensor, the same on every rank; called by all ranks in one order.
+
+        Raises:
+            CheckpointError: the checkpoint was written with another optimizer.
+        """
+        base = self.base_optimizer
+        if optimizer_family(saved["class"]) != optimizer_family(type(base).__name__):
+            raise CheckpointError(
+                f"The checkpoint was written with optimizer {saved['class']}, this run uses {type(base).__name__}."
+                " Resume with the same optimizer."
+            )
+        of_parameter = {name: [] for name, _ in self.named_parameters}
+        for key in keys:
+            name, _, kind = key.rpartition("|")
+            if kind != "master":
+                of_parameter[name].append(kind)
+        if self.launch.deepspeed:
+            first = of_parameter[self.named_parameters[0][0]]
+            zero.restore(self._zero, base, self.named_parameters, first, saved["numbers"], read)
+        else:
+            with torch.no_grad():
+                for name, parameter in self.named_parameters:
+                    parameter.copy_(read(f"{name}|master").to(parameter.device))
+                    numbers = saved["own_numbers"].get(name, saved["numbers"])
+                    if of_parameter[name] or numbers:
+                        state = {k: restored_number(base, k, v, parameter.device) for k, v in numbers.items()}
+                        state.update({k: read(f"{name}|{k}").to(parameter.device) for k in of_parameter[name]})
+                        base.state[parameter] = state
+        self._groups.restore(saved["groups"])
+
+    def loss_scale(self) -> dict | None:
+        """The state of fp16's loss scale as JSON values, None where the run has none."""
+        if self.launch.deepspeed:
+            return zero.loss_scale(self._zero)
+        return None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
+
+    def restore_loss_scale(self, saved: dict | None) -> bool:
+        """Put it back; False where the checkpoint holds none, or one of another engine, though this run needs it."""
+        here = self.loss_scale()
+        if here is None or saved is None or set(saved) != set(here):
+            return here is None
+        if self.launch.deepspeed:
+            zero.restore_loss_scale(self._zero, saved)
+        else:
+            self.accelerator.scaler.load_state_dict(saved)
+        return True
+
+    # ------------------------------------------------------------------------------------------------------- weights
+
+    def write_adapter(self, folder: Path) -> None:
+        """Write the LoRA adapter into `folder`; every rank calls it, the main one writes."""
+        self._save_adapter([self._model], [], str(folder))
+
+    def check_adapter(self, folder: Path, same_weights: bool) -> None:
+        """ValueError unless the adapter in `folder` belongs to this model, and holds the same weights if asked."""
+        check_adapter(str(folder), self.unwrap(self._model), same_weights=same_weights)
+
+    def nonfinite_weights(self) -> list[str]:
+        """Names of trainable parameters that hold a value that is not finite, of those parts that this rank has."""
+        held = [(name, getattr(p, "ds_tensor", p)) for name, p in self.named_parameters]
+        with torch.no_grad():
+            bad = torch.stack([~torch.isfinite(tensor).all() for _, tensor in held]).tolist()
+        return [name for (name, _), found in zip(held, bad, strict=True) if found]
+
+    def check_weights(self, what: str) -> None:
+        """Raise CheckpointError on every rank if any rank's weights are not finite; `what` was to be written."""
+        names = list(dict.fromkeys(name for found in self.ranks.gather(self.nonfinite_weights()) for name in found))
+        if names:
+            raise CheckpointError(
+                f"{what} was not written: {len(names)} of {len(self.named_parameters)} trainable tensors hold values"
+                f" that are not finite, the first is {names[0]}. Go on from the last whole checkpoint with a lower"
+                " learning rate."
+            )
 
 
-def fit_buckets(accelerator, trainable_numel: int) -> None:
-    """Size ZeRO's buckets to the trainable parameters; the defaults reserve about 1 GB for 4 MB of LoRA gradients."""
-    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    if plugin is None:
-        return
-
-    zero = plugin.deepspeed_config["zero_optimization"]
-    size = bucket_elements(trainable_numel)
-    for key in ("reduce_bucket_size", "allgather_bucket_size"):
-        if zero.get(key, "auto") in ("auto", None):
-            zero[key] = size
+def _bound(fetch: Callable, *arguments) -> Callable[[bool], torch.Tensor | None]:
+    return lambda keep: fetch(*arguments, keep)
 
 
-def compute_dtype(args) -> torch.dtype:
-    """What the transformer computes in."""
-    return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
+def _copy(tensor: torch.Tensor, dtype: torch.dtype, keep: bool) -> torch.Tensor | None:
+    return tensor.detach().to("cpu", dtype) if keep else None
 
 
-def zero_nonfinite_loss(loss: torch.Tensor, parameters: list, accelerator) -> tuple[torch.Tensor, bool]:
-    """For --on_nan=skip: (loss, False), or, if the loss is not finite on any rank, (a zero in its place, True).
-
-    The zero hangs on the parameters themselves: a gradient through the forward pass would be 0 * NaN. Every rank gets
-    the same answer, which costs one wait for the device per micro-step; without the flag there is none.
-    """
-    bad = (~torch.isfinite(loss.detach())).to(torch.float32)
-    if accelerator.num_processes > 1:
-        torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
-    if not bad.item():
-        return loss, False
-    return sum((parameter.float() * 0.0).sum() for parameter in parameters), True
+def _whole(tensor: torch.Tensor, dtype: torch.dtype, keep: bool) -> torch.Tensor | None:
+    whole = zero.fetch_weight(tensor, keep)
+    return whole.to(dtype) if keep else None
 
 
-@contextmanager
-def frozen_weights(optimizer, frozen: bool):
-    """While inside, updates leave the weights as they are: the learning rate, and with it weight decay, is zero."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    if frozen:
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-    yield
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+def collect_masters(engine: Engine, keep: bool) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """Yield (parameter name, float32 master on the CPU where `keep`); every rank iterates it to the end."""
+    for entry in engine.optimizer_entries():
+        name, _, kind = entry.key.rpartition("|")
+        if kind == "master":
+            yield name, entry.fetch(keep)

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 from pathlib import Path
 
-import torch
-
+from sana_kit.errors import CheckpointError
 from sana_kit.files import apply_umask, write_atomic
 from sana_kit.training import checkpoints
 from sana_kit.training.config import redacted_command
-from sana_kit.training.engine import collect_optimizer_state
+from sana_kit.training.engine import Engine, collect_masters
+from sana_kit.training.shares import MODEL_FILE_BYTES, share_out, split_files, write_shares
 
 
-def write_transformer(accelerator, model, args, folder: Path) -> None:
-    """Write a full fine-tuned transformer as a diffusers folder below `folder`; every rank calls it (ZeRO-3
-    gathers).
-    """
-    from huggingface_hub import save_torch_state_dict
-
-    state = accelerator.get_state_dict(model)
-    if accelerator.is_main_process:
-        transformer = accelerator.unwrap_model(model)
-        state = {k: v.to(torch.bfloat16) if args.mixed_precision == "bf16" else v for k, v in state.items()}
-        transformer.save_config(folder / "transformer")
-        save_torch_state_dict(
-            state, folder / "transformer", filename_pattern="diffusion_pytorch_model{suffix}.safetensors"
-        )
-        base = {"base_model": args.pretrained_model_name_or_path, "revision": args.revision}
-        (folder / "sana_kit_base.json").write_text(json.dumps(base), encoding="utf-8")
+def write_transformer(engine: Engine, args, folder: Path) -> None:
+    """Write a full fine-tuned transformer as a diffusers folder below `folder`; every rank calls it."""
+    files = split_files(checkpoints.TRANSFORMER_STEM, engine.weight_entries(), MODEL_FILE_BYTES)
+    _, problem = write_shares(folder, share_out(files, [0]), engine.ranks.rank)
+    if problem is not None:
+        raise CheckpointError(f"Could not write the model into {folder}: {problem}")
+    if engine.ranks.is_main:
+        checkpoints.write_model_facts(folder, engine, args, files)
 
 
 def upcast_adapter(folder: Path, masters: dict) -> None:
@@ -49,24 +41,22 @@ def upcast_adapter(folder: Path, masters: dict) -> None:
     write_atomic(path, lambda handle: handle.write(save(tensors, metadata=metadata)))
 
 
-def write_final_weights(
-    args, accelerator, model, optimizer, named_parameters, write_weights, output_dir: Path
-) -> None:
+def write_final_weights(args, engine: Engine, output_dir: Path) -> None:
     """The adapter (or transformer/) in the output folder, written beside and renamed."""
-    import shutil
-
+    main = engine.ranks.is_main
+    engine.check_weights("the result")
     masters = {}
     if args.upcast_before_saving and args.train_mode == "lora":
-        keep = accelerator.is_main_process
-        for key, tensor in collect_optimizer_state(model, optimizer, named_parameters, keep):
-            if keep and key.endswith("|master"):
-                masters[key.removesuffix("|master")] = tensor
+        masters = {name: master for name, master in collect_masters(engine, keep=main) if main}
     partial = output_dir / ".final.partial"
-    if accelerator.is_main_process:
+    if main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    write_weights(partial)
-    if accelerator.is_main_process:
+    if args.train_mode == "lora":
+        engine.write_adapter(partial)
+    else:
+        engine.ranks.run_on_all(lambda: write_transformer(engine, args, partial))
+    if main:
         if masters:
             upcast_adapter(partial, masters)
         apply_umask(path for path in partial.rglob("*") if path.is_file())
@@ -76,7 +66,7 @@ def write_final_weights(
                 shutil.rmtree(target)
             os.replace(path, target)
         partial.rmdir()
-    accelerator.wait_for_everyone()
+    engine.ranks.barrier()
 
 
 def finish_outputs(args, output_dir: Path, validation) -> None:

@@ -1,14 +1,122 @@
-"""What a resumed run needs to be the same run: identity, random states."""
+"""What a resumed run needs to be the same run: where it stands, who it is, its random states."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import os
+import uuid
+
+import numpy as np
 
 from sana_kit.data.image_set import ImageSet
 from sana_kit.distributed import Ranks
 from sana_kit.errors import Problem, UserError
 
-OPTIMIZER_FILE = "optimizer.safetensors"
+# What a run shares with the one that it goes on from; a difference is told, each with the words beside it.
+IDENTITY = (
+    "pretrained_model_name_or_path",
+    "train_mode",
+    "rank",
+    "lora_alpha",
+    "lora_layers",
+    "resolution",
+    "flow_shift",
+    "weighting_scheme",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler",
+    "max_train_steps",
+    "seed",
+    "mixed_precision",
+    "lora_dropout",
+    "optimizer",
+    "center_crop",
+    "random_flip",
+    "repeats",
+    "complex_human_instruction",
+    "max_sequence_length",
+    "with_prior_preservation",
+    "class_prompt",
+    "prior_loss_weight",
+)
+# Without these the checkpoint's tensors do not fit the run at all.
+DECISIVE = ("train_mode", "rank", "lora_alpha", "lora_layers", "optimizer")
+
+
+@dataclasses.dataclass
+class TrainState:
+    """Where a run stands; the one thing about it that changes while it trains.
+
+    Attributes:
+        seed: of the whole run.
+        run: what it is made of (`run_identity`).
+        run_id: made at a fresh start, kept by every resume: whose a checkpoint is.
+        global_step: updates made.
+        samples_seen: position in the stream of samples.
+        sequence: number of the newest checkpoint of the output folder, in the order of writing.
+        epoch, learning_rate: for people who read the file.
+    """
+
+    seed: int
+    run: dict
+    run_id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
+    global_step: int = 0
+    samples_seen: int = 0
+    sequence: int = 0
+    epoch: float = 0.0
+    learning_rate: float = 0.0
+
+
+def run_identity(settings, num_images: int, world_size: int, data: dict[str, str] | None = None) -> dict:
+    """What a resumed run should share with the one that wrote the checkpoint.
+
+    Args:
+        settings: anything with the names of IDENTITY.
+        data: digests of images and captions (`data_digests`).
+    """
+    found = {key: getattr(settings, key) for key in IDENTITY}
+    return {**found, "images": num_images, "world_size": world_size, **(data or {})}
+
+
+def data_digests(images: ImageSet) -> dict[str, str]:
+    """{"data_digest", "captions_digest"}: of the whole set, and of its captions alone."""
+    captions = hashlib.sha256("\0".join(images.captions).encode())
+    return {"data_digest": images.digest(), "captions_digest": captions.hexdigest()}
+
+
+def differences(before: dict, now: dict) -> list[str]:
+    """One sentence per setting that differs from the checkpoint's, and one for the data."""
+    changed = [key for key in now if key in before and before[key] != now[key]]
+    digests = [key for key in changed if key.endswith("_digest")]
+    found = [
+        f"{key} was {before[key]} when the checkpoint was written and is {now[key]} now"
+        for key in changed
+        if key not in digests
+    ]
+    if digests:
+        what = "captions" if "captions_digest" in digests else "images (or their order)"
+        found.append(f"the {what} are other ones than when the checkpoint was written")
+    return found
+
+
+def check_same_images(images: ImageSet, ranks: Ranks) -> None:
+    """Raise UserError on every rank unless all ranks found the same images and captions.
+
+    Machines whose folders differ by one file would train on permutations of different sets without a word.
+    """
+    found = ranks.gather((images.digest(), len(images), os.uname().nodename))
+    odd = [rank for rank, (digest, _, _) in enumerate(found) if digest != found[0][0]]
+    if odd:
+        rank = odd[0]
+        counts = f"{found[0][1]} samples on rank 0 ({found[0][2]}), {found[rank][1]} on rank {rank} ({found[rank][2]})"
+        reason = f"ranks {odd} found other images or captions than rank 0: {counts}"
+        raise UserError(Problem("dataset_name", None, reason, "Give every machine the same files."))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random states
 
 
 def pack_random_state(state: dict) -> dict:
@@ -27,8 +135,6 @@ def pack_random_state(state: dict) -> dict:
 
 def unpack_random_state(packed: dict) -> dict:
     """The inverse of `pack_random_state`."""
-    import numpy as np
-
     version, internal, gauss = packed["python"]
     name, keys, pos, has_gauss, cached = packed["numpy"]
     state = {
@@ -39,42 +145,3 @@ def unpack_random_state(packed: dict) -> dict:
     if "device" in packed:
         state["device"] = packed["device"]
     return state
-
-
-def run_identity(args, num_images: int, world_size: int) -> dict:
-    """What a resumed run should share with the one that wrote the checkpoint."""
-    keys = (
-        "pretrained_model_name_or_path",
-        "train_mode",
-        "rank",
-        "lora_alpha",
-        "lora_layers",
-        "resolution",
-        "flow_shift",
-    )
-    keys += ("weighting_scheme", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler")
-    keys += ("max_train_steps", "seed", "mixed_precision", "lora_dropout", "optimizer")
-    return {**{key: getattr(args, key) for key in keys}, "images": num_images, "world_size": world_size}
-
-
-def differences(before: dict, now: dict) -> list[str]:
-    """One sentence per setting that differs from the checkpoint's."""
-    return [
-        f"{key} was {before[key]} when the checkpoint was written and is {now[key]} now"
-        for key in now
-        if key in before and before[key] != now[key]
-    ]
-
-
-def check_same_images(images: ImageSet, ranks: Ranks) -> None:
-    """Raise UserError on every rank unless all ranks found the same images and captions.
-
-    Machines whose folders differ by one file would train on permutations of different sets without a word.
-    """
-    found = ranks.gather((images.digest(), len(images), os.uname().nodename))
-    odd = [rank for rank, (digest, _, _) in enumerate(found) if digest != found[0][0]]
-    if odd:
-        rank = odd[0]
-        counts = f"{found[0][1]} samples on rank 0 ({found[0][2]}), {found[rank][1]} on rank {rank} ({found[rank][2]})"
-        reason = f"ranks {odd} found other images or captions than rank 0: {counts}"
-        raise UserError(Problem("dataset_name", None, reason, "Give every machine the same files."))

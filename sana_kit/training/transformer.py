@@ -6,22 +6,17 @@ import logging
 
 import torch
 
-from sana_kit.distributed import under_deepspeed
 from sana_kit.models.attention import set_attention
 from sana_kit.models.loading import load_transformer
 from sana_kit.models.lora import DEFAULT_LORA_LAYERS, checkpoint_blocks, lean_lora
-from sana_kit.training.engine import compute_dtype
+from sana_kit.training.engine import Engine
 
 logger = logging.getLogger("sana")
 
 
-def prepare_transformer(args, accelerator, model):
+def prepare_transformer(args, engine: Engine, model) -> torch.nn.Module:
     """The transformer in the dtype of the run, on the device, with LoRA layers or all weights trainable."""
-
-    weight_dtype = compute_dtype(args)
-    if args.train_mode == "full" and not under_deepspeed():
-        weight_dtype = torch.float32  # float32 masters are the weights themselves; autocast computes in bf16
-    transformer = load_transformer(model, device=accelerator.device, dtype=weight_dtype)
+    transformer = load_transformer(model, device=engine.device, dtype=engine.weight_dtype)
     if args.train_mode == "lora":
         from peft import LoraConfig
 
@@ -35,17 +30,17 @@ def prepare_transformer(args, accelerator, model):
                 target_modules=list(layers),
             )
         )
-        if under_deepspeed():
-            transformer.to(weight_dtype)  # ZeRO keeps the float32 masters
+        if engine.under_deepspeed:
+            transformer.to(engine.weight_dtype)  # ZeRO keeps the float32 masters
         else:
             for parameter in transformer.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
-        lean_lora(transformer, accelerator.device.type, weight_dtype)
+        lean_lora(transformer, engine.device.type, engine.weight_dtype)
     else:
         transformer.requires_grad_(True)
-    transformer.to(accelerator.device)
-    kernel = set_attention(transformer, args.attention, accelerator.device)
+    transformer.to(engine.device)
+    kernel = set_attention(transformer, args.attention, engine.device)
     logger.info("cross-attention: %s with a boolean mask built once per forward pass", kernel)
     if args.gradient_checkpointing:
         checkpoint_blocks(transformer, args.gradient_checkpointing_interval)

@@ -28,10 +28,10 @@ from pathlib import Path
 from sana_kit import devices
 from sana_kit.arithmetic import AUTOENCODER, TEXT_ENCODER, TRANSFORMERS
 from sana_kit.models.folder import find_model
-from sana_kit.models.loading import load_transformer
 from sana_kit.training.config import parse_args
-from sana_kit.training.engine import create_accelerator, fit_buckets
-from sana_kit.training.optim import create_optimizer
+from sana_kit.training.engine import Engine
+from sana_kit.training.optim import build_optimizer
+from sana_kit.training.transformer import prepare_transformer
 
 KIT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(KIT), str(KIT / "tests")]
@@ -163,7 +163,7 @@ def measure_bare(options, model, data, work) -> float:
 
 
 def build_engine(options, *flags: str):
-    """(accelerator, found model, transformer, engine, optimizer) as the trainer's own functions make them.
+    """(accelerator, found model, transformer, prepared model, optimizer) as the trainer's own functions make them.
 
     options: model and train_mode; flags: more of the trainer's.
     """
@@ -174,13 +174,11 @@ def build_engine(options, *flags: str):
     )
     found, problems = find_model(str(options.model))
     assert not problems, problems
-    accelerator = create_accelerator(args)
-    transformer = load_transformer(args, accelerator, found)
-    trained = [p for p in transformer.parameters() if p.requires_grad]
-    fit_buckets(accelerator, sum(p.numel() for p in trained))
+    engine = Engine.create(args)
+    transformer = prepare_transformer(args, engine, found)
     transformer.train()
-    optimizer = create_optimizer(args, trained, accelerator.device)
-    return accelerator, found, transformer, *accelerator.prepare(transformer, optimizer)
+    optimizer = build_optimizer(args, [p for p in transformer.parameters() if p.requires_grad], engine.device)
+    return engine.accelerator, found, transformer, *engine.prepare(transformer, optimizer)
 
 
 def bare(options) -> None:
