@@ -13,8 +13,7 @@ if ! command -v chromium >/dev/null && ! command -v google-chrome >/dev/null && 
     >/dev/null 2>&1 || echo "note: chromium could not be installed; the browser tests will be skipped" >&2
 fi
 
-"$python" -m ruff check .
-"$python" -m ruff format --check .
+bash tests/lint.sh "$python"
 select=()
 [ "${SANA_FAST:-0}" = 1 ] && select=(-m "not slow")
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
