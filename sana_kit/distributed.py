@@ -50,8 +50,9 @@ def _name_cpu_to_accelerate() -> None:
 def process_group_handlers(timeout_seconds: int = 7500) -> list:
     """kwargs_handlers for `Accelerator`: backend gloo on a CPU-only host, else the device's own, and a long timeout.
 
-    The timeout covers the waits of other ranks while one encodes the last images or writes a checkpoint. It is
-    longer than the launcher's HCCL_EXEC_TIMEOUT (7200 s), so that HCCL reports a stuck collective first.
+    The timeout covers the waits of other ranks while one encodes, compiles or writes. It is longer than the launcher's
+    HCCL_EXEC_TIMEOUT (7200 s), so that HCCL reports a stuck collective first. It is not what ends a run whose machine
+    is gone: the heartbeat of `Ranks` does so within two minutes.
     """
     from accelerate import InitProcessGroupKwargs
 

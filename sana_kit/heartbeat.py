@@ -51,6 +51,7 @@ class Heartbeat:
 
     Args:
         store: a TCPStore that nobody else uses; rank 0 holds its server.
+        beat, silent, grace: seconds; those at the top of this file unless given.
         end: called with the reason when the main thread has not ended by itself; the default leaves the process.
     """
 
@@ -60,13 +61,15 @@ class Heartbeat:
         rank: int,
         world_size: int,
         *,
-        beat: float = BEAT_SECONDS,
-        silent: float = SILENT_SECONDS,
-        grace: float = GRACE_SECONDS,
+        beat: float | None = None,
+        silent: float | None = None,
+        grace: float | None = None,
         end: Callable[[str], None] = _end_process,
     ):
         self.store, self.rank, self.world_size = store, rank, world_size
-        self.beat, self.silent, self.grace, self.end = beat, silent, grace, end
+        self.beat = BEAT_SECONDS if beat is None else beat
+        self.silent = SILENT_SECONDS if silent is None else silent
+        self.grace, self.end = GRACE_SECONDS if grace is None else grace, end
         self.lost: str | None = None  # why this run cannot go on: another rank is gone or failed
         self._lost_at, self._answered_at = 0.0, time.monotonic()
         self._report: str | None = None  # what this rank tells before it fails

@@ -7,6 +7,7 @@ import time
 import pytest
 from helpers.ranks import run_ranks
 
+from sana_kit import heartbeat
 from sana_kit.distributed import StopSignal
 from sana_kit.errors import CheckpointError, Problem, StoreError, UserError
 
@@ -73,6 +74,30 @@ def test_a_killed_rank_ends_the_others_at_once():
     first, second = run_ranks(killed)
     assert second is None
     assert not first[0] and first[1].startswith("RankFailed: another rank ended while this one waited for it")
+
+
+FROZEN = 1
+
+
+def frozen(ranks):
+    if ranks.rank == FROZEN:
+        os.kill(os.getpid(), signal.SIGSTOP)  # as a machine without power: its sockets stay open, nothing answers
+    ranks.barrier()
+
+
+@pytest.mark.parametrize(("rank", "told"), [(1, "rank 1 on "), (0, "rank 0 on 127.0.0.1 gave no answer")])
+def test_a_machine_that_is_gone_ends_the_others(monkeypatch, capfd, rank, told):
+    """Also a main thread inside a collective; the seconds are a thirtieth of the real ones."""
+    monkeypatch.setitem(globals(), "FROZEN", rank)
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(heartbeat, "SILENT_SECONDS", 3.0)
+    monkeypatch.setattr(heartbeat, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(heartbeat, "local_rank", lambda: 0)  # each rank is the first of its machine
+    begin = time.monotonic()
+    assert run_ranks(frozen, timeout=20) == [None, None]
+    assert time.monotonic() - begin < 60
+    shown = capfd.readouterr().err
+    assert f"error: {told}" in shown and "it is gone or frozen" in shown
 
 
 def tells(ranks):

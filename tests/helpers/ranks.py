@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 import traceback
 from collections.abc import Callable
+
+import psutil
 
 from helpers import free_port
 
@@ -37,10 +40,14 @@ def _work(job: Callable, rank: int, world_size: int, port: int, results) -> None
     os._exit(0)
 
 
+def _stopped(pid: int) -> bool:
+    return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+
+
 def run_ranks(job: Callable, world_size: int = 2, timeout: float = 60) -> list:
     """What `job(ranks)` returned or raised on each rank, as (ok, value or "Class: message").
 
-    A rank that ended without a word (it was killed) is None.
+    A rank that ended without a word (it was killed, or stopped with nobody left to wait for it) is None.
     """
     context = multiprocessing.get_context("fork")
     results, port = context.Queue(), free_port()
@@ -50,8 +57,13 @@ def run_ranks(job: Callable, world_size: int = 2, timeout: float = 60) -> list:
     for process in processes:
         process.start()
     found: list = [None] * world_size
-    for process in processes:
-        process.join(timeout)
+    ended = 0
+    deadline = time.monotonic() + timeout
+    while ended < world_size and time.monotonic() < deadline:
+        ended = sum(not process.is_alive() for process in processes)
+        time.sleep(0.02)
+        if ended and all(_stopped(process.pid) for process in processes if process.is_alive()):
+            break
     while not results.empty():
         rank, ok, value = results.get()
         found[rank] = ok, value
