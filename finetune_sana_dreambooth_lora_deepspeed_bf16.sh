@@ -233,6 +233,8 @@ if [ "$quickstart" = yes ]; then
   for name in learning_rate seed checkpointing_steps checkpoints_total_limit; do
     is_given "$name" && trainer+=("--$name" "${!name}")
   done
+  # A second quick start sets the first one's files aside, unless it is told to resume.
+  case " ${extra[*]-} " in *" --resume_from_checkpoint"*) ;; *) trainer+=(--overwrite_output_dir) ;; esac
 else
   [ -z "$mixed_precision" ] || trainer+=(--mixed_precision "$mixed_precision")
   [ -z "$gradient_accumulation_steps" ] || trainer+=(--gradient_accumulation_steps "$gradient_accumulation_steps")
