@@ -18,17 +18,17 @@ import tempfile
 import time
 from pathlib import Path
 
-from sana_kit.arithmetic import AUTOENCODER, TRANSFORMERS, roofline_seconds, transformer_ops, vae_decode_ops
-from sana_kit.devices import find_chip
-from sana_kit.encodings.prompts import collate_prompt_embeds, parse_instruction
-from sana_kit.generation.decode import MAX_TILE_PIXELS, decode_latents, plan_tiles
-from sana_kit.generation.denoise import denoise, initial_noise
-from sana_kit.generation.jobs import plan_jobs
-from sana_kit.generation.texts import encode_texts, job_texts, split_texts
-from sana_kit.models.loading import load_pipeline
-
 KIT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(KIT), str(KIT / "tests")]
+sys.path[:0] = [str(KIT), str(KIT / "tests")]  # run as a file, from any folder
+
+from sana_kit.arithmetic import AUTOENCODER, TRANSFORMERS, roofline_seconds, transformer_ops, vae_decode_ops  # noqa: E402
+from sana_kit.devices import find_chip  # noqa: E402
+from sana_kit.encodings.prompts import collate_prompt_embeds, parse_instruction  # noqa: E402
+from sana_kit.generation.decode import MAX_TILE_PIXELS, decode_latents, plan_tiles  # noqa: E402
+from sana_kit.generation.denoise import denoise, initial_noise  # noqa: E402
+from sana_kit.generation.jobs import plan_jobs  # noqa: E402
+from sana_kit.generation.texts import encode_texts, job_texts, split_texts  # noqa: E402
+from sana_kit.models.loading import load_pipeline  # noqa: E402
 
 
 def roofline():

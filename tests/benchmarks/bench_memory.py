@@ -17,11 +17,11 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from sana_kit import devices
-from sana_kit.arithmetic import training_bytes
-
 KIT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(KIT), str(KIT / "tests"), str(KIT / "tests" / "benchmarks")]
+sys.path[:0] = [str(KIT), str(KIT / "tests"), str(KIT / "tests" / "benchmarks")]  # run as a file, from any folder
+
+from sana_kit import devices  # noqa: E402
+from sana_kit.arithmetic import training_bytes  # noqa: E402
 
 
 def live_storages(device) -> dict[int, int]:

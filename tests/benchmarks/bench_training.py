@@ -25,16 +25,16 @@ import tempfile
 import time
 from pathlib import Path
 
-from sana_kit import devices
-from sana_kit.arithmetic import AUTOENCODER, TEXT_ENCODER, TRANSFORMERS
-from sana_kit.models.folder import find_model
-from sana_kit.training.config import parse_args
-from sana_kit.training.engine import Engine
-from sana_kit.training.optim import build_optimizer
-from sana_kit.training.transformer import prepare_transformer
-
 KIT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(KIT), str(KIT / "tests")]
+sys.path[:0] = [str(KIT), str(KIT / "tests")]  # run as a file, from any folder
+
+from sana_kit import devices  # noqa: E402
+from sana_kit.arithmetic import AUTOENCODER, TEXT_ENCODER, TRANSFORMERS  # noqa: E402
+from sana_kit.models.folder import find_model  # noqa: E402
+from sana_kit.training.config import parse_args  # noqa: E402
+from sana_kit.training.engine import Engine  # noqa: E402
+from sana_kit.training.optim import build_optimizer  # noqa: E402
+from sana_kit.training.transformer import prepare_transformer  # noqa: E402
 
 WORDS = (
     "a drawing of the small large red green blue yellow square circle dog cat tree house with on under near".split()
