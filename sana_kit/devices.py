@@ -80,6 +80,7 @@ class DeviceKind:
         find: whether at least one is there.
         prepare: one-time settings, called with `allow_tf32` before the first kernel.
         chips: those whose figures are known; the first whose name fits counts.
+        channels_last: whether its convolution kernels take channels last without a copy.
         whole_masks: whether attention kernels need masks written out along the query axis.
         fused_attention: the attention kernels, beside torch's own, that exist here.
         fused_adamw: what `torch.optim.AdamW(fused=...)` is given.
@@ -91,6 +92,7 @@ class DeviceKind:
     find: Callable[[], bool]
     prepare: Callable[[bool], None]
     chips: tuple[Chip, ...] = ()
+    channels_last: bool = True
     whole_masks: bool = False
     fused_attention: tuple[str, ...] = ()
     fused_adamw: bool | None = None
@@ -128,6 +130,7 @@ KINDS = {
                 Chip("910b4", r"(?:ascend)?910b4(?:-1)?", 280.0, 1.6e12),
                 Chip("910b", r"(?:ascend)?910b", 313.0, 1.6e12),
             ),
+            channels_last=False,
             whole_masks=True,
             fused_attention=("npu_fusion",),
             compiles=False,

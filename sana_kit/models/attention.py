@@ -9,6 +9,26 @@ from sana_kit.devices import kind_of
 ATTENTION_CHOICES = ("auto", "sdpa", "npu_fusion")
 
 
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, kernel: str
+) -> torch.Tensor:
+    """Softmax attention by one fused kernel: query (B, H, N, d), key and value (B, H, S, d) -> (B, H, N, d).
+
+    Args:
+        mask: boolean, (B, 1, 1 or N, S); for "sdpa" True = use, for "npu_fusion" True = leave out.
+        kernel: "sdpa" or "npu_fusion".
+    """
+    if kernel == "sdpa":
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    import torch_npu
+
+    heads, scale = query.shape[1], query.shape[-1] ** -0.5
+    query, key, value = (part.contiguous() for part in (query, key, value))
+    return torch_npu.npu_fusion_attention(query, key, value, heads, input_layout="BNSD", atten_mask=mask, scale=scale)[
+        0
+    ]
+
+
 class CrossAttentionProcessor:
     """Cross-attention of a Sana block with a boolean mask that was built once per forward pass.
 
@@ -37,20 +57,7 @@ class CrossAttentionProcessor:
             key = attn.norm_k(key)
         query, key, value = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (query, key, value))
         # query (B, heads, N, d), key and value (B, heads, S, d)
-        if self.kernel == "npu_fusion":
-            import torch_npu
-
-            out = torch_npu.npu_fusion_attention(
-                query.contiguous(),
-                key.contiguous(),
-                value.contiguous(),
-                attn.heads,
-                input_layout="BNSD",
-                atten_mask=attention_mask,
-                scale=query.shape[-1] ** -0.5,
-            )[0]
-        else:
-            out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+        out = attend(query, key, value, attention_mask, self.kernel)
         out = out.transpose(1, 2).reshape(batch, length, -1).to(query.dtype)
         out = attn.to_out[1](attn.to_out[0](out))
         return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor

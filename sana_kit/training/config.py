@@ -135,6 +135,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--allow_tf32", action="store_true", help="TF32 matrix products on CUDA.")
     add("--attention", choices=ATTENTION_CHOICES, default="auto", help="Kernel of the cross-attention.")
     add("--enable_npu_flash_attention", action="store_true", help="The same as --attention=npu_fusion.")
+    add(
+        "--fused_blocks",
+        choices=("off", "auto"),
+        default="off",
+        help="Hand-written SANA blocks with fewer passes over memory, where they fit (experimental).",
+    )
     add("--compile", action="store_true", help="torch.compile each transformer block (not on NPU).")
     add("--local_rank", type=int, default=-1, help="Set by launchers.")
 

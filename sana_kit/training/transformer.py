@@ -7,6 +7,7 @@ import logging
 import torch
 
 from sana_kit.models.attention import set_attention
+from sana_kit.models.fused import fuse_blocks
 from sana_kit.models.loading import load_transformer
 from sana_kit.models.lora import DEFAULT_LORA_LAYERS, checkpoint_blocks, lean_lora
 from sana_kit.training.engine import Engine
@@ -42,6 +43,8 @@ def prepare_transformer(args, engine: Engine, model) -> torch.nn.Module:
     transformer.to(engine.device)
     kernel = set_attention(transformer, args.attention, engine.device)
     logger.info("cross-attention: %s with a boolean mask built once per forward pass", kernel)
+    autocast = engine.weight_dtype != engine.compute_dtype
+    logger.info("blocks: %s", fuse_blocks(transformer, args.fused_blocks, autocast=autocast, compiled=args.compile))
     if args.gradient_checkpointing:
         checkpoint_blocks(transformer, args.gradient_checkpointing_interval)
     if args.compile:

@@ -1,0 +1,143 @@
+"""Bytes, kernels, kept activations and the roofline time of one step, operator by operator, beside diffusers' block.
+
+    python tests/benchmarks/bench_roofline.py                         the 1600M model at 1024 px, counted; seconds
+    python tests/benchmarks/bench_roofline.py --step lora4 --operators 15
+    python tests/benchmarks/bench_roofline.py --time --threads 1      the scaled model's steps on the CPU, timed
+
+Counted on meta tensors: no memory, no weights. Blocks: `diffusers` as its transformer comes, `kit` with the kit's
+attention processors and LoRA layers, `fused` with the kit's hand-written block. All in one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+from pathlib import Path
+
+KIT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(KIT), str(KIT / "tests")]
+
+import torch  # noqa: E402  after the kit's path
+from peft import LoraConfig  # noqa: E402
+
+from sana_kit import arithmetic, roofline  # noqa: E402
+from sana_kit.models import attention, fused, lora  # noqa: E402
+
+STEPS = ("lora4", "lora16", "full", "denoise")
+BLOCKS = ("diffusers", "kit", "fused")
+CPU = torch.device("cpu")
+
+
+def add_adapter(model, rank: int) -> None:
+    """Freeze the model and add LoRA to q, k and v of both attentions, as the trainer does by default."""
+    model.requires_grad_(False)
+    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v"])
+    model.add_adapter(config)
+
+
+def prepare(model, step: str, block: str, dtype: torch.dtype) -> None:
+    """Make what `step` trains trainable and give the model the block's code."""
+    if step.startswith("lora"):
+        add_adapter(model, int(step.removeprefix("lora")))
+        model.to(dtype)
+    else:
+        model.requires_grad_(step == "full")
+    if block == "kit":
+        attention.set_attention(model, "auto", CPU)
+        if step.startswith("lora"):
+            lora.lean_lora(model, "cpu", dtype)
+    elif block == "fused":
+        attention.set_attention(model, "auto", CPU)
+        fused.fuse_blocks(model)
+
+
+def count(options: argparse.Namespace) -> None:
+    """Print the table of every step and block, then where each step's time goes."""
+    config = {**arithmetic.TRANSFORMERS[options.config], "sample_size": options.resolution // 32}
+    side = (options.resolution // 32,) * 2
+    counts = {}
+    for step in options.step:
+        for block in options.block:
+            model = roofline.build_on_meta(
+                config, torch.bfloat16, lambda model, s=step, b=block: prepare(model, s, b, torch.bfloat16)
+            )
+            run = roofline.count_denoising_step if step == "denoise" else roofline.count_training_step
+            counts[f"{step}, {block} block"] = run(model, options.batch_size, side, options.tokens)
+    where = f"{options.resolution} px, batch {options.batch_size}, {options.tokens} caption tokens, bf16"
+    print(f"SANA {options.config}, {where}; per image, kernels per step; without the optimizer's update\n")
+    print(roofline.format_table(counts))
+    for title, one in counts.items():
+        print(f"\n{title}: kernels, GB, roofline ms and share on {', '.join(roofline.CHIPS)}, by kind")
+        print(roofline.format_rows(one, one.by_kind()))
+        if options.operators:
+            print("by operator")
+            print(roofline.format_rows(one, one.by_operator(), options.operators))
+
+
+def scaled_models(step: str, blocks: list[str], dtype: torch.dtype) -> dict:
+    """The scaled model of the benchmarks on the CPU, once for each block, with equal weights."""
+    import tiny
+    from diffusers import SanaTransformer2DModel
+
+    torch.manual_seed(0)
+    base = SanaTransformer2DModel(**tiny.SCALED_TRANSFORMER).to(dtype)
+    models = {}
+    for block in blocks:
+        models[block] = copy.deepcopy(base)
+        prepare(models[block], step, block, dtype)
+        models[block].train(step != "denoise")
+    return models
+
+
+def time_steps(options: argparse.Namespace) -> None:
+    """Print the median milliseconds of each block's step, the blocks taking turns."""
+    for step in options.step:
+        models = scaled_models(step, options.block, torch.bfloat16)
+        images = options.batch_size * (2 if step == "denoise" else 1)
+        config = next(iter(models.values())).config
+        latents = torch.randn(images, config.in_channels, 32, 32).bfloat16()
+        captions = torch.randn(images, 32, config.caption_channels).bfloat16()
+        mask, timestep = torch.ones(images, 1, 1, 32, dtype=torch.bool), torch.full((images,), 500.0)
+        times: dict[str, list[float]] = {block: [] for block in models}
+        for _ in range(options.rounds):
+            for block, model in models.items():
+                start = time.perf_counter()
+                with torch.set_grad_enabled(step != "denoise"):
+                    out = model(latents, captions, timestep, encoder_attention_mask=mask, return_dict=False)[0]
+                    if step != "denoise":
+                        (out.float() ** 2).mean().backward()
+                        model.zero_grad()
+                times[block].append(time.perf_counter() - start)
+        medians = {block: statistics.median(values[2:]) * 1e3 for block, values in times.items()}
+        print(f"{step}: scaled model, 256 px, batch {options.batch_size}, bf16, {torch.get_num_threads()} thread(s)")
+        for block, milliseconds in medians.items():
+            ratios = "  ".join(f"{milliseconds / other:.3f} of {name}" for name, other in medians.items())
+            print(f"  {block:10}{milliseconds:9.1f} ms   {ratios}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", choices=sorted(arithmetic.TRANSFORMERS), default="1600M")
+    parser.add_argument("--resolution", type=int, default=1024)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=80)
+    parser.add_argument("--step", choices=STEPS, action="append", help="one step, may be repeated; default all")
+    parser.add_argument("--block", choices=BLOCKS, action="append", help="one block, may be repeated; default all")
+    parser.add_argument("--operators", type=int, default=0, metavar="N", help="also the N longest operators")
+    parser.add_argument("--time", action="store_true", help="time the scaled model on the CPU instead of counting")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=12, help="timed rounds, of which the first two do not count")
+    options = parser.parse_args()
+    options.step, options.block = options.step or list(STEPS), options.block or list(BLOCKS)
+    if options.time:
+        torch.set_num_threads(options.threads)
+        time_steps(options)
+    else:
+        count(options)
+
+
+if __name__ == "__main__":
+    main()
