@@ -9,7 +9,7 @@ Prompts x seeds are shared among the processes; every number of processes makes 
 
 import sys
 
-from sana_kit.inference.run import main
+from sana_kit.inference.command import main
 
 if __name__ == "__main__":
     sys.exit(main("Images from prompts with a SANA model on several devices or machines."))

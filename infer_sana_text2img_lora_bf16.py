@@ -8,7 +8,7 @@ The adapter is ./output/pytorch_lora_weights.safetensors unless named; without a
 
 import sys
 
-from sana_kit.inference.run import main
+from sana_kit.inference.command import main
 
 if __name__ == "__main__":
     sys.exit(

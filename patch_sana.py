@@ -15,12 +15,16 @@ On diffusers' trainer (from commit cd0a4a82 of March 2025 to the one of August 2
 The adapter file, pytorch_lora_weights.safetensors, has the layout of diffusers: keys
 `transformer.<module>.lora_A.weight` and `lora_B.weight`, and under the metadata key `lora_adapter_metadata` the peft
 configuration (rank, alpha, target modules). A second metadata key, `sana_base_model`, describes the base model, so
-that a load on another one is an error.
+that a load on another one is an error. A trainer may add keys of its own.
+
+Names that accelerate and DeepSpeed do not promise, each with a test that fails when it goes away:
+    `model._orig_mod` of torch.compile (torch 2.1 to 2.13); `parameter.ds_id` of ZeRO-3 (DeepSpeed 0.15 to 0.19), which
+    DeepSpeed's own `safe_get_full_fp32_param` reads as well; the folder `pytorch_model` that accelerate gives the
+    DeepSpeed engine as its tag (accelerate 0.33 to 1.15).
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import glob
 import hashlib
@@ -31,24 +35,23 @@ import re
 import stat
 import struct
 import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
-
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-
 
 KEY_PREFIX = "transformer."
 
-
 LORA_METADATA_KEY = "lora_adapter_metadata"  # diffusers.loaders.lora_base.LORA_ADAPTER_METADATA_KEY since 0.34
-
 
 BASE_METADATA_KEY = "sana_base_model"
 
-
 ENGINE_FOLDER = "pytorch_model"  # the tag under which accelerate lets the DeepSpeed engine save and load
-
 
 # Settings that decide what the tensors mean; a file and a model that differ in one of them do not fit.
 SCALE_SETTINGS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
@@ -69,8 +72,7 @@ def _adapter_name(model):
 
 
 def _adapter_tensors(model):
-    """{file key: tensor} in sorted order. The tensors share storage with the live parameters: writing to one trains
-    it."""
+    """{file key: tensor} in sorted order, sharing storage with the live parameters: writing to one trains it."""
     from peft.utils import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(model, adapter_name=_adapter_name(model), save_embedding_layers=False)
@@ -105,16 +107,14 @@ def _lora_config(model):
 
 
 def _warn_of_unread_alpha(lora_config):
-    """diffusers before 0.34 reads no metadata when it loads a LoRA and takes alpha = rank, silently at another
-    strength."""
+    """diffusers before 0.34 reads no metadata of a LoRA and takes alpha = rank: silently another strength."""
     from diffusers.loaders import lora_base
 
     rank, alpha = lora_config["r"], lora_config["lora_alpha"]
     if rank != alpha and not hasattr(lora_base, "LORA_ADAPTER_METADATA_KEY"):
         logger.warning(
-            f"This diffusers ignores lora_alpha {alpha} of a saved LoRA and takes the rank, {rank}. In a pipeline of "
-            "this "
-            f"version apply it with set_adapters(name, {alpha / rank:g}), or use --lora_alpha {rank}, or diffusers "
+            f"This diffusers ignores lora_alpha {alpha} of a saved LoRA and takes the rank, {rank}. In its pipeline "
+            f"apply it with set_adapters(name, {alpha / rank:g}), train with lora_alpha {rank}, or install diffusers "
             "0.34 or newer."
         )
 
@@ -125,7 +125,7 @@ def _plain(value):
     return getattr(value, "value", None) or str(value)
 
 
-def base_model_fingerprint(model):
+def base_model_fingerprint(model: torch.nn.Module) -> dict[str, Any]:
     """A small description of the frozen base of `model`, cheap to take: 16 values of each parameter are read.
 
     Returns a dict of JSON values: `class`, `name` (hub name, or the last part of a local path), `config` (without
@@ -208,17 +208,24 @@ def _base_differences(trained_on, present):
     return found
 
 
-def write_adapter(folder, tensors, lora_config, base_model):
-    """Write `tensors` ({file key: tensor, any dtype}) with their description to
-    `folder`/pytorch_lora_weights.safetensors.
+def write_adapter(
+    folder: str | os.PathLike,
+    tensors: Mapping[str, torch.Tensor],
+    lora_config: Mapping[str, Any],
+    base_model: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write `tensors` ({file key: tensor, any dtype}) to `folder`/pytorch_lora_weights.safetensors.
 
-    The file appears whole or not at all: it is written under another name, flushed to the disk and renamed. Equal
-    input gives equal bytes. Raises OSError (disk full, no permission) and leaves an older file untouched.
+    With them go the peft configuration, the base model's fingerprint and further `metadata`. The file appears whole
+    or not at all: it is written under another name, flushed to the disk and renamed. Equal input gives equal bytes.
+    Raises OSError (disk full, no permission) and leaves an older file untouched.
     """
     import safetensors.torch
 
     lora_config = {KEY_PREFIX + key: value for key, value in lora_config.items()}
     metadata = {
+        **(metadata or {}),
         "format": "pt",
         LORA_METADATA_KEY: json.dumps(lora_config, indent=2, sort_keys=True),
         BASE_METADATA_KEY: json.dumps(base_model, sort_keys=True),
@@ -231,18 +238,52 @@ def write_adapter(folder, tensors, lora_config, base_model):
     header = json.dumps(header, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     os.makedirs(folder, exist_ok=True)
-    _write_atomically(os.path.join(folder, ADAPTER_FILE), struct.pack("<Q", len(header)) + header + data[8 + length :])
+    write_atomically(os.path.join(folder, ADAPTER_FILE), struct.pack("<Q", len(header)) + header + data[8 + length :])
 
 
-def read_adapter(folder):
-    """Read `folder`/pytorch_lora_weights.safetensors.
+class Adapter(NamedTuple):
+    """What an adapter file holds.
 
-    Returns (tensors on the CPU by file key, peft configuration or None, base model fingerprint or None): files written
-    by older diffusers carry no descriptions. Raises ValueError when there is no such file or it is not a whole
-    safetensors file.
+    Attributes:
+        tensors: by file key, on the CPU, as stored.
+        lora_config: the peft configuration, keys without prefix; None in files written by older diffusers.
+        base_model: the base model's fingerprint; None in files that `write_adapter` did not write.
+        metadata: all of the file's metadata.
     """
+
+    tensors: dict[str, torch.Tensor]
+    lora_config: dict[str, Any] | None
+    base_model: dict[str, Any] | None
+    metadata: dict[str, str]
+
+
+def open_adapter(path: str | os.PathLike) -> Adapter:
+    """Read one adapter file; ValueError unless it is a whole safetensors file with metadata that can be read."""
     import safetensors
 
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            metadata = file.metadata() or {}
+        lora_config = json.loads(metadata[LORA_METADATA_KEY]) if LORA_METADATA_KEY in metadata else None
+        base_model = json.loads(metadata[BASE_METADATA_KEY]) if BASE_METADATA_KEY in metadata else None
+        if lora_config is not None:
+            lora_config = {key.removeprefix(KEY_PREFIX): value for key, value in lora_config.items()}
+    except (safetensors.SafetensorError, OSError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({os.path.getsize(path)} bytes: {error}). "
+            "It was cut off or is of another format; choose another checkpoint."
+        ) from error
+    return Adapter(tensors, lora_config, base_model, metadata)
+
+
+def read_adapter(
+    folder: str | os.PathLike,
+) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None, dict[str, Any] | None]:
+    """(tensors, peft configuration, base model's fingerprint) of `folder`/pytorch_lora_weights.safetensors.
+
+    Raises ValueError when there is no such file or it is not a whole safetensors file.
+    """
     path = os.path.join(folder, ADAPTER_FILE)
     if not os.path.isfile(path):
         others = sorted(os.path.basename(p) for p in glob.glob(os.path.join(glob.escape(str(folder)), "*lora*")))
@@ -251,25 +292,12 @@ def read_adapter(folder):
             + (f" (found {', '.join(others)}: only {ADAPTER_FILE} is read, never pickled files)" if others else "")
             + ". Choose a whole checkpoint; on several machines the output folder must be shared."
         )
-    try:
-        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-            metadata = file.metadata() or {}
-        lora_config = json.loads(metadata[LORA_METADATA_KEY]) if LORA_METADATA_KEY in metadata else None
-        base_model = json.loads(metadata[BASE_METADATA_KEY]) if BASE_METADATA_KEY in metadata else None
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({os.path.getsize(path)} bytes: {error}). "
-            "It was cut off or is of another format; choose another checkpoint."
-        ) from error
-    if lora_config is not None:
-        lora_config = {key.removeprefix(KEY_PREFIX): value for key, value in lora_config.items()}
-    return tensors, lora_config, base_model
+    adapter = open_adapter(path)
+    return adapter.tensors, adapter.lora_config, adapter.base_model
 
 
 def _named(keys, details=None):
-    """All `keys` in words, the blocks of a model written as one:
-    `transformer.transformer_blocks.{0-19}.attn1.to_q...`."""
+    """All `keys` in words, blocks written as one: `transformer.transformer_blocks.{0-19}.attn1.to_q...`."""
     blocks = {}
     for key in keys:
         before, number, after = re.match(r"(.*?_blocks\.)?(\d*)(.*)", key).groups()
@@ -285,8 +313,7 @@ def _named(keys, details=None):
 
 
 def _misfits(tensors, lora_config, base_model, model, live, base_here):
-    """Every reason, in words, why the adapter file does not belong to `model`. `live`: {file key: tensor of the
-    model}."""
+    """Every reason, in words, why the adapter file does not belong to `model`, whose tensors `live` are by key."""
     found = []
     if base_model is not None:
         differences = _base_differences(base_model, base_here)
@@ -303,21 +330,19 @@ def _misfits(tensors, lora_config, base_model, model, live, base_here):
             if key in lora_config and key in here and lora_config[key] != here[key]
         ]
         if settings:
-            found.append("other LoRA settings (--rank, --lora_alpha): " + "; ".join(settings))
+            found.append("other LoRA settings (rank, lora_alpha): " + "; ".join(settings))
     unexpected, missing = set(tensors) - set(live), set(live) - set(tensors)
     if unexpected:
-        found.append(f"{len(unexpected)} unexpected keys (not in this model; --lora_layers?): {_named(unexpected)}")
+        found.append(f"{len(unexpected)} unexpected keys (not in this model; lora_layers?): {_named(unexpected)}")
     if missing:
-        found.append(
-            f"{len(missing)} missing keys (in this model, not in the file; --lora_layers?): {_named(missing)}"
-        )
+        found.append(f"{len(missing)} missing keys (in this model, not in the file; lora_layers?): {_named(missing)}")
     shapes = {
         key: f" {tuple(tensors[key].shape)} in the file, {tuple(live[key].shape)} here"
         for key in set(tensors) & set(live)
         if tensors[key].shape != live[key].shape
     }
     if shapes:
-        found.append(f"{len(shapes)} tensors of another shape (another --rank or model): {_named(shapes, shapes)}")
+        found.append(f"{len(shapes)} tensors of another shape (another rank or model): {_named(shapes, shapes)}")
     return found
 
 
@@ -328,14 +353,13 @@ def _raise_all(folder, found):
 
 
 def _engine_name(accelerator):
-    """accelerate's distributed type by name, e.g. NO, MULTI_NPU, DEEPSPEED. ValueError for engines that shard
-    otherwise."""
+    """accelerate's distributed type by name, such as DEEPSPEED; ValueError for engines that shard otherwise."""
     name = getattr(accelerator.distributed_type, "name", str(accelerator.distributed_type))
     if name in ("FSDP", "MEGATRON_LM", "TP"):
         raise ValueError(
             f"The SANA LoRA hooks cannot save or load under distributed_type {name}: its weights are sharded in a "
-            "way of its own. "
-            "Use distributed_type DEEPSPEED (ZeRO 1 to 3), MULTI_GPU, MULTI_NPU or MULTI_CPU in the accelerate config."
+            "way of its own. Use distributed_type DEEPSPEED (ZeRO 1 to 3), "
+            "MULTI_GPU, MULTI_NPU or MULTI_CPU in the accelerate config."
         )
     return name
 
@@ -359,11 +383,17 @@ def _bare(model, unwrap_model):
     return getattr(model, "_orig_mod", model)
 
 
-def create_save_model_hook(accelerator, unwrap_model, transformer):
+def create_save_model_hook(
+    accelerator: Any,
+    unwrap_model: Callable,
+    transformer: torch.nn.Module,
+    metadata: Callable[[], Mapping[str, str]] | None = None,
+) -> Callable[[list, list, str], None]:
     """The hook for `accelerator.register_save_state_pre_hook`: writes the LoRA adapter into each checkpoint.
 
     Create it after `transformer.add_adapter(...)` and before `accelerator.prepare(...)`: the base model is described
-    now, while its weights are whole. `unwrap_model(model)` takes wrappers off a prepared model.
+    now, while its weights are whole. `unwrap_model(model)` takes wrappers off a prepared model. `metadata()` gives
+    further entries of the file's metadata at each save.
 
     The hook(models, weights, output_dir) writes output_dir/pytorch_lora_weights.safetensors once, on the main process,
     and empties `weights`, so that accelerate does not save the base model. It holds the live weights in the dtype that
@@ -389,12 +419,14 @@ def create_save_model_hook(accelerator, unwrap_model, transformer):
                 tensors = {key: tensor.to("cpu", copy=True) for key, tensor in _adapter_tensors(model).items()}
         weights.clear()  # one entry per model, none under DeepSpeed
         if accelerator.is_main_process:
-            write_adapter(output_dir, tensors, _lora_config(model), base_model)
+            write_adapter(output_dir, tensors, _lora_config(model), base_model, metadata() if metadata else None)
 
     return save_model_hook
 
 
-def create_load_model_hook(accelerator, unwrap_model, transformer, args):
+def create_load_model_hook(
+    accelerator: Any, unwrap_model: Callable, transformer: torch.nn.Module, args: Any
+) -> Callable[[list, str], None]:
     """The hook for `accelerator.register_load_state_pre_hook`: restores the LoRA adapter, or checks it under
     DeepSpeed.
 
@@ -441,15 +473,14 @@ def create_load_model_hook(accelerator, unwrap_model, transformer, args):
             dtypes = sorted({str(tensors[key].dtype) for key in rounded})
             logger.warning(
                 f"{ADAPTER_FILE} holds {', '.join(dtypes)} values that this run's {live.dtype} weights cannot hold "
-                "exactly: "
-                f"{len(rounded)} tensors were rounded. Resume with the --mixed_precision of the first run to avoid "
+                f"exactly: {len(rounded)} tensors were rounded. Resume with the first run's mixed precision to avoid "
                 "that."
             )
 
     return load_model_hook
 
 
-def check_adapter(folder, transformer, same_weights):
+def check_adapter(folder: str | os.PathLike, transformer: torch.nn.Module, same_weights: bool) -> None:
     """Raise one ValueError with every reason why the adapter in `folder` is not that of `transformer`, changing
     nothing.
 
@@ -481,29 +512,27 @@ def _warn_without_fingerprint(accelerator, folder, base_model):
     if base_model is None and accelerator.is_main_process:
         logger.warning(
             f"{os.path.join(folder, ADAPTER_FILE)} was not written by patch_sana and does not say which base model "
-            "it belongs to; "
-            "only its keys and shapes were checked."
+            "it belongs to; only its keys and shapes were checked."
         )
 
 
 def _check_engine(accelerator, unwrap_model, transformer, folder, base_here):
-    """ValueError unless the DeepSpeed engine's live weights and masters and the adapter file in `folder` say the
-    same."""
+    """ValueError unless the DeepSpeed engine's weights and masters and the adapter file in `folder` say the same."""
     import torch
 
-    engines = [model for model in getattr(accelerator, "_models", []) if hasattr(model, "optimizer")]
-    model = _bare(engines[0] if engines else transformer, unwrap_model)
-    # Under ZeRO-3 a collective: joined before anything that can fail on one rank alone.
+    model = _bare(transformer, unwrap_model)
+    # Collectives: joined by every rank before anything that can fail on one rank alone.
     with _gathered(model):
         live = {key: tensor.to("cpu", copy=True) for key, tensor in _adapter_tensors(model).items()}
+        trained = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
+    stale, total = _stale_masters(model, trained)
 
     found = []
     engine_folder = os.path.join(folder, ENGINE_FOLDER)
     if not os.path.isdir(engine_folder):
         found.append(
             f"there is no DeepSpeed engine state ({engine_folder}): the checkpoint was written without DeepSpeed or "
-            "was cut "
-            "off. Resume it with the accelerate config that wrote it."
+            "was cut off. Resume it with the accelerate config that wrote it."
         )
     tensors, lora_config, base_model = read_adapter(folder)
     found += _misfits(tensors, lora_config, base_model, model, live, base_here)
@@ -515,14 +544,11 @@ def _check_engine(accelerator, unwrap_model, transformer, folder, base_here):
     if differing:
         found.append(
             f"{len(differing)} of {len(live)} tensors differ from what the DeepSpeed engine loaded; file and engine "
-            "state are of "
-            f"different runs or steps: {_named(differing)}"
+            f"state are of different runs or steps: {_named(differing)}"
         )
-    stale, total = _stale_masters(engines)
     if stale:
         found.append(
-            f"{stale} of {total} float32 masters of this rank do not round to the live weights, so the next step "
-            "would replace "
+            f"{stale} of {total} float32 masters do not round to the live weights, so the next step would replace "
             "those: the optimizer state is of another run or step. Choose another checkpoint, or load it with "
             "load_optimizer_states=False, which makes the masters from the weights and loses the moments."
         )
@@ -530,69 +556,43 @@ def _check_engine(accelerator, unwrap_model, transformer, folder, base_here):
     _warn_without_fingerprint(accelerator, folder, base_model)
 
 
-def _stale_masters(engines):
-    """(how many, of how many) float32 master values on this rank do not round to the 16-bit weights that they stand
-    for.
+def _stale_masters(model, trained):
+    """(how many, of how many) float32 master values do not round to the 16-bit weights that they stand for.
 
-    These are the pairs that the ZeRO optimizer's `_restore_from_bit16_weights` copies between (deepspeed/runtime/zero/
-    stage_1_and_2.py and stage3.py, 0.15 to 0.19). Without ZeRO (stage 0) there is none to compare: (0, 0).
+    `trained`: {parameter name: whole weight on the CPU}. Every rank must call it: DeepSpeed gathers each master.
+    Without ZeRO (stage 0 in float32) there is none to compare: (0, 0).
     """
-    stale = total = 0
-    for engine in engines:
-        optimizer = engine.optimizer
-        pairs = []
-        if hasattr(optimizer, "single_partition_of_fp32_groups"):  # ZeRO 1 and 2
-            import torch.distributed as dist
+    from deepspeed.utils import safe_get_full_fp32_param
 
-            for group, master in enumerate(optimizer.single_partition_of_fp32_groups):
-                rank = dist.get_rank(group=optimizer.real_dp_process_group[group])
-                pairs.append((master, optimizer.parallel_partitioned_bit16_groups[group][rank]))
-        elif hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO 3
-            pairs = list(
-                zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True)
-            )
-        for master, weights in pairs:
-            if weights is None or master.numel() != weights.numel():  # swapped out to a disk
-                continue
-            total += master.numel()
-            stale += int((master.detach().to(weights.device, weights.dtype) != weights.detach()).sum())
+    stale = total = 0
+    for name, parameter in model.named_parameters():
+        master = safe_get_full_fp32_param(parameter) if name in trained else None
+        if master is not None:
+            weights = trained[name]
+            total += weights.numel()
+            stale += int((master.detach().to("cpu", weights.dtype).view_as(weights) != weights).sum())
     return stale, total
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Exit code 0: done, or nothing to do; 1: refused, nothing was written; 2: wrong command line."""
-    from sana_kit.patch_upstream import EDITS, Refusal, _patch, _revert
-
-    parser = argparse.ArgumentParser(
-        description="Put DeepSpeed-aware LoRA saving into diffusers' train_dreambooth_lora_sana.py.",
-        epilog="Edits: " + "; ".join(edit.purpose for edit in EDITS) + ".",
-    )
-    parser.add_argument("path", help="train_dreambooth_lora_sana.py of a diffusers checkout (examples/dreambooth)")
-    parser.add_argument(
-        "--dry-run", "--dry_run", action="store_true", help="show the difference and what would be done; write nothing"
-    )
-    parser.add_argument("--revert", action="store_true", help="restore the original, byte for byte")
-    arguments = parser.parse_args(argv)
-    path = os.path.realpath(arguments.path)  # patch the file itself where PATH is a link
-    if os.path.isdir(path):
-        inside = os.path.join(arguments.path, "train_dreambooth_lora_sana.py")
-        parser.error(
-            f"{arguments.path} is a folder" + (f"; did you mean {inside}?" if os.path.isfile(inside) else ".")
-        )
-    if not os.path.isfile(path):
-        parser.error(f"there is no file {arguments.path}; give the path of diffusers' train_dreambooth_lora_sana.py.")
     try:
-        (_revert if arguments.revert else _patch)(path, arguments.dry_run)
-    except Refusal as refusal:
-        print(f"{arguments.path} was not changed: {refusal}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"{arguments.path} was not changed: {error}", file=sys.stderr)
-        return 1
-    return 0
+        from sana_kit.patch_upstream import run
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("sana_kit"):
+            raise
+        print(
+            f"{os.path.basename(__file__)}: the edits of diffusers' trainer are in {error.name}, and there is no "
+            f"such file beside {os.path.abspath(__file__)}. Copy the kit's folder sana_kit there as well, or run "
+            "patch_sana.py where the kit is. The hooks in this file need nothing else.",
+            file=sys.stderr,
+        )
+        return 2
+
+    return run(argv)
 
 
-def _write_atomically(path, data, mode_of=None):
+def write_atomically(path: str, data: bytes, mode_of: str | None = None) -> None:
     """Write `data` to `path` so that it is there whole or not at all; permissions as those of the file `mode_of`."""
     folder = os.path.dirname(os.path.abspath(path))
     temporary = os.path.join(folder, f".{os.path.basename(path)}.{os.getpid()}.tmp")

@@ -18,7 +18,7 @@ import torch.distributed
 
 from sana_kit import devices, heartbeat, launchers
 from sana_kit.devices import accelerator_type
-from sana_kit.errors import InputError, KitError, RankFailed, UserError, at_failure
+from sana_kit.errors import InputError, KitError, Problem, RankFailed, UserError, at_failure
 from sana_kit.launchers import announced_wait, launched_world_size
 
 T = TypeVar("T")
@@ -116,7 +116,7 @@ class Ranks:
     def __init__(self, rank: int, world_size: int, device: torch.device, own_group: bool = False):
         self.rank, self.world_size, self.device = rank, world_size, device
         self.local_rank = launchers.local_rank()
-        self.device_problem: str | None = None
+        self.device_problem: Problem | None = None
         self._own_group, self._group, self._heartbeat, self._forget = own_group, None, None, None
         if world_size > 1:
             self._meet()
@@ -141,15 +141,14 @@ class Ranks:
             try:
                 chosen = devices.pick_device(device)
             except UserError as error:
-                chosen, problem = devices.pick_device("cpu"), str(error.as_flags())
+                chosen, problem = devices.pick_device("cpu"), error.problems[0]
             ranks = cls(0, 1, chosen)
         else:
             kind = devices.accelerator_type()
             if device not in ("auto", kind):
-                problem = (
-                    f"--device={device}: with {world_size} processes each takes its own {kind} device. Leave"
-                    " --device out, and hide devices by CUDA_VISIBLE_DEVICES or ASCEND_RT_VISIBLE_DEVICES."
-                )
+                reason = f"with {world_size} processes each takes its own {kind} device"
+                remedy = "Leave it out, and hide devices by CUDA_VISIBLE_DEVICES or ASCEND_RT_VISIBLE_DEVICES."
+                problem = Problem("device", device, reason, remedy)
             own = not torch.distributed.is_initialized()
             state = distributed_state()
             ranks = cls(state.process_index, state.num_processes, state.device, own_group=own)

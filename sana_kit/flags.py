@@ -74,7 +74,7 @@ def flag(
     Args:
         default: its value without the flag; REQUIRED where there is none.
         help: one or two sentences.
-        choices: the texts that are allowed.
+        choices: the texts that are allowed; another one is found by `range_problems`, with all other problems.
         low, high: the smallest and largest value; above, below: bounds that are not allowed themselves.
         path: the value names a file or folder; ~ is expanded.
         convert: makes the value from the text, instead of the annotation's type; ArgumentTypeError where it cannot.
@@ -166,7 +166,8 @@ def _add(group: argparse._ArgumentGroup, field: dataclasses.Field, annotation: A
     if default is REQUIRED:
         words = {"help": settings.help, "required": True}
     convert = settings.convert or (_expanded if settings.path or kind is Path else kind)
-    words |= {"type": convert, "choices": settings.choices, "metavar": settings.metavar}
+    metavar = "{" + ",".join(settings.choices) + "}" if settings.choices else settings.metavar
+    words |= {"type": convert, "metavar": metavar}
     if several:
         words |= {"action": "append"} if settings.repeat else {"nargs": "+"}
         if settings.repeat and "default" in words:  # argparse would append to the default
@@ -189,7 +190,8 @@ def make_parser(
         config_class: a dataclass whose fields are made by `section`.
         defaults: field name -> default, for scripts that differ in some.
     """
-    parser, defaults = Parser(description=description, epilog=epilog), defaults or {}
+    parser = Parser(description=description, epilog=epilog, usage="%(prog)s [flags]")
+    defaults = defaults or {}
     for _, title, section_class in _sections(config_class):
         group, hints = parser.add_argument_group(title), typing.get_type_hints(section_class)
         for field in dataclasses.fields(section_class):
@@ -254,15 +256,23 @@ def _range_fault(settings: _Flag, value: float) -> str | None:
 
 
 def range_problems(config: Any) -> list[Problem]:
-    """Every number of a configuration that is out of its range."""
+    """Every setting whose value is out of its range or none of its choices."""
     problems = []
     for part in (getattr(config, name) for name, _, _ in _sections(type(config))):
         for field in dataclasses.fields(part):
-            value = getattr(part, field.name)
-            for number in value if isinstance(value, tuple) else (value,):
-                if "flag" not in field.metadata or isinstance(number, bool) or not isinstance(number, (int, float)):
-                    continue
-                fault = _range_fault(field.metadata["flag"], number)
-                if fault is not None:
-                    problems.append(Problem(field.name, number, fault))
+            values = getattr(part, field.name)
+            for value in values if isinstance(values, tuple) else (values,):
+                if "flag" in field.metadata and value is not None:
+                    problems += _value_problems(field, value)
     return problems
+
+
+def _value_problems(field: dataclasses.Field, value: Any) -> list[Problem]:
+    settings: _Flag = field.metadata["flag"]
+    if settings.choices is not None and value not in settings.choices:
+        remedy = f"Use one of {', '.join(settings.choices)}.{did_you_mean(str(value), settings.choices)}"
+        return [Problem(field.name, value, "unknown", remedy)]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return []
+    fault = _range_fault(settings, value)
+    return [] if fault is None else [Problem(field.name, value, fault)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import difflib
 import os
@@ -10,7 +11,7 @@ import sys
 from typing import NamedTuple
 
 import patch_sana
-from patch_sana import _write_atomically
+from patch_sana import write_atomically
 
 
 class Edit(NamedTuple):
@@ -118,7 +119,7 @@ class Refusal(Exception):
     """The patch cannot be made; the message says why and what to do. Nothing was written."""
 
 
-def patch_text(text):
+def patch_text(text: str) -> tuple[str, list[str]]:
     """Apply every edit to `text`, the source of diffusers' trainer (lines ending in LF).
 
     Returns (new text, purposes of the edits made). An edit that is there already is left as it is. Raises Refusal
@@ -177,7 +178,8 @@ def _differing_original(path, data):
     return None
 
 
-def _patch(path, dry_run):
+def patch(path: str, dry_run: bool) -> None:
+    """Patch diffusers' trainer at `path` and put the hooks beside it; Refusal where that cannot be done."""
     data = _read(path)
     patched, made = _patch_bytes(data)
     here = os.path.realpath(patch_sana.__file__)
@@ -204,20 +206,21 @@ def _patch(path, dry_run):
     if copy_hooks:
         if not dry_run:
             if beside is not None:
-                _write_atomically(hooks + ".orig", beside, mode_of=hooks)
-            _write_atomically(hooks, own, mode_of=here)
+                write_atomically(hooks + ".orig", beside, mode_of=hooks)
+            write_atomically(hooks, own, mode_of=here)
         kept = f" (the one there kept as {os.path.basename(hooks)}.orig)" if beside is not None else ""
         print(f"{will}copy patch_sana.py to {hooks}{kept}")
     if made:
         if not dry_run:
-            _write_atomically(path + ".orig", data, mode_of=path)
-            _write_atomically(path, patched, mode_of=path)
+            write_atomically(path + ".orig", data, mode_of=path)
+            write_atomically(path, patched, mode_of=path)
         for purpose in made:
             print(f"{will}{purpose}")
         print(f"{will}keep the original as {path}.orig; --revert restores it")
 
 
-def _revert(path, dry_run):
+def revert(path: str, dry_run: bool) -> None:
+    """Bring back the original, byte for byte; Refusal where that would lose something."""
     data, original = _read(path), _read(path + ".orig")
     here = os.path.realpath(patch_sana.__file__)
     hooks = os.path.join(os.path.dirname(path), "patch_sana.py")
@@ -240,3 +243,35 @@ def _revert(path, dry_run):
         print(f"{will}remove the copy {hooks}")
         if not dry_run:
             os.unlink(hooks)
+
+
+def run(argv: list[str] | None = None) -> int:
+    """The command line of patch_sana.py. Exit code 0: done, or nothing to do; 1: refused; 2: wrong command line."""
+    parser = argparse.ArgumentParser(
+        prog="patch_sana.py",
+        description="Put DeepSpeed-aware LoRA saving into diffusers' train_dreambooth_lora_sana.py.",
+        epilog="Edits: " + "; ".join(edit.purpose for edit in EDITS) + ".",
+    )
+    parser.add_argument("path", help="train_dreambooth_lora_sana.py of a diffusers checkout (examples/dreambooth)")
+    parser.add_argument(
+        "--dry-run", "--dry_run", action="store_true", help="show the difference and what would be done; write nothing"
+    )
+    parser.add_argument("--revert", action="store_true", help="restore the original, byte for byte")
+    arguments = parser.parse_args(argv)
+    path = os.path.realpath(arguments.path)  # patch the file itself where PATH is a link
+    if os.path.isdir(path):
+        inside = os.path.join(arguments.path, "train_dreambooth_lora_sana.py")
+        parser.error(
+            f"{arguments.path} is a folder" + (f"; did you mean {inside}?" if os.path.isfile(inside) else ".")
+        )
+    if not os.path.isfile(path):
+        parser.error(f"there is no file {arguments.path}; give the path of diffusers' train_dreambooth_lora_sana.py.")
+    try:
+        (revert if arguments.revert else patch)(path, arguments.dry_run)
+    except Refusal as refusal:
+        print(f"{arguments.path} was not changed: {refusal}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"{arguments.path} was not changed: {error}", file=sys.stderr)
+        return 1
+    return 0

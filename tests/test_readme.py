@@ -132,7 +132,7 @@ def test_every_command_of_the_readme_runs(kit_copy, tiny_model, parquet_dataset,
     (kit_copy / "diffusers" / "src" / "diffusers").mkdir(parents=True)
     (kit_copy / "diffusers" / "src" / "diffusers" / "__init__.py").write_text('__version__ = "0.0.0"\n')
     (kit_copy / "diffusers" / "setup.py").write_text("")
-    shutil.copy(KIT / "tests" / "fake_upstream_trainer.py", dreambooth / "train_dreambooth_lora_sana.py")
+    shutil.copy(KIT / "tests" / "helpers" / "fake_upstream_trainer.py", dreambooth / "train_dreambooth_lora_sana.py")
     environment = {**script_environment(threads=2), "PYTHON": sys.executable, "PYTHONPATH": ""}
     ran = 0
     for line in commands("README.md"):

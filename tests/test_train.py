@@ -4,12 +4,10 @@ Several processes and DeepSpeed are launched for real in test_engines.py.
 """
 
 import errno
-import functools
 import json
 import math
 import os
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -26,7 +24,7 @@ from sana_kit.errors import CheckpointError
 from sana_kit.locks import lock_folder
 from sana_kit.models.attention import LinearAttentionProcessor, set_attention
 from sana_kit.models.folder import find_model
-from sana_kit.models.lora import DEFAULT_LORA_LAYERS, lean_lora
+from sana_kit.models.lora import DEFAULT_LORA_LAYERS
 from sana_kit.training import checkpoint_folders, checkpoints
 from sana_kit.training.config import build_parser, parse_args
 from sana_kit.training.recipes import flow_matching_loss, loss_per_sample
@@ -375,53 +373,6 @@ def test_the_kits_attention_is_diffusers_own_forward_and_backward(tmp_path, qk_n
     theirs_bf16, _ = of(torch.bfloat16, kit=False)
     ours_bf16, _ = of(torch.bfloat16, kit=True)
     assert relative(ours_bf16, exact) < 1.2 * relative(theirs_bf16, exact)
-
-
-@pytest.mark.parametrize("variant", ["float32", "bf16", "masters", "dropout", "alpha", "dora", "conv"])
-def test_lean_lora_is_pefts_own(variant):
-    """Same output and gradients as peft's layer, in bf16 no farther than peft's from what float32 gives; what is no
-    plain LoRA of a linear layer keeps peft's forward.
-    """
-    from peft import LoraConfig, inject_adapter_in_model
-
-    in_bf16 = variant in ("bf16", "masters")
-    config = LoraConfig(
-        r=4,
-        lora_alpha=12 if variant == "alpha" else 4,
-        lora_dropout=0.5 if variant == "dropout" else 0.0,
-        use_dora=variant == "dora",
-        target_modules=["to_q"],
-    )
-
-    def of(lean, dtype):
-        generator = torch.Generator().manual_seed(1)
-
-        def draw(*shape):
-            return torch.randn(shape, generator=generator).bfloat16()
-
-        base = torch.nn.Conv2d(32, 48, 1) if variant == "conv" else torch.nn.Linear(32, 48)
-        model = inject_adapter_in_model(config, torch.nn.ModuleDict({"to_q": base}).to(dtype))
-        for name, parameter in model.named_parameters():
-            masters = variant == "masters" and "lora_" in name
-            parameter.data = draw(*parameter.shape).to(torch.float32 if masters else dtype) * 0.25
-        if lean:
-            lean_lora(model, "cpu", dtype)
-            forward = getattr(model["to_q"].forward, "__wrapped__", model["to_q"].forward)  # below an autocast
-            assert isinstance(forward, functools.partial) == (variant not in ("dora", "conv"))
-        hidden_states = (draw(2, 32, 5, 4) if variant == "conv" else draw(2, 20, 32)).to(dtype).requires_grad_()
-        torch.manual_seed(2)  # dropout draws the same in both
-        cast = variant == "masters" and not lean and dtype == torch.bfloat16
-        with torch.autocast("cpu", torch.bfloat16) if cast else nullcontext():
-            out = model["to_q"](hidden_states)
-        assert out.dtype == dtype
-        out.backward(draw(*out.shape).to(dtype))
-        adapter = {name: p.grad for name, p in model.named_parameters() if "lora_" in name}
-        assert len(adapter) == 2 + (variant == "dora") and all(grad is not None for grad in adapter.values())
-        return [out.detach().float(), hidden_states.grad.float(), *(grad.float() for grad in adapter.values())]
-
-    dtype = torch.bfloat16 if in_bf16 else torch.float32
-    for exact, theirs, ours in zip(of(False, torch.float32), of(False, dtype), of(True, dtype), strict=True):
-        assert relative(ours, exact) <= (1.2 * relative(theirs, exact) if in_bf16 else 1e-6)
 
 
 def test_the_loss_is_the_transformers_own_in_float32(tiny_model):

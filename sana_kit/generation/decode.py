@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+from PIL import Image
 
 from sana_kit.generation.sizes import vae_factor
 
@@ -14,9 +15,7 @@ from sana_kit.generation.sizes import vae_factor
 # meta tensors for the DC-AE f32c32 of SANA). Tiles up to these many pixels stay under 10 GB, by bytes per element.
 MAX_TILE_PIXELS = {2: 2176 * 2176, 4: 2176 * 1536}
 
-
 MAX_TILES = 32  # along an axis
-
 
 TILE_OVERLAP = 256  # pixels in which two neighbours are blended: 8 latents, about as far as a tile's edge is felt
 
@@ -33,7 +32,9 @@ def axis_tiles(size: int, count: int, overlap: int) -> list[tuple[int, int]]:
     return [(start, start + length) for start in starts]
 
 
-def plan_tiles(height: int, width: int, factor: int, max_pixels: int):
+def plan_tiles(
+    height: int, width: int, factor: int, max_pixels: int
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """(rows, columns) of tiles, each a list of (start, stop) in latents, for an image of height x width px.
 
     Of all grids whose tiles have at most `max_pixels`, the one that decodes the fewest pixels: a single tile where the
@@ -81,7 +82,13 @@ def blend(before: torch.Tensor, after: torch.Tensor, extent: int, dim: int) -> t
     return (tail * falling).to(after.dtype) + (head * rising).to(after.dtype)
 
 
-def decode_tiles(decoder: Callable, latents: torch.Tensor, rows, columns, factor: int) -> torch.Tensor:
+def decode_tiles(
+    decoder: Callable,
+    latents: torch.Tensor,
+    rows: Sequence[tuple[int, int]],
+    columns: Sequence[tuple[int, int]],
+    factor: int,
+) -> torch.Tensor:
     """Decode latents (N, C, h, w) tile by tile, blended where neighbours overlap: (N, 3, h * factor, w * factor).
 
     `rows` and `columns` are lists of (start, stop) in latents. Two rows of decoded tiles are held beside the result.
@@ -107,7 +114,7 @@ def decode_tiles(decoder: Callable, latents: torch.Tensor, rows, columns, factor
     return result
 
 
-def decode_latents(vae, latents: torch.Tensor) -> torch.Tensor:
+def decode_latents(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
     """Latents (N, C, h, w) as the scheduler leaves them -> images (N, 3, H, W) float32 in [-1, 1], nearly.
 
     One image at a time; whole where it fits, else in tiles (`plan_tiles`). Computes in the VAE's dtype.
@@ -126,10 +133,8 @@ def decode_latents(vae, latents: torch.Tensor) -> torch.Tensor:
     return torch.cat(images)
 
 
-def to_pil(image: torch.Tensor):
+def to_pil(image: torch.Tensor) -> Image.Image:
     """(3, H, W) float in [-1, 1] -> 8-bit RGB PIL.Image, rounded to nearest. FloatingPointError on NaN or inf."""
-    from PIL import Image
-
     if not bool(torch.isfinite(image).all()):
         raise FloatingPointError("the decoded image holds NaN or infinite values; try --dtype bf16 or fp32")
     pixels = image.float().mul(0.5).add(0.5).clamp(0, 1).mul(255).round().to(torch.uint8)

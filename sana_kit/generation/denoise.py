@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -19,8 +20,8 @@ def initial_noise(job: Job, shape: tuple[int, int, int]) -> tuple[torch.Tensor, 
 
 @torch.no_grad()
 def denoise(
-    transformer,
-    scheduler,
+    transformer: torch.nn.Module,
+    scheduler: Any,
     latents: torch.Tensor,
     prompt_embeds: torch.Tensor,
     prompt_mask: torch.Tensor,
@@ -32,6 +33,9 @@ def denoise(
     on_step: Callable[[], None] | None = None,
 ) -> torch.Tensor:
     """SanaPipeline's loop over the scheduler's time steps, with nothing else around it.
+
+    As SanaPipeline, it neither scales the noise by `init_noise_sigma` nor the input by `scale_model_input`, which flow
+    schedulers need not have.
 
     Args:
         latents: (N, C, h, w) float32 noise on the device.
@@ -49,11 +53,9 @@ def denoise(
     if "generator" in inspect.signature(scheduler.step).parameters:
         step_arguments["generator"] = generators
     channels = latents.shape[1]
-    latents = latents * scheduler.init_noise_sigma
     prompt_embeds = prompt_embeds.to(dtype)
     for t in scheduler.timesteps:
         model_input = torch.cat([latents] * 2) if guided else latents
-        model_input = scheduler.scale_model_input(model_input, t)
         timestep = t.expand(model_input.shape[0]) * getattr(transformer.config, "timestep_scale", 1.0)
         prediction = transformer(
             model_input.to(dtype),

@@ -8,31 +8,35 @@ gives the same image on every rank, with every number of processes. Jobs that sh
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sana_kit.encodings.prompts import collate_prompt_embeds
 from sana_kit.generation.decode import decode_latents, to_pil
 from sana_kit.generation.denoise import denoise, initial_noise
-from sana_kit.generation.jobs import Job, group_jobs
+from sana_kit.generation.jobs import Job
 from sana_kit.generation.sizes import generation_size, resize_and_crop, vae_factor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @torch.no_grad()
-def generate_group(
+def _generate_group(
     group: Sequence[Job],
     *,
-    transformer,
-    vae,
-    scheduler,
-    prompt_embeds: dict[str, torch.Tensor],
-    negative_prompt_embeds: dict[str, torch.Tensor],
+    transformer: torch.nn.Module,
+    vae: torch.nn.Module,
+    scheduler: Any,
+    prompt_embeds: Mapping[str, torch.Tensor],
+    negative_prompt_embeds: Mapping[str, torch.Tensor],
     device: torch.device,
     dtype: torch.dtype,
-    use_resolution_binning: bool | str = "auto",
-    on_step: Callable[[], None] | None = None,
-) -> list:
+    use_resolution_binning: bool | str,
+    on_step: Callable[[], None] | None,
+) -> list[Image]:
     """The images of one group (equal size, steps, guidance) as PIL images, in the group's order."""
     first = group[0]
     factor = vae_factor(vae)
@@ -63,92 +67,66 @@ def generate_group(
     return images
 
 
-def generate_groups(
-    groups: Sequence[Sequence[Job]],
+def tokens_to_pixels(transformer: torch.nn.Module, vae: torch.nn.Module) -> int:
+    """Pixels of an image that one token of the transformer stands for; `group_jobs` sizes its groups by it."""
+    return (vae_factor(vae) * (transformer.config.patch_size or 1)) ** 2
+
+
+def generate(
+    groups: Iterable[Sequence[Job]],
     *,
-    transformer,
-    on_image: Callable,
-    on_error: Callable | None = None,
-    **parts,
-) -> None:
-    """Run groups one after the other; `parts` go to `generate_group`.
-
-    Args:
-        on_image: called as on_image(job, image, seconds) for each image of a group that is done; seconds is its
-            share of the group's time.
-        on_error: called as on_error(group, exception) when a group fails, which is then left out; without it the
-            exception is raised.
-    """
-    training = transformer.training
-    transformer.eval()
-    try:
-        for group in groups:
-            start = time.perf_counter()
-            try:
-                images = generate_group(group, transformer=transformer, **parts)
-            except Exception as error:
-                if on_error is None:
-                    raise
-                on_error(group, error)
-                continue
-            seconds = (time.perf_counter() - start) / len(group)
-            for job, image in zip(group, images, strict=True):
-                on_image(job, image, seconds)
-    finally:
-        transformer.train(training)
-
-
-def generate_from_embeddings(
-    *,
-    transformer,
-    vae,
-    scheduler,
-    jobs: Sequence[Job],
-    prompt_embeds: dict[str, torch.Tensor],
-    negative_prompt_embeds: dict[str, torch.Tensor],
+    transformer: torch.nn.Module,
+    vae: torch.nn.Module,
+    scheduler: Any,
+    prompt_embeds: Mapping[str, torch.Tensor],
+    negative_prompt_embeds: Mapping[str, torch.Tensor],
     device: torch.device,
     dtype: torch.dtype = torch.bfloat16,
-    batch_size: int | str = "auto",
     use_resolution_binning: bool | str = "auto",
-    on_image: Callable | None = None,
     on_step: Callable[[], None] | None = None,
-    on_error: Callable | None = None,
-) -> list:
-    """Images of `jobs` from prompt embeddings, without text encoder, with the parts that the caller holds.
+    on_error: Callable[[Sequence[Job], Exception], None] | None = None,
+) -> Iterator[tuple[Job, Image, float]]:
+    """Yield (job, image, seconds) of the groups' jobs, in their order, from prompt embeddings.
 
-    Reads no global random state and leaves none changed; a transformer in training mode is put to eval and back.
+    `seconds` is the image's share of its group's time. Reads no global random state and leaves none changed; a
+    transformer in training mode is put to eval for each group and back.
 
     Args:
+        groups: what `group_jobs` made, or lists of one job each.
         transformer: a SanaTransformer2DModel on `device`, bare (unwrapped), with or without an active adapter.
         vae: an AutoencoderDC on `device`; decodes in its own dtype.
         scheduler: the checkpoint's own, e.g. DPMSolverMultistepScheduler; it is copied, never changed.
         prompt_embeds: prompt -> (T, D), encoded with the complex human instruction that the run uses.
         negative_prompt_embeds: negative prompt -> (T, D), encoded without it; read only where guidance_scale > 1.
         dtype: what the transformer computes in.
-        batch_size: images per call, or "auto" (`resolve_batch_size`).
         use_resolution_binning: "auto" as `generation_size` says, or False.
-        on_image: called as on_image(job, image, seconds) as each image is ready.
         on_step: called after each denoising step of a group.
         on_error: called as on_error(group, exception) when a group fails, which is then left out; without it the
             exception is raised.
-
-    Returns:
-        PIL images in the order of `jobs` (without those that failed) if `on_image` is None, else an empty list.
     """
-    multiple = vae_factor(vae) * (transformer.config.patch_size or 1)
-    images: list = []
-    generate_groups(
-        group_jobs(jobs, batch_size, device=device, pixels_per_token=multiple**2),
-        transformer=transformer,
-        vae=vae,
-        scheduler=scheduler,
-        prompt_embeds=prompt_embeds,
-        negative_prompt_embeds=negative_prompt_embeds,
-        device=device,
-        dtype=dtype,
-        use_resolution_binning=use_resolution_binning,
-        on_step=on_step,
-        on_image=on_image or (lambda job, image, seconds: images.append(image)),
-        on_error=on_error,
-    )
-    return images
+    for group in groups:
+        start, training = time.perf_counter(), transformer.training
+        transformer.eval()
+        try:
+            images = _generate_group(
+                group,
+                transformer=transformer,
+                vae=vae,
+                scheduler=scheduler,
+                prompt_embeds=prompt_embeds,
+                negative_prompt_embeds=negative_prompt_embeds,
+                device=device,
+                dtype=dtype,
+                use_resolution_binning=use_resolution_binning,
+                on_step=on_step,
+            )
+        except Exception as error:
+            if on_error is None:
+                raise
+            on_error(group, error)
+            continue
+        finally:
+            transformer.train(training)
+        seconds = (time.perf_counter() - start) / len(group)
+        for job, image in zip(group, images, strict=True):
+            yield job, image, seconds

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
@@ -41,14 +40,28 @@ class Prompt:
     width: int | None = None
 
 
-def slug(text: str, length: int = 40) -> str:
-    """A readable file name part: ASCII letters, digits and single hyphens, at most `length` of them, never empty."""
-    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
-    words = re.sub(r"[^a-z0-9]+", "-", ascii_text.lower()).strip("-")
-    return words[:length].rstrip("-") or "image"
+def slug(text: str, length: int = 40, size: int = 96) -> str:
+    """A readable part of a file name: letters and digits of every script, single hyphens between; never empty.
+
+    Nothing else passes: no separator, dot, control or invisible character. NFC, since file systems differ in what
+    they make of other forms.
+
+    Args:
+        length: most characters; size: most bytes of UTF-8 (file systems count bytes, and give a name 255 or less).
+    """
+    kept = []
+    for letter in unicodedata.normalize("NFC", text).lower():
+        # a mark belongs to the letter before it: without it Hindi or Thai is not readable
+        fits = letter.isalnum() or (unicodedata.category(letter)[0] == "M" and kept and kept[-1] != "-")
+        if fits or not kept or kept[-1] != "-":
+            kept.append(letter if fits else "-")
+    words = unicodedata.normalize("NFC", "".join(kept)).strip("-")[:length]
+    while len(words.encode()) > size:
+        words = words[:-1]
+    return words.rstrip("-") or "image"
 
 
-def job_hash(**values) -> str:
+def job_hash(**values: object) -> str:
     """Eight hexadecimal digits that stand for everything that makes an image what it is."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -71,8 +84,8 @@ def plan_jobs(
         fingerprint: stands for model, LoRA and dtypes in the file names, so that runs of two models in one folder keep
             their images apart.
 
-    File names are `slug-hash-seedN-WIDTHxHEIGHT.png`: made of ASCII letters, digits, hyphens and one dot, so they
-    cannot leave the folder that they are put into.
+    File names are `slug-hash-seedN-WIDTHxHEIGHT.png`: made of letters, digits, hyphens and one dot, so they cannot
+    leave the folder that they are put into.
     """
     jobs: dict[str, Job] = {}
     for entry in prompts:
@@ -105,7 +118,9 @@ def plan_jobs(
     return list(jobs.values())
 
 
-def resolve_batch_size(batch_size: int | str, height: int, width: int, *, device: torch.device, pixels_per_token: int):
+def resolve_batch_size(
+    batch_size: int | str, height: int, width: int, *, device: torch.device, pixels_per_token: int
+) -> int:
     """The number of images per call for `--batch_size auto|N`.
 
     'auto' depends on the size and the kind of device alone, never on free memory or the number of processes: the

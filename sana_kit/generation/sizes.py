@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def vae_factor(vae) -> int:
+def vae_factor(vae: torch.nn.Module) -> int:
     """Pixels per latent along an axis (32 for SANA's DC-AE)."""
     return 2 ** (len(vae.config.encoder_block_out_channels) - 1)
 
@@ -32,7 +32,9 @@ def nearest_bin(height: int, width: int, sample_size: int) -> tuple[int, int] | 
     return int(table[nearest][0]), int(table[nearest][1])
 
 
-def generation_size(height: int, width: int, sample_size: int, use_resolution_binning: bool | str = "auto"):
+def generation_size(
+    height: int, width: int, sample_size: int, use_resolution_binning: bool | str = "auto"
+) -> tuple[int, int]:
     """(height, width) in pixels at which the transformer works for an image of the size asked for.
 
     SanaPipeline's resolution binning moves a size to the nearest aspect ratio that the checkpoint was trained on and

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ def job_texts(jobs: Iterable[Job]) -> list[tuple[str, bool]]:
     return list(texts)
 
 
-def texts_cut(tokenizer, texts: Sequence[tuple[str, bool]], max_sequence_length: int) -> list[str]:
+def texts_cut(tokenizer: Any, texts: Sequence[tuple[str, bool]], max_sequence_length: int) -> list[str]:
     """The texts that have more tokens than count; what a tokenizer cannot read is left to `encode_texts`."""
     cut = []
     for text, _ in texts:
@@ -36,8 +37,8 @@ def texts_cut(tokenizer, texts: Sequence[tuple[str, bool]], max_sequence_length:
 
 
 def encode_texts(
-    tokenizer,
-    text_encoder,
+    tokenizer: Any,
+    text_encoder: torch.nn.Module,
     texts: Sequence[tuple[str, bool]],
     instruction: list[str] | None,
     *,
@@ -65,14 +66,14 @@ def encode_texts(
 
 
 def encode_job_prompts(
-    pipeline,
+    pipeline: Any,
     jobs: Iterable[Job],
     instruction: list[str] | None,
     *,
     device: torch.device,
     max_sequence_length: int = 300,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(prompt_embeds, negative_prompt_embeds) for `generate_from_embeddings`; frees the pipeline's text encoder."""
+    """(prompt_embeds, negative_prompt_embeds) for `generate`; frees the pipeline's text encoder."""
     encoded = encode_texts(
         pipeline.tokenizer,
         pipeline.text_encoder,
@@ -86,7 +87,9 @@ def encode_job_prompts(
     return split_texts(encoded)
 
 
-def split_texts(encoded: dict[tuple[str, bool], torch.Tensor]):
+def split_texts(
+    encoded: dict[tuple[str, bool], torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(text, negative) -> embeds, as the two dictionaries (prompts, negative prompts) that generation takes."""
     prompts = {text: embeds for (text, negative), embeds in encoded.items() if not negative}
     negatives = {text: embeds for (text, negative), embeds in encoded.items() if negative}

@@ -9,15 +9,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
 from sana_kit.files import file_sha256, write_atomic
+from sana_kit.generation.jobs import Job
 from sana_kit.reports.contact_sheet import contact_sheet
 from sana_kit.runlog import read_log
 
 MANIFEST = "manifest.jsonl"
 
-
 CONTACT_SHEET_LIMIT = 200  # images: more make a sheet that no viewer opens
-
 
 PNG_LEVEL = 1  # zlib: 2.4 times as fast as Pillow's default 6 for 14 % more bytes (measured at 2048 px)
 
@@ -44,7 +46,6 @@ class OutputFolder:
 
         `order`: file name -> place; named files come last, in this order, after what was there before.
         """
-
         manifest = self.path / MANIFEST
         parts = sorted(self.path.glob(".manifest-rank*.jsonl"))
         known: dict[str, dict] = {}
@@ -63,7 +64,6 @@ class OutputFolder:
 
     def finished(self, jobs: Sequence) -> tuple[set[str], list[str]]:
         """(file names of jobs that are done and whole, file names that the manifest names but that are damaged)."""
-
         manifest = self.path / MANIFEST
         lines = read_log(manifest)[0] if manifest.is_file() else []
         hashes = {line.get("file"): line.get("sha256") for line in lines}
@@ -77,9 +77,8 @@ class OutputFolder:
                     damaged.append(job.file_name)
         return whole, damaged
 
-    def save(self, job, image, facts: dict) -> dict:
+    def save(self, job: Job, image: Image.Image, facts: dict) -> dict:
         """Write one image and its line; returns the line. Bytes depend on image and job alone (no time stamps)."""
-
         data = encode_png(image, job)
         line = {
             "file": job.file_name,
@@ -99,10 +98,8 @@ class OutputFolder:
         return line
 
 
-def encode_png(image, job) -> bytes:
+def encode_png(image: Image.Image, job: Job) -> bytes:
     """PNG bytes with the job's settings in a text chunk, so that an image tells how it was made."""
-    from PIL.PngImagePlugin import PngInfo
-
     settings = {
         "prompt": job.prompt,
         "negative_prompt": job.negative_prompt,
@@ -127,7 +124,7 @@ class Writer:
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._waiting: list = []
 
-    def submit(self, job, image, facts: dict) -> None:
+    def submit(self, job: Job, image: Image.Image, facts: dict) -> None:
         while len(self._waiting) >= 4:  # bounds the memory of finished images (50 MB each at 4096 px)
             self._take()
         self._waiting.append((job, self._pool.submit(self.folder.save, job, image, facts)))
@@ -147,8 +144,6 @@ class Writer:
 
 def make_contact_sheet(folder: Path, jobs: Sequence, made: set[str]) -> Path | None:
     """contact_sheet.png of a run: a row per prompt where each has the same seeds, else rows of six."""
-    from PIL import Image
-
     rows: dict[tuple[str, str], list] = {}
     for job in jobs:
         rows.setdefault((job.prompt, job.negative_prompt), []).append(job)

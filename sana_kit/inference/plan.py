@@ -5,180 +5,234 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
 
 from sana_kit.encodings.prompts import parse_instruction
+from sana_kit.errors import Problem, UserError
 from sana_kit.files import check_output_folder
+from sana_kit.flags import range_problems
 from sana_kit.generation.decode import check_decodable
-from sana_kit.generation.jobs import Prompt, group_jobs, plan_jobs
+from sana_kit.generation.jobs import Job, Prompt, group_jobs, plan_jobs
 from sana_kit.generation.sizes import generation_size, nearest_bin
-from sana_kit.inference.config import DEFAULT_PROMPTS
+from sana_kit.inference.config import DEFAULT_PROMPTS, ImageSettings, InferConfig, LoraSettings, ModelSettings
 from sana_kit.inference.prompts import read_prompts
-from sana_kit.models.adapter import lora_file, read_lora
+from sana_kit.models.adapter import Lora, check_fusing, lora_file, read_lora
 from sana_kit.models.attention import resolve_attention
-from sana_kit.models.folder import find_model
+from sana_kit.models.folder import Model, find_model
 from sana_kit.models.loading import default_vae_dtype
+
+T = TypeVar("T")
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
 @dataclasses.dataclass
 class Plan:
-    """Everything that is known before weights are loaded."""
+    """Everything that is known before weights are loaded; `notes` are lines for the user."""
 
-    model: object
-    lora: object | None
-    dtype: object
-    vae_dtype: object
+    model: Model
+    lora: Lora | None
+    dtype: torch.dtype
+    vae_dtype: torch.dtype
     instruction: list[str] | None
-    jobs: list
-    groups: list
+    jobs: list[Job]
+    groups: list[list[Job]]
     notes: list[str]
 
 
-def check(args, device, device_problem: str | None = None) -> Plan:
-    """Check all arguments, the model's and the adapter's files; plan the jobs. Loads nothing, writes nothing.
+class _Checks:
+    """Problems as they are found, each once."""
 
-    `device_problem`: what was wrong with --device, told with the rest.
+    def __init__(self, problems: list[Problem]):
+        self.problems = problems
+
+    def add(self, found: list[Problem]) -> None:
+        self.problems += found
+
+    def say(self, field: str, value: object, reason: str, remedy: str = "") -> None:
+        self.problems.append(Problem(field, value, reason, remedy))
+
+    def run(self, action: Callable[[], T]) -> T | None:
+        """The action's result, None where it has problems."""
+        try:
+            return action()
+        except UserError as error:
+            self.add(list(error.problems))
+        except ValueError as error:
+            self.say("", None, str(error))
+        return None
+
+    def end(self) -> None:
+        if self.problems:
+            raise UserError(dict.fromkeys(self.problems))
+
+
+def check(config: InferConfig, device: torch.device, device_problem: Problem | None = None) -> Plan:
+    """Check all settings, the model's and the adapter's files; plan the jobs. Loads nothing, writes nothing.
+
+    `device_problem`: what was wrong with the device, told with the rest.
 
     Raises:
-        ValueError: every problem found, one a line.
+        UserError: every problem found.
     """
-    import torch
-
-    problems: list[str] = [device_problem] if device_problem else []
-    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-    dtype = dtypes.get(args.dtype)
-    if dtype is None:
-        problems.append(f"--dtype={args.dtype}: unknown. Use bf16, fp32 or fp16.")
-        dtype = torch.bfloat16
-    if args.vae_dtype not in (None, "bf16", "fp32"):
-        problems.append(
-            f"--vae_dtype={args.vae_dtype}: use bf16 or fp32 (DC-AE was trained in bf16, and fp16 overflows in it)."
-        )
-    vae_dtype = dtypes.get(args.vae_dtype) or default_vae_dtype(dtype)
-    for flag, value, low in (
-        ("--num_inference_steps", args.num_inference_steps, 1),
-        ("--max_sequence_length", args.max_sequence_length, 1),
-    ):
-        if value < low:
-            problems.append(f"{flag}={value}: must be at least {low}.")
-    for flag, value in (("--guidance_scale", args.guidance_scale), ("--lora_scale", args.lora_scale)):
-        if not abs(value) < 1e6:
-            problems.append(f"{flag}={value}: must be a finite number.")
-    for seed in args.seeds:
-        if not -(2**63) <= seed < 2**64:
-            problems.append(f"--seeds {seed}: out of the range of a 64-bit number.")
-    batch_size = args.batch_size
-    if batch_size != "auto":
-        if not str(batch_size).isdigit() or int(batch_size) < 1:
-            problems.append(f"--batch_size={batch_size}: must be auto or a whole number of at least 1.")
-            batch_size = "auto"
-        else:
-            batch_size = int(batch_size)
-    instruction = None
-    try:
-        instruction = parse_instruction(args.complex_human_instruction)
-    except ValueError as error:
-        problems.append(str(error))
-    try:
-        resolve_attention(args.attention, device)
-    except ValueError as error:
-        problems.append(str(error))
-
-    prompts: list = []
-    for text in args.prompt or []:
-        if text.strip():
-            prompts.append(Prompt(text))
-        else:
-            problems.append("--prompt: must not be empty.")
-    if args.prompts_file is not None or not args.prompt:
-        listed, found = read_prompts(args.prompts_file or str(DEFAULT_PROMPTS))
-        prompts += listed
-        problems += found
-    problems += [problem.text("--{}".format) for problem in check_output_folder(args.output_path, "output_path")]
-
-    model, found = find_model(
-        args.model_path,
-        base_model=args.base_model,
-        revision=args.revision,
-        variant=args.variant,
-        cache_dir=args.cache_dir,
-        dtype=dtype,
-    )
-    problems += found
-    lora = None
-    if args.lora_weights is not None:
-        if model is None:
-            _, problem = lora_file(args.lora_weights)
-            problems += [problem] if problem else []
-        else:
-            lora, found = read_lora(args.lora_weights, model.transformer_config)
-            problems += found
-    elif args.lora_scale != 1.0 or not args.fuse_lora:
-        problems.append(
-            "--lora_scale and --no_fuse_lora have no effect without --lora_weights. Give it, or leave them out."
-        )
-
-    notes: list[str] = []
-    jobs: list = []
+    checks = _Checks([device_problem] if device_problem else [])
+    checks.add(range_problems(config))
+    images, notes = config.images, []
+    dtype = _DTYPES.get(config.model.dtype, torch.bfloat16)
+    vae_dtype = _DTYPES.get(config.model.vae_dtype or "", default_vae_dtype(dtype))
+    batch_size = _batch_size(config.run.batch_size, checks)
+    if config.model.attention in ("auto", "sdpa", "npu_fusion"):
+        checks.run(lambda: resolve_attention(config.model.attention, device))
+    prompts = _prompts(images, checks)
+    checks.add(check_output_folder(config.run.output_path, "output_path"))
+    model = _find_model(config.model, dtype, checks)
+    lora = _find_lora(config.lora, model, checks)
+    instruction, size = _as_trained(images, lora, model, checks, notes)
     if model is not None:
-        height = args.height or args.width or model.native_size
-        width = args.width or args.height or model.native_size
-        sizes = {(entry.height or height, entry.width or width) for entry in prompts}
-        for h, w in sorted(sizes):
-            size_problems, note = _check_size(h, w, model, args.resolution_binning)
-            problems += size_problems
+        notes[:0] = model.notes
+        for height, width in sorted({(p.height or size[0], p.width or size[1]) for p in prompts}):
+            note = _check_size(height, width, model, images.resolution_binning, checks)
             notes += [note] if note else []
-        identity = {
-            "model": model.fingerprint,
-            "lora": None if lora is None else [lora.sha256, args.lora_scale, args.fuse_lora],
-            "dtype": args.dtype,
-            "vae_dtype": str(vae_dtype),
-            "instruction": instruction,
-            "max_sequence_length": args.max_sequence_length,
-            "binning": args.resolution_binning,
-        }
-        if not problems:
-            jobs = plan_jobs(
-                prompts,
-                args.seeds,
-                height=height,
-                width=width,
-                num_inference_steps=args.num_inference_steps,
-                guidance_scale=args.guidance_scale,
-                negative_prompt=args.negative_prompt,
-                fingerprint=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
-            )
-    if problems:
-        raise ValueError("\n".join(dict.fromkeys(problems)))
-    asked = sum(len(entry.seeds or args.seeds) for entry in prompts)
+    checks.end()
+    jobs = plan_jobs(
+        prompts,
+        images.seeds,
+        height=size[0],
+        width=size[1],
+        num_inference_steps=images.num_inference_steps,
+        guidance_scale=images.guidance_scale,
+        negative_prompt=images.negative_prompt,
+        fingerprint=_fingerprint(config, model, lora, vae_dtype, instruction),
+    )
+    asked = sum(len(entry.seeds or images.seeds) for entry in prompts)
     if asked != len(jobs):
         notes.append(f"{asked - len(jobs)} of {asked} images were asked for twice and are made once.")
     groups = group_jobs(jobs, batch_size, device=device, pixels_per_token=model.pixel_multiple**2)
     return Plan(model, lora, dtype, vae_dtype, instruction, jobs, groups, notes)
 
 
-def _check_size(height: int, width: int, model, binning: bool) -> tuple[list[str], str | None]:
-    """(problems, a line for the log) of one image size."""
+def _batch_size(text: str, checks: _Checks) -> int | str:
+    if text == "auto" or (text.isdecimal() and int(text) >= 1):
+        return text if text == "auto" else int(text)
+    checks.say("batch_size", text, "must be auto or a whole number of at least 1")
+    return "auto"
 
+
+def _prompts(images: ImageSettings, checks: _Checks) -> list[Prompt]:
+    prompts = []
+    for text in images.prompt:
+        if text.strip():
+            prompts.append(Prompt(text))
+        else:
+            checks.say("prompt", None, "must not be empty")
+    if images.prompts_file is not None or not images.prompt:
+        listed, found = read_prompts(images.prompts_file or str(DEFAULT_PROMPTS))
+        prompts += listed
+        checks.add(found)
+    return prompts
+
+
+def _find_model(settings: ModelSettings, dtype: torch.dtype, checks: _Checks) -> Model | None:
+    model, found = find_model(
+        settings.model_path,
+        base_model=settings.base_model,
+        revision=settings.revision,
+        variant=settings.variant,
+        cache_dir=settings.cache_dir,
+        dtype=dtype,
+    )
+    checks.add(found)
+    return model
+
+
+def _find_lora(settings: LoraSettings, model: Model | None, checks: _Checks) -> Lora | None:
+    path = settings.lora_weights
+    if path is None:
+        if settings.lora_scale != 1.0 or not settings.fuse_lora:
+            reason = "they have no effect without lora_weights"
+            checks.say("lora_scale and no_fuse_lora", None, reason, "Name an adapter, or leave them out.")
+        return None
+    if model is None:
+        checks.run(lambda: lora_file(path))
+        return None
+    lora, found = read_lora(path, model.transformer_config)
+    checks.add(found)
+    if lora is not None:
+        checks.add(check_fusing(lora, settings.fuse_lora))
+    return lora
+
+
+def _as_trained(
+    images: ImageSettings, lora: Lora | None, model: Model | None, checks: _Checks, notes: list[str]
+) -> tuple[list[str] | None, tuple[int, int]]:
+    """(instruction, (height, width)): what flags say, else what the adapter's file says of its training, and told."""
+    about = lora.about if lora is not None else {}
+    chosen, told = images.complex_human_instruction, []
+    if chosen is not None:
+        instruction = checks.run(lambda: parse_instruction(chosen))
+    elif "instruction" in about:
+        instruction = about["instruction"] or None
+        usual = parse_instruction("default")
+        told.append(
+            "without an instruction"
+            if instruction is None
+            else "with SanaPipeline's instruction"
+            if instruction == usual
+            else "with an instruction of its own"
+        )
+    else:
+        instruction = parse_instruction("default")
+    side = model.native_size if model is not None else 1
+    if images.height is None and images.width is None and "resolution" in about:
+        side = about["resolution"]
+        told.append(f"at {side} px")
+    height = images.height or images.width or side
+    width = images.width or images.height or side
+    if told:
+        changes = "--complex_human_instruction, --height and --width change that"
+        notes.append(f"The LoRA was trained {' '.join(told)}, and is drawn so; {changes}.")
+    return instruction, (height, width)
+
+
+def _fingerprint(
+    config: InferConfig, model: Model, lora: Lora | None, vae_dtype: torch.dtype, instruction: list[str] | None
+) -> str:
+    """Hex SHA-256 of everything besides a job itself that makes its image."""
+    identity: dict[str, Any] = {
+        "model": model.fingerprint,
+        "lora": None if lora is None else [lora.sha256, config.lora.lora_scale, config.lora.fuse_lora],
+        "dtype": config.model.dtype,
+        "vae_dtype": str(vae_dtype),
+        "instruction": instruction,
+        "max_sequence_length": config.images.max_sequence_length,
+        "binning": config.images.resolution_binning,
+    }
+    if config.images.scheduler != "checkpoint":
+        identity["scheduler"] = config.images.scheduler
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _check_size(height: int, width: int, model: Model, binning: bool, checks: _Checks) -> str | None:
+    """A line for the log about one image size; its problems go to `checks`."""
+    asked = f"{width}x{height} px"
     if height < 1 or width < 1:
-        return [f"--height={height} --width={width}: must be positive."], None
+        return checks.say("height and width", asked, "must be positive")
     made = generation_size(height, width, model.transformer_config["sample_size"], binning)
     multiple = model.pixel_multiple
     if made[0] % multiple or made[1] % multiple:
         near = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
-        return [
-            f"--height={height} --width={width}: must be multiples of {multiple} px for this model; the nearest is"
-            f" --height={near[0]} --width={near[1]}."
-        ], None
+        reason = f"must be multiples of {multiple} px for this model"
+        return checks.say("height and width", asked, reason, f"The nearest is height {near[0]}, width {near[1]}.")
     try:
         check_decodable(*made, factor=model.vae_factor)
     except ValueError as error:
-        return [f"--height={height} --width={width}: {error}"], None
+        return checks.say("height and width", asked, str(error))
     if made != (height, width):
-        return [], (
-            f"Resolution binning: {width}x{height} is made at {made[1]}x{made[0]}, the nearest trained size, and"
-            " resized."
-        )
-    if binning:
-        at_bin = nearest_bin(height, width, model.transformer_config["sample_size"]) == (height, width)
-        return [], None if at_bin else f"Resolution binning is off for {width}x{height}: no trained size is near it."
-    return [], None
+        trained = f"{made[1]}x{made[0]}, the nearest trained size"
+        return f"Resolution binning: {width}x{height} is made at {trained}, and resized."
+    at_bin = nearest_bin(height, width, model.transformer_config["sample_size"]) == (height, width)
+    if binning and not at_bin:
+        return f"Resolution binning is off for {width}x{height}: no trained size is near it."
+    return None

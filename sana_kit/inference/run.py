@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import sys
 import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from sana_kit import devices
 from sana_kit.devices import is_out_of_memory
 from sana_kit.distributed import Ranks
-from sana_kit.errors import InputError, RankFailed, UserError
+from sana_kit.errors import Problem, UserError
 from sana_kit.files import write_atomic
-from sana_kit.generation.generate import generate_groups
+from sana_kit.generation.generate import generate
+from sana_kit.generation.jobs import Job
 from sana_kit.generation.texts import encode_texts, job_texts, split_texts, texts_cut
-from sana_kit.inference.config import build_parser
+from sana_kit.inference.config import InferConfig
 from sana_kit.inference.output import MANIFEST, OutputFolder, Writer, make_contact_sheet
 from sana_kit.inference.plan import Plan, check
 from sana_kit.locks import lock_folder
@@ -27,26 +31,48 @@ from sana_kit.reports.gallery import write_gallery
 from sana_kit.runlog import console_bar
 
 
-def run(args) -> dict:
-    """Make the images that `args` ask for; returns the summary, whose "failed" lists the jobs that failed.
+@dataclasses.dataclass
+class _Run:
+    """What the parts of a run share; `say` prints on the main process, `seconds` holds load, encode and generate."""
+
+    config: InferConfig
+    plan: Plan
+    ranks: Ranks
+    folder: OutputFolder
+    done: set[str]
+    failures: list[tuple[int, str]] = dataclasses.field(default_factory=list)  # (job index, error) of this rank
+    seconds: dict[str, float] = dataclasses.field(
+        default_factory=lambda: {"load": 0.0, "encode": 0.0, "generate": 0.0}
+    )
+
+    def say(self, text: str) -> None:
+        if self.ranks.is_main:
+            print(text, flush=True)
+
+    def fail(self, jobs: Sequence[Job], error: BaseException | str) -> None:
+        text = error if isinstance(error, str) else explain(error)
+        self.failures.extend((job.index, text) for job in jobs if job.file_name not in self.done)
+
+
+def run(config: InferConfig) -> dict[str, Any]:
+    """Make the images that a configuration asks for; returns the summary, whose "failed" lists what failed.
 
     Raises:
-        InputError: problems that the user can mend, all at once, before weights are loaded.
+        UserError: problems that the user can mend, all at once, before weights are loaded.
         RankFailed: on ranks that are well, when another one failed.
     """
-    ranks = Ranks.start(args.device)
-    plan = ranks.run_on_all(lambda: check(args, ranks.device, ranks.device_problem), checks_input=True)
+    ranks = Ranks.start(config.model.device)
+    plan = ranks.run_on_all(lambda: check(config, ranks.device, ranks.device_problem))
     views = ranks.gather([job.file_name for job in plan.jobs])
     if any(view != views[0] for view in views):
         odd = [rank for rank, view in enumerate(views) if view != views[0]]
-        raise InputError(
-            f"--model_path={args.model_path}: ranks {odd} see other model or adapter files, or other prompts, than"
-            " rank 0. Give every machine the same ones."
-        )
+        reason = f"ranks {odd} see other model or adapter files, or other prompts, than rank 0"
+        raise UserError(Problem("model_path", config.model.model_path, reason, "Give every machine the same ones."))
+    path = config.run.output_path
     with contextlib.ExitStack() as stack:
-        folder = OutputFolder(args.output_path, ranks.rank)
-        ranks.run_on_all(lambda: _take_folder(args.output_path, folder, ranks, stack), checks_input=True)
-        summary = _run_in_folder(args, ranks, plan, folder)
+        folder = OutputFolder(path, ranks.rank)
+        ranks.run_on_all(lambda: _take_folder(path, folder, ranks, stack))
+        summary = _run_in_folder(config, ranks, plan, folder)
     ranks.close()
     return summary
 
@@ -55,19 +81,18 @@ def _take_folder(path: str, folder: OutputFolder, ranks: Ranks, stack: contextli
     """Main process: lock the folder for this run and tidy it."""
     if not ranks.is_main:
         return
-
     try:
         stack.enter_context(lock_folder(path, field="output_path"))
         folder.open()
     except OSError as error:
-        raise ValueError(f"--output_path={path}: cannot be written ({error}). Name another folder.") from None
+        raise UserError(Problem("output_path", path, f"cannot be written ({error})", "Name another folder.")) from None
 
 
 def _check_shared(path: str, ranks: Ranks) -> None:
-    """Raise InputError unless all ranks see one output folder."""
+    """Raise UserError unless all ranks see one output folder."""
     if ranks.world_size == 1:
         return
-    token = Path(path) / f".run-{ranks.gather(os.urandom(8).hex())[0]}"
+    token = Path(path) / f".run-{ranks.agree(os.urandom(8).hex())}"
     ranks.run_on_all(lambda: token.touch() if ranks.is_main else None)
     deadline = time.monotonic() + 10  # network file systems show a new file late
     while not token.exists() and time.monotonic() < deadline:
@@ -77,85 +102,84 @@ def _check_shared(path: str, ranks: Ranks) -> None:
         token.unlink(missing_ok=True)
     if not all(seen):
         blind = [rank for rank, sees in enumerate(seen) if not sees]
-        raise InputError(
-            f"--output_path={path}: ranks {blind} do not see rank 0's folder of that name. With several machines it"
-            " must lie on a file system that they share."
-        )
+        reason = f"ranks {blind} do not see rank 0's folder of that name"
+        remedy = "With several machines it must lie on a file system that they share."
+        raise UserError(Problem("output_path", path, reason, remedy))
 
 
-def _run_in_folder(args, ranks: Ranks, plan: Plan, folder: OutputFolder) -> dict:
-
-    say = print if ranks.is_main else (lambda *_, **__: None)
-    _check_shared(args.output_path, ranks)
-    done, damaged = ranks.gather(folder.finished(plan.jobs) if ranks.is_main and not args.overwrite else (set(), []))[
-        0
-    ]
+def _run_in_folder(config: InferConfig, ranks: Ranks, plan: Plan, folder: OutputFolder) -> dict[str, Any]:
+    _check_shared(config.run.output_path, ranks)
+    look = ranks.is_main and not config.run.overwrite
+    done, damaged = ranks.agree(folder.finished(plan.jobs) if look else (set(), []))
+    this = _Run(config, plan, ranks, folder, done)
     pending = [group for group in plan.groups if any(job.file_name not in done for job in group)]
-    say(
-        f"{len(plan.jobs)} images, {len(done)} of them finished before; {ranks.world_size} process(es) on"
-        f" {ranks.device.type}"
-    )
-    for note in plan.notes:
-        say(note)
-    if damaged:
-        say(f"{len(damaged)} finished image(s) are missing or damaged and are made again: {damaged[0]} ...")
-
-    failures: list[tuple[int, str]] = []  # (job index, error)
-
-    def fail(jobs: Sequence, error: BaseException) -> None:
-        text = explain(error)
-        failures.extend((job.index, text) for job in jobs if job.file_name not in done)
-
-    seconds = {"load": 0.0, "encode": 0.0, "generate": 0.0}
-    lines: list[dict] = []
+    _tell_plan(this, damaged)
+    lines: list[dict[str, Any]] = []
     if pending:
-        prompts, negatives, text_errors = _encode(args, ranks, plan, pending, seconds)
+        prompts, negatives, text_errors = _encode(this, pending)
         mine = []
         for group in pending[ranks.rank :: ranks.world_size]:
             fit = []
             for job in group:
                 errors = [text_errors.get((job.prompt, False)), text_errors.get((job.negative_prompt, True))]
                 if any(errors):
-                    failures.extend([(job.index, errors[0] or errors[1])] if job.file_name not in done else [])
+                    this.fail([job], errors[0] or errors[1])
                 else:
                     fit.append(job)
             if any(job.file_name not in done for job in fit):
                 mine.append(fit)
-        lines = _generate(args, ranks, plan, folder, mine, done, (prompts, negatives), fail, seconds)
-    results = ranks.gather((failures, lines, devices.peak_memory_bytes(ranks.device)))
-    finish = lambda: _finish(args, ranks, plan, folder, done, results, seconds) if ranks.is_main else None  # noqa: E731
-    summary = ranks.gather(ranks.run_on_all(finish))[0]
-    _tell(summary, say)
+        lines = _generate(this, mine, (prompts, negatives))
+    results = ranks.gather((this.failures, lines, devices.peak_memory_bytes(ranks.device)))
+    summary = ranks.agree(ranks.run_on_all(lambda: _finish(this, results) if ranks.is_main else None))
+    _tell_end(this, summary)
     return summary
 
 
-def _encode(args, ranks: Ranks, plan: Plan, pending: list, seconds: dict):
+def _tell_plan(this: _Run, damaged: list[str]) -> None:
+    """Before anything is loaded: what will be drawn, and what the user should know of it."""
+    jobs, ranks, images = this.plan.jobs, this.ranks, this.config.images
+    prompts = len({(job.prompt, job.negative_prompt) for job in jobs})
+    sizes = sorted({f"{job.width}x{job.height}" for job in jobs})
+    source = "" if images.prompt or images.prompts_file else " of the kit's own list (--prompt names others)"
+    this.say(
+        f"{len(jobs)} images: {prompts} prompts{source}, {', '.join(sizes[:4])}{' ...' if sizes[4:] else ''} px,"
+        f" {images.num_inference_steps} steps each, on {ranks.device.type} with {ranks.world_size} process(es)"
+    )
+    left = sum(job.file_name not in this.done for job in jobs)
+    this.say(f"{len(this.done)} of them finished before, {left} to draw, into {this.folder.path}")
+    for note in this.plan.notes:
+        this.say(note)
+    if damaged:
+        count = len(damaged)
+        this.say(f"{count} finished image(s) are missing or damaged and are made again: {damaged[0]} ...")
+
+
+def _encode(this: _Run, pending: list[list[Job]]) -> tuple[dict, dict, dict[tuple[str, bool], str]]:
     """(prompt -> embeds, negative prompt -> embeds, (text, negative) -> error): each distinct text once in the run.
 
     A few ranks encode and all get the result: the text encoder is the largest part of the model to load.
     """
-    import torch
-
+    ranks, plan, length = this.ranks, this.plan, this.config.images.max_sequence_length
     texts = job_texts(job for group in pending for job in group)
     per_rank = 4 if ranks.device.type == "cpu" else 64  # texts that are worth loading the encoder on one more rank
     encoders = min(ranks.world_size, -(-len(texts) // per_rank))
     errors: dict[tuple[str, bool], str] = {}
     cut: list[str] = []
 
-    def encode():
+    def encode() -> dict[tuple[str, bool], torch.Tensor]:
         if ranks.rank >= encoders:
             return {}
         start = time.perf_counter()
         tokenizer, encoder = load_text_encoder(plan.model, device=ranks.device, dtype=text_dtype(plan.dtype))
-        seconds["load"] += time.perf_counter() - start
-        cut.extend(texts_cut(tokenizer, texts[ranks.rank :: encoders], args.max_sequence_length))
+        this.seconds["load"] += time.perf_counter() - start
+        cut.extend(texts_cut(tokenizer, texts[ranks.rank :: encoders], length))
         return encode_texts(
             tokenizer,
             encoder,
             texts[ranks.rank :: encoders],
             plan.instruction,
             device=ranks.device,
-            max_sequence_length=args.max_sequence_length,
+            max_sequence_length=length,
             on_error=lambda text, negative, error: errors.update({(text, negative): explain(error)}),
         )
 
@@ -168,51 +192,51 @@ def _encode(args, ranks: Ranks, plan: Plan, pending: list, seconds: dict):
         merged.update(part)
         errors.update(part_errors)
         too_long += part_cut
-    if too_long and ranks.is_main:
-        print(
-            f"{len(too_long)} prompt(s) have more than --max_sequence_length={args.max_sequence_length} tokens; the"
-            f" rest of them is not seen: {too_long[0][:60]} ..."
-        )
-    seconds["encode"] += time.perf_counter() - start - seconds["load"]
+    if too_long:
+        told = f"{len(too_long)} prompt(s) have more than --max_sequence_length={length} tokens"
+        this.say(f"{told}; the rest of them is not seen: {too_long[0][:60]} ...")
+    this.seconds["encode"] += time.perf_counter() - start - this.seconds["load"]
     return *split_texts(merged), errors
 
 
-def _generate(args, ranks, plan, folder, groups, done, embeds, fail, seconds) -> list[dict]:
+def _generate(this: _Run, groups: list[list[Job]], embeds: tuple[dict, dict]) -> list[dict[str, Any]]:
     """Load what this rank needs, make its groups, write its images; returns their manifest lines."""
+    config, plan, ranks = this.config, this.plan, this.ranks
 
-    def load():
+    def load() -> Any:
         if not groups:
             return None
         return load_pipeline(
             plan.model,
             lora_weights=plan.lora,
-            lora_scale=args.lora_scale,
-            fuse_lora=args.fuse_lora,
+            lora_scale=config.lora.lora_scale,
+            fuse_lora=config.lora.fuse_lora,
             device=ranks.device,
             dtype=plan.dtype,
             vae_dtype=plan.vae_dtype,
-            attention=args.attention,
+            attention=config.model.attention,
+            scheduler=config.images.scheduler,
             text_encoder=False,
         )
 
     start = time.perf_counter()
     pipeline = ranks.run_on_all(load)
-    seconds["load"] += time.perf_counter() - start
+    this.seconds["load"] += time.perf_counter() - start
     start = time.perf_counter()
-    writer = Writer(folder, fail)
-    facts = {"model": args.model_path, "lora_weights": args.lora_weights, "dtype": args.dtype}
+    writer = Writer(this.folder, this.fail)
+    facts = {
+        "model": config.model.model_path,
+        "lora_weights": config.lora.lora_weights,
+        "dtype": config.model.dtype,
+    }
     if plan.lora is not None:
-        facts["lora_scale"] = args.lora_scale
-    steps = sum(group[0].num_inference_steps for group in groups)
-
-    def on_image(job, image, took: float) -> None:
-        if job.file_name not in done:
-            writer.submit(job, image, {"seconds": round(took, 3), **facts})
-
+        facts["lora_scale"] = config.lora.lora_scale
     try:
         if groups:
-            with console_bar(steps, f"denoising {sum(map(len, groups))} images", main_process=ranks.is_main) as bar:
-                generate_groups(
+            steps = sum(group[0].num_inference_steps for group in groups)
+            label = f"denoising {sum(map(len, groups))} images"
+            with console_bar(steps, label, main_process=ranks.is_main) as bar:
+                drawn = generate(
                     groups,
                     transformer=pipeline.transformer,
                     vae=pipeline.vae,
@@ -221,27 +245,27 @@ def _generate(args, ranks, plan, folder, groups, done, embeds, fail, seconds) ->
                     negative_prompt_embeds=embeds[1],
                     device=ranks.device,
                     dtype=plan.dtype,
-                    use_resolution_binning="auto" if args.resolution_binning else False,
+                    use_resolution_binning="auto" if config.images.resolution_binning else False,
                     on_step=bar.update,
-                    on_image=on_image,
-                    on_error=fail,
+                    on_error=this.fail,
                 )
+                for job, image, took in drawn:
+                    if job.file_name not in this.done:
+                        writer.submit(job, image, {"seconds": round(took, 3), **facts})
     finally:
         writer.close()
-    ranks.gather(None)  # the slowest rank ends the run
-    seconds["generate"] += time.perf_counter() - start
+    ranks.barrier()  # the slowest rank ends the run
+    this.seconds["generate"] += time.perf_counter() - start
     return writer.lines
 
 
-def _finish(
-    args, ranks: Ranks, plan: Plan, folder: OutputFolder, done: set[str], results: list, seconds: dict
-) -> dict:
+def _finish(this: _Run, results: list[tuple]) -> dict[str, Any]:
     """Main process: merge the manifest, make contact sheet and gallery, count; returns the summary."""
-
+    plan, folder, seconds = this.plan, this.folder, this.seconds
     failures = dict(sorted(failure for part, _, _ in results for failure in part))
     new = [line for _, lines, _ in results for line in lines]
     folder.merge_parts({job.file_name: job.index for job in plan.jobs})
-    made = done | {line["file"] for line in new}
+    made = this.done | {line["file"] for line in new}
     if made:
         make_contact_sheet(folder.path, plan.jobs, made)
         write_gallery(folder.path)
@@ -250,13 +274,13 @@ def _finish(
     summary = {
         "images": len(plan.jobs),
         "made": len(new),
-        "kept": len(done),
+        "kept": len(this.done),
         "failed": [
             {"file": plan.jobs[index].file_name, "prompt": plan.jobs[index].prompt, "error": text}
             for index, text in failures.items()
         ],
-        "world_size": ranks.world_size,
-        "device": ranks.device.type,
+        "world_size": this.ranks.world_size,
+        "device": this.ranks.device.type,
         "largest_group": max(len(group) for group in plan.groups),
         "load_seconds": round(seconds["load"], 3),
         "encode_seconds": round(seconds["encode"], 3),
@@ -271,53 +295,35 @@ def _finish(
     return summary
 
 
-def _tell(summary: dict, say: Callable) -> None:
+def _tell_end(this: _Run, summary: dict[str, Any]) -> None:
     if summary["made"]:
         elapsed = summary["encode_seconds"] + summary["generate_seconds"]
-        say(
+        this.say(
             f"Loading {summary['load_seconds']:.1f} s; prompts {summary['encode_seconds']:.1f} s, {summary['made']}"
             f" images {summary['generate_seconds']:.1f} s. Peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB."
         )
-        say(
+        this.say(
             f"E2E without loading: {summary['images_per_second']:.4f} images/s, {summary['iterations_per_second']:.2f}"
             f" it/s (denoising steps of all images) in {elapsed:.1f} s with {summary['world_size']} process(es)"
         )
-    say(f"Images, {MANIFEST}, contact_sheet.png and gallery.html are in {summary['output_path']}")
+    this.say(f"Images, {MANIFEST}, contact_sheet.png and gallery.html are in {summary['output_path']}")
 
 
 def explain(error: BaseException) -> str:
     """One line for a failed image, with a remedy where there is one."""
-
     text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}".rstrip(": ")
     if is_out_of_memory(error):
         return f"out of memory; use a smaller --batch_size or size ({text})"
     return text
 
 
-def main(description: str, argv: Sequence[str] | None = None, lora_default: str | None = None) -> int:
-    """Run a script: 0 when every image is there, 1 when some failed, 2 for problems with the arguments."""
-    rank = int(os.environ.get("RANK", "0") or 0)
-    args = build_parser(description, lora_default).parse_args(argv)
-    try:
-        summary = run(args)
-    except (InputError, UserError) as error:
-        if rank == 0:
-            text = str(error.as_flags() if isinstance(error, UserError) else error)
-            print("error:\n  " + text.replace("\n", "\n  "), file=sys.stderr, flush=True)
-        return 2
-    except RankFailed as error:
-        print(f"rank {rank} stops: {error}", file=sys.stderr, flush=True)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it was", file=sys.stderr, flush=True)
-        return 130
-    except Exception:
-        print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-        return 1
-    if summary["failed"] and rank == 0:
-        print(f"{len(summary['failed'])} of {summary['images']} images failed, the others are done:", file=sys.stderr)
-        for failure in summary["failed"][:20]:
+def tell_failures(summary: dict[str, Any]) -> int:
+    """Name the failed images of a run on rank 0; the script's exit code, 0 or 1."""
+    failed = summary["failed"]
+    if failed and int(os.environ.get("RANK", "0") or 0) == 0:
+        print(f"{len(failed)} of {summary['images']} images failed, the others are done:", file=sys.stderr)
+        for failure in failed[:20]:
             print(f"  {failure['file']}: {failure['error']}", file=sys.stderr)
-        if len(summary["failed"]) > 20:
-            print(f"  and {len(summary['failed']) - 20} more, see summary.json", file=sys.stderr)
-    return 1 if summary["failed"] else 0
+        if len(failed) > 20:
+            print(f"  and {len(failed) - 20} more, see summary.json", file=sys.stderr)
+    return 1 if failed else 0

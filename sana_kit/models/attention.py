@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from sana_kit.devices import kind_of
+from sana_kit.errors import Problem, UserError
 
 ATTENTION_CHOICES = ("auto", "sdpa", "npu_fusion")
 
@@ -45,9 +46,7 @@ class CrossAttentionProcessor:
         self.kernel = kernel
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, *args, **kwargs):
-        """hidden_states (B, N, D), encoder_hidden_states (B, S, D), attention_mask bool (B, 1, 1 or N, S), True =
-        use.
-        """
+        """hidden_states (B, N, D), encoder_hidden_states (B, S, D), attention_mask bool (B, 1, 1 or N, S)."""
         batch, length, _ = hidden_states.shape
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
@@ -122,25 +121,23 @@ class _CrossAttentionMask:
 
 
 def resolve_attention(attention: str, device: torch.device) -> str:
-    """The kernel for `--attention`: 'auto' is 'sdpa' everywhere.
+    """The kernel for the setting `attention`: 'auto' is 'sdpa' everywhere.
 
     torch_npu's scaled_dot_product_attention reaches the same fused kernel as npu_fusion_attention when the mask is
     boolean, so one code path serves every device; 'npu_fusion' calls the Ascend operator by name.
 
     Raises:
-        ValueError: 'npu_fusion' without an NPU, or an unknown name.
+        UserError: 'npu_fusion' without an NPU, or an unknown name.
     """
     if attention not in ATTENTION_CHOICES:
-        raise ValueError(f"--attention={attention}: unknown. Use one of {', '.join(ATTENTION_CHOICES)}.")
+        raise UserError(Problem("attention", attention, "unknown", f"Use one of {', '.join(ATTENTION_CHOICES)}."))
     if attention == "npu_fusion" and attention not in kind_of(device).fused_attention:
-        raise ValueError(
-            f"--attention=npu_fusion (--enable_npu_flash_attention) needs an Ascend NPU with torch_npu; this run is on"
-            f" '{device.type}'. Use --attention=auto."
-        )
+        reason = f"it needs an Ascend NPU with torch_npu, and this run is on '{device.type}'"
+        raise UserError(Problem("attention", attention, reason, "Use auto."))
     return "sdpa" if attention == "auto" else attention
 
 
-def set_attention(transformer, attention: str, device: torch.device) -> str:
+def set_attention(transformer: torch.nn.Module, attention: str, device: torch.device) -> str:
     """Give a SanaTransformer2DModel the kit's attention processors; returns the cross-attention kernel's name.
 
     The kernel is chosen for the cross-attention `attn2` only: `attn1` is Sana's linear attention, which no softmax

@@ -2,110 +2,149 @@
 
 from __future__ import annotations
 
-import inspect
+import importlib.metadata
+import os
 from pathlib import Path
+from typing import Any
 
 import torch
+from packaging.version import Version
 
-from sana_kit.models.adapter import Lora, apply_lora, read_lora
+from sana_kit.errors import Problem, UserError
+from sana_kit.models.adapter import Lora, apply_lora, check_fusing, read_lora
 from sana_kit.models.attention import resolve_attention, set_attention
-from sana_kit.models.folder import Model, find_model, has_variant
+from sana_kit.models.folder import Model, base_of, find_model
+from sana_kit.models.weights import TEXT_ENCODER_STEM, TRANSFORMER_STEM, VAE_STEM, has_variant
+
+# The first versions whose from_pretrained knows `dtype`; they and later ones warn of `torch_dtype`.
+_DTYPE_SINCE = {"diffusers": Version("0.42"), "transformers": Version("4.56")}
 
 
-def dtype_argument(cls, dtype: torch.dtype) -> dict:
-    """{"dtype": ...} or {"torch_dtype": ...}: whichever `cls.from_pretrained` of the installed version knows."""
-    try:
-        source = inspect.getsource(inspect.unwrap(cls.from_pretrained))
-    except (OSError, TypeError):
-        source = ""
-    return {"dtype" if 'pop("dtype"' in source else "torch_dtype": dtype}
+def dtype_argument(library: str, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """{"dtype": ...} or {"torch_dtype": ...}: what the installed library takes."""
+    installed = Version(Version(importlib.metadata.version(library)).base_version)
+    return {"dtype" if installed >= _DTYPE_SINCE[library] else "torch_dtype": dtype}
 
 
-def open_text_encoder(model: dict, dtype: torch.dtype, device: torch.device):
-    """(tokenizer, text encoder in eval mode on the device) of a SanaPipeline; `model`: from_pretrained's arguments."""
-    from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+def parts_folder(
+    model: str, revision: str | None = None, variant: str | None = None, cache_dir: str | None = None
+) -> Path:
+    """The folder of a model's parts, of a fine-tuned model its base's; a hub name is fetched, or found in the cache.
 
-    path, cache = model["pretrained_model_name_or_path"], model["cache_dir"]
-    where = {"revision": model["revision"], "cache_dir": cache}
-    tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer", **where)
+    diffusers itself fetches it, variant files where a part has them and plain ones where not.
+    """
+    found = base_of(model, revision)
+    if os.path.isdir(found.base):
+        return Path(found.base)
+    from diffusers import SanaPipeline
+
+    fetched = SanaPipeline.download(
+        found.base, revision=found.revision, variant=variant, cache_dir=cache_dir, use_safetensors=True
+    )
+    return Path(fetched)
+
+
+def open_text_encoder(model: dict[str, Any], dtype: torch.dtype, device: torch.device) -> tuple[Any, torch.nn.Module]:
+    """(tokenizer, text encoder in eval mode on the device) of a SanaPipeline.
+
+    Args:
+        model: pretrained_model_name_or_path, revision, variant and cache_dir.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    folder, variant = _place(model)
+    tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
     text_encoder = AutoModel.from_pretrained(
-        path,
+        folder,
         subfolder="text_encoder",
-        variant=model["variant"],
-        **where,
-        **dtype_argument(PreTrainedModel, dtype),
+        variant=has_variant(folder / "text_encoder", TEXT_ENCODER_STEM, variant),
+        **dtype_argument("transformers", dtype),
     )
     return tokenizer, text_encoder.to(device).eval().requires_grad_(False)
 
 
-def open_vae(model: dict, dtype: torch.dtype, device: torch.device):
-    """The AutoencoderDC of a SanaPipeline in eval mode on the device."""
+def open_vae(model: dict[str, Any], dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    """The AutoencoderDC of a SanaPipeline in eval mode on the device; `model` as in `open_text_encoder`."""
     from diffusers import AutoencoderDC
 
+    folder, variant = _place(model)
     vae = AutoencoderDC.from_pretrained(
-        model["pretrained_model_name_or_path"],
+        folder,
         subfolder="vae",
-        revision=model["revision"],
-        variant=model["variant"],
-        cache_dir=model["cache_dir"],
-        **dtype_argument(AutoencoderDC, dtype),
+        variant=has_variant(folder / "vae", VAE_STEM, variant),
+        **dtype_argument("diffusers", dtype),
     )
     return vae.to(device).eval().requires_grad_(False)
 
 
-def _local_base(model: Model) -> Path:
-    """The base's folder; a hub name is fetched (or found in the cache) as diffusers itself does it."""
-    if model.local:
-        return Path(model.base)
-    from diffusers import SanaPipeline
-
-    return Path(
-        SanaPipeline.download(
-            model.base,
-            revision=model.revision,
-            variant=model.variant,
-            cache_dir=model.cache_dir,
-            use_safetensors=True,
-        )
-    )
+def _place(model: dict[str, Any]) -> tuple[Path, str | None]:
+    """(folder of the parts, variant) of from_pretrained's arguments."""
+    variant = model["variant"]
+    folder = parts_folder(model["pretrained_model_name_or_path"], model["revision"], variant, model["cache_dir"])
+    return folder, variant
 
 
-def load_transformer(model: Model, *, device: torch.device, dtype: torch.dtype):
+def _arguments(model: Model) -> dict[str, Any]:
+    """What `open_vae` and `open_text_encoder` take, for the base of a model."""
+    return {
+        "pretrained_model_name_or_path": model.base,
+        "revision": model.revision,
+        "variant": model.variant,
+        "cache_dir": model.cache_dir,
+    }
+
+
+def load_transformer(model: Model, *, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
     """The model's SanaTransformer2DModel on `device`, in eval mode."""
     from diffusers import SanaTransformer2DModel
 
-    folder = model.transformer_folder or _local_base(model) / "transformer"
-    variant = has_variant(folder, "diffusion_pytorch_model", model.variant)
+    folder = model.transformer_folder
+    if folder is None:
+        folder = parts_folder(model.base, model.revision, model.variant, model.cache_dir) / "transformer"
+    variant = has_variant(folder, TRANSFORMER_STEM, model.variant)
     loaded = SanaTransformer2DModel.from_pretrained(
-        folder, variant=variant, use_safetensors=True, **dtype_argument(SanaTransformer2DModel, dtype)
+        folder, variant=variant, use_safetensors=True, **dtype_argument("diffusers", dtype)
     )
     return loaded.to(device).eval().requires_grad_(False)
 
 
-def _component(model: Model, part: str, stem: str) -> dict:
-    """What encodings.py's loaders take, for a part of the base."""
-    base = _local_base(model)
-    variant = has_variant(base / part, stem, model.variant)
-    return {"pretrained_model_name_or_path": str(base), "revision": None, "variant": variant, "cache_dir": None}
-
-
-def load_vae(model: Model, *, device: torch.device, dtype: torch.dtype):
+def load_vae(model: Model, *, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
     """The model's AutoencoderDC on `device`, in eval mode."""
+    return open_vae(_arguments(model), dtype, device)
 
-    return open_vae(_component(model, "vae", "diffusion_pytorch_model"), dtype, device)
+
+def load_text_encoder(model: Model, *, device: torch.device, dtype: torch.dtype) -> tuple[Any, torch.nn.Module]:
+    """(tokenizer, text encoder on `device` in eval mode)."""
+    return open_text_encoder(_arguments(model), dtype, device)
 
 
-def load_scheduler(model: Model):
-    """The checkpoint's own scheduler, of the class that model_index.json names."""
+SCHEDULERS = ("checkpoint", "flow-dpm", "flow-euler")
+
+
+def load_scheduler(model: Model, scheduler: str = "checkpoint") -> Any:
+    """The scheduler that draws: the checkpoint's own, of the class that model_index.json names, or another.
+
+    Args:
+        scheduler: "checkpoint"; "flow-dpm", DPM-Solver++ of order 2 on flow sigmas, as SANA's checkpoints have it; or
+            "flow-euler", the first-order solver. Both take the flow shift from the checkpoint's config.
+    """
     import diffusers
 
-    return getattr(diffusers, model.index["scheduler"][1]).from_pretrained(_local_base(model) / "scheduler")
-
-
-def load_text_encoder(model: Model, *, device: torch.device, dtype: torch.dtype):
-    """(tokenizer, text encoder on `device` in eval mode)."""
-
-    return open_text_encoder(_component(model, "text_encoder", "model"), dtype, device)
+    folder = parts_folder(model.base, model.revision, model.variant, model.cache_dir) / "scheduler"
+    own = getattr(diffusers, model.index["scheduler"][1]).from_pretrained(folder)
+    if scheduler == "checkpoint":
+        return own
+    shift = own.config.get("flow_shift") or own.config.get("shift") or 1.0
+    if scheduler == "flow-euler":
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    return diffusers.DPMSolverMultistepScheduler(
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=shift,
+        final_sigmas_type="zero",
+    )
 
 
 def text_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -128,41 +167,43 @@ def load_pipeline(
     dtype: torch.dtype = torch.bfloat16,
     vae_dtype: torch.dtype | None = None,
     attention: str = "auto",
+    scheduler: str = "checkpoint",
     base_model: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
     cache_dir: str | None = None,
     text_encoder: bool = True,
-):
+) -> Any:
     """A SanaPipeline on `device`; everything is checked before the first weights are read.
 
     Args:
         model_path: diffusers folder, hub name, output folder of a full fine-tuning, or what `find_model` returned.
         lora_weights: adapter file, folder with LORA_FILE, or what `read_lora` returned.
         dtype: of the transformer; vae_dtype defaults to `default_vae_dtype`, the text encoder has `text_dtype`.
+        scheduler: see `load_scheduler`.
         text_encoder: False leaves tokenizer and text encoder out (None), for prompts that are encoded already.
 
     Raises:
-        ValueError: all problems with model, adapter and attention at once.
+        UserError: all problems with model, adapter and attention at once.
     """
     from diffusers import SanaPipeline
 
-    problems: list[str] = []
-    model = model_path if isinstance(model_path, Model) else None
-    if model is None:
-        model, problems = find_model(
-            model_path, base_model=base_model, revision=revision, variant=variant, cache_dir=cache_dir, dtype=dtype
-        )
-    lora = lora_weights if isinstance(lora_weights, Lora) else None
-    if lora is None and lora_weights is not None and model is not None:
-        lora, lora_problems = read_lora(lora_weights, model.transformer_config)
-        problems += lora_problems
+    model, lora = model_path, lora_weights
+    problems: list[Problem] = []
+    if not isinstance(model, Model):
+        where = {"base_model": base_model, "revision": revision, "variant": variant, "cache_dir": cache_dir}
+        model, problems = find_model(model, dtype=dtype, **where)
+    if model is not None and lora is not None and not isinstance(lora, Lora):
+        lora, found = read_lora(lora, model.transformer_config)
+        problems += found
+    if isinstance(lora, Lora):
+        problems += check_fusing(lora, fuse_lora)
     try:
         resolve_attention(attention, device)
-    except ValueError as error:
-        problems.append(str(error))
+    except UserError as error:
+        problems += error.problems
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError(problems)
     tokenizer = encoder = None
     if text_encoder:
         tokenizer, encoder = load_text_encoder(model, device=device, dtype=text_dtype(dtype))
@@ -175,5 +216,5 @@ def load_pipeline(
         text_encoder=encoder,
         vae=load_vae(model, device=device, dtype=vae_dtype or default_vae_dtype(dtype)),
         transformer=transformer,
-        scheduler=load_scheduler(model),
+        scheduler=load_scheduler(model, scheduler),
     )

@@ -2,57 +2,98 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from peft import LoraConfig
+from peft.tuners import lora
+from torch.utils.checkpoint import checkpoint
 
 DEFAULT_LORA_LAYERS = ("to_k", "to_q", "to_v")
 
 
-def lean_lora(transformer, device_type: str, dtype: torch.dtype) -> None:
-    """Let LoRA layers compute in `dtype` and touch their large input and output once.
+class _InBaseDtype:
+    """Before a peft layer's class: compute in the base layer's dtype, whatever dtype the small matrices have.
 
-    peft casts a layer's whole input to the adapter's float32 (or needs an autocast around the model), then writes the
-    update, scales it and adds it in passes over the whole output. Here the small matrices are cast instead, and
-    y + s * (x A^T) B^T is one addmm; rounded once, not three times.
+    peft casts a layer's whole input to the adapter's float32, or needs an autocast around the model; here the small
+    matrices are cast instead.
     """
-    from peft.tuners import lora
 
-    for module in transformer.modules():
-        if not isinstance(module, lora.LoraLayer):
-            continue
-        forward = module.forward
-        (name,) = module.active_adapters
-        plain = not (getattr(module, "lora_variant", {}) or module.use_dora.get(name)) and not module.merged
-        if type(module) is lora.Linear and plain and module.lora_B[name].bias is None:
-            forward = functools.partial(_lora_forward, module, name)
-        if module.lora_A[name].weight.dtype != dtype:
-            module.cast_input_dtype_enabled = False
-            forward = torch.autocast(device_type, dtype=dtype)(forward)
-        module.forward = forward
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.cast_input_dtype_enabled = False
 
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """hidden_states in the base layer's dtype -> the layer's output in the same dtype."""
+        dtype = self.base_layer.weight.dtype
+        if self.lora_A[self.active_adapters[0]].weight.dtype == dtype:
+            return self.compute(hidden_states, *args, **kwargs)
+        with torch.autocast(hidden_states.device.type, dtype=dtype):
+            return self.compute(hidden_states, *args, **kwargs)
 
-def _lora_forward(module, name: str, hidden_states: torch.Tensor) -> torch.Tensor:
-    """base(x) + scaling * B(A(dropout(x))) of a peft.tuners.lora.Linear, the sum within the product."""
-    base = module.base_layer(hidden_states)
-    down = module.lora_A[name](module.lora_dropout[name](hidden_states))
-    up = module.lora_B[name].weight
-    total = torch.addmm(base.flatten(0, -2), down.flatten(0, -2), up.t(), alpha=module.scaling[name])
-    return total.view_as(base)
+    def compute(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The layer itself, as peft computes it."""
+        return super().forward(hidden_states, *args, **kwargs)
 
 
-def checkpoint_blocks(transformer, interval: int) -> None:
-    """Recompute every `interval`-th block in the backward pass instead of keeping its activations."""
-    from torch.utils.checkpoint import checkpoint
+class FusedLoraLinear(_InBaseDtype, lora.Linear):
+    """peft's LoRA linear, with y + s * (x A^T) B^T as one addmm: rounded once, not three times.
 
-    def recomputed(forward):
-        def run(*args, **kwargs):
-            if not torch.is_grad_enabled():
-                return forward(*args, **kwargs)
-            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    peft writes the update, scales it and adds it in passes over the whole output. What is no plain LoRA (DoRA, a
+    bias, several or merged or disabled adapters) is computed by peft itself.
+    """
 
-        return run
+    def compute(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """(..., in) -> (..., out)."""
+        if args or kwargs or not self._plain():
+            return super().compute(hidden_states, *args, **kwargs)
+        (name,) = self.active_adapters
+        base = self.base_layer(hidden_states)
+        down = self.lora_A[name](self.lora_dropout[name](hidden_states))
+        up = self.lora_B[name].weight
+        total = torch.addmm(base.flatten(0, -2), down.flatten(0, -2), up.t(), alpha=self.scaling[name])
+        return total.view_as(base)
 
-    for index, block in enumerate(transformer.transformer_blocks):
-        if index % interval == 0:
-            block.forward = recomputed(block.forward)
+    def _plain(self) -> bool:
+        if len(self.active_adapters) != 1 or self.disable_adapters or self.merged:
+            return False
+        name = self.active_adapters[0]
+        variant = getattr(self, "lora_variant", {}) or self.use_dora.get(name)
+        return not variant and self.lora_B[name].bias is None
+
+
+class LoraConv2d(_InBaseDtype, lora.Conv2d):
+    """peft's LoRA convolution in the base layer's dtype."""
+
+
+def lora_config(
+    *, rank: int, alpha: float, dropout: float = 0.0, layers: Sequence[str] = DEFAULT_LORA_LAYERS, **settings: Any
+) -> LoraConfig:
+    """A peft configuration whose layers are the kit's classes; `settings` are further ones of peft's."""
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        init_lora_weights=settings.pop("init_lora_weights", "gaussian"),
+        target_modules=list(layers),
+        **settings,
+    )
+    # peft has no public registration yet (0.14 to 0.21); tests fail clearly when this one goes away.
+    config._register_custom_module({torch.nn.Linear: FusedLoraLinear, torch.nn.Conv2d: LoraConv2d})
+    return config
+
+
+def recompute_blocks(transformer: torch.nn.Module, interval: int) -> None:
+    """Recompute every `interval`-th block in the backward pass instead of keeping its activations.
+
+    By diffusers' own switch, which hands each block with its arguments to a function.
+    """
+    chosen = {id(block) for block in transformer.transformer_blocks[::interval]}
+
+    def run(block: torch.nn.Module, *args: Any) -> Any:
+        if id(block) in chosen:
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+    transformer.enable_gradient_checkpointing(run)

@@ -13,7 +13,8 @@ from sana_kit.encodings.prompts import parse_instruction
 from sana_kit.errors import CheckpointError, Problem, UserError
 from sana_kit.files import check_output_folder, expand
 from sana_kit.models.attention import ATTENTION_CHOICES, resolve_attention
-from sana_kit.models.folder import find_model, meta_transformer
+from sana_kit.models.folder import ModelFields, find_model
+from sana_kit.models.weights import meta_transformer
 from sana_kit.training.accounts import tracker_problems, upload_problems
 from sana_kit.training.checkpoint_folders import find_checkpoint, folder_problems
 from sana_kit.training.launch_config import LaunchConfig, settle
@@ -297,8 +298,8 @@ def validate_args(args: argparse.Namespace, device_type: str):
     # devices and precision
     try:
         resolve_attention(args.attention, torch.device(device_type))
-    except ValueError as error:
-        problems.append(str(error))
+    except UserError as error:
+        problems.append(str(error.as_flags()))
     if args.compile:
         expect(device_type != "npu", "compile", "torch.compile has no NPU backend here; leave the flag out.")
 
@@ -335,9 +336,9 @@ def validate_args(args: argparse.Namespace, device_type: str):
         variant=args.variant,
         cache_dir=args.cache_dir,
         dtype=torch.float16 if args.mixed_precision == "fp16" else torch.bfloat16,
-        flag="--pretrained_model_name_or_path",
+        fields=ModelFields(model="pretrained_model_name_or_path", base=None, dtype="mixed_precision", full="no"),
     )
-    problems += [problem.replace("--dtype=", "--mixed_precision=").replace("fp32", "no") for problem in found]
+    problems += [problem.text("--{}".format) for problem in found]
     if model is not None:
         problems += _size_and_layer_problems(args, model)
 

@@ -10,8 +10,8 @@ from sana_kit import devices
 from sana_kit.data.folders import free_class_names, image_files
 from sana_kit.encodings.prompts import parse_instruction
 from sana_kit.files import expand, write_atomic
-from sana_kit.generation.generate import generate_from_embeddings
-from sana_kit.generation.jobs import Job
+from sana_kit.generation.generate import generate, tokens_to_pixels
+from sana_kit.generation.jobs import Job, group_jobs
 from sana_kit.generation.texts import encode_job_prompts
 from sana_kit.models.loading import load_pipeline
 
@@ -56,20 +56,19 @@ def generate_class_images(args, accelerator, base) -> None:
     embeddings, negative_embeddings = encode_job_prompts(
         pipeline, jobs, instruction, device=accelerator.device, max_sequence_length=args.max_sequence_length
     )
-    generate_from_embeddings(
+    pixels = tokens_to_pixels(pipeline.transformer, pipeline.vae)
+    drawn = generate(
+        group_jobs(jobs, args.sample_batch_size, device=accelerator.device, pixels_per_token=pixels),
         transformer=pipeline.transformer,
         vae=pipeline.vae,
         scheduler=pipeline.scheduler,
-        jobs=jobs,
         prompt_embeds=embeddings,
         negative_prompt_embeds=negative_embeddings,
         device=accelerator.device,
         dtype=pipeline.transformer.dtype,
-        batch_size=args.sample_batch_size,
-        on_image=lambda job, image, seconds: write_atomic(
-            folder / job.file_name, lambda target: image.save(target, format="PNG")
-        ),
     )
+    for job, image, _ in drawn:
+        write_atomic(folder / job.file_name, lambda target, image=image: image.save(target, format="PNG"))
     del pipeline
     devices.empty_cache(accelerator.device)
     accelerator.wait_for_everyone()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sana_kit import devices
 from sana_kit.files import write_atomic
-from sana_kit.generation.generate import generate_from_embeddings
+from sana_kit.generation.generate import generate
 from sana_kit.generation.jobs import Job, slug
 from sana_kit.models.loading import load_scheduler, load_vae
 from sana_kit.runlog import console_bar
@@ -71,27 +71,24 @@ class Validation:
         )
         done = []
 
-        def keep(job, image, seconds):
-            if partitioned and not accelerator.is_main_process:
-                return
-            png = io.BytesIO()
-            image.save(png, format="PNG")
-            done.append(({"file": job.file_name, "prompt": job.prompt, "seed": job.seed}, png.getvalue()))
-
         try:
-            generate_from_embeddings(
+            drawn = generate(
+                [[job] for job in mine],
                 transformer=transformer,
                 vae=self.vae,
                 scheduler=load_scheduler(self.base),
-                jobs=mine,
                 prompt_embeds=self.embeddings,
                 negative_prompt_embeds=self.negative_embeddings,
                 device=accelerator.device,
                 dtype=compute_dtype(args),
-                batch_size=1,
-                on_image=keep,
                 on_step=bar.update,
             )
+            for job, image, _ in drawn:
+                if partitioned and not accelerator.is_main_process:
+                    continue
+                png = io.BytesIO()
+                image.save(png, format="PNG")
+                done.append(({"file": job.file_name, "prompt": job.prompt, "seed": job.seed}, png.getvalue()))
         finally:
             bar.close()
             self.vae.to("cpu")

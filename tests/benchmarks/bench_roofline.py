@@ -31,24 +31,23 @@ BLOCKS = ("diffusers", "kit", "fused")
 CPU = torch.device("cpu")
 
 
-def add_adapter(model, rank: int) -> None:
+def add_adapter(model, rank: int, kit: bool) -> None:
     """Freeze the model and add LoRA to q, k and v of both attentions, as the trainer does by default."""
     model.requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v"])
-    model.add_adapter(config)
+    settings = {"init_lora_weights": "gaussian", "target_modules": ["to_q", "to_k", "to_v"]}
+    plain = LoraConfig(r=rank, lora_alpha=rank, **settings)
+    model.add_adapter(lora.lora_config(rank=rank, alpha=rank) if kit else plain)
 
 
 def prepare(model, step: str, block: str, dtype: torch.dtype) -> None:
     """Make what `step` trains trainable and give the model the block's code."""
     if step.startswith("lora"):
-        add_adapter(model, int(step.removeprefix("lora")))
+        add_adapter(model, int(step.removeprefix("lora")), kit=block != "diffusers")
         model.to(dtype)
     else:
         model.requires_grad_(step == "full")
     if block == "kit":
         attention.set_attention(model, "auto", CPU)
-        if step.startswith("lora"):
-            lora.lean_lora(model, "cpu", dtype)
     elif block == "fused":
         attention.set_attention(model, "auto", CPU)
         fused.fuse_blocks(model)

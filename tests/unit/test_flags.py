@@ -83,11 +83,15 @@ def test_every_number_out_of_its_range_is_named():
     assert range_problems(of()[0]) == []
 
 
+def test_a_value_that_is_none_of_the_choices_is_named_with_the_rest():
+    told = [problem.text("--{}".format) for problem in range_problems(of("--words=aa", "--steps=0")[0])]
+    assert told == ["--steps=0: must be at least 1.", "--words=aa: unknown. Use one of a, b. Did you mean a?"]
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (["--stepz=3"], "--stepz=3 Did you mean --steps?"),
-        (["--words=c"], "invalid choice: 'c'"),
         (["--careful=maybe"], "'maybe' is neither true nor false"),
         (["--step=3"], "--step=3"),
         (["stray"], "unrecognized arguments: stray"),

@@ -5,7 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
-from sana_kit.inference import run
+from sana_kit.inference import command, run
 
 rank, fault = int(os.environ["RANK"]), os.environ["FAULT"]
 real = run.load_pipeline
@@ -25,4 +25,4 @@ if fault == "apart":
     folder.mkdir(exist_ok=True)
     os.chdir(folder)
 if __name__ == "__main__":
-    sys.exit(run.main("faulty"))
+    sys.exit(command.main("faulty"))

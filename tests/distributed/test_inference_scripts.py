@@ -1,6 +1,6 @@
 """The three inference scripts, launched as a user does: one, two and three processes, kills, a failing rank.
 
-python -m pytest tests/test_inference_scripts.py
+python -m pytest tests/distributed/test_inference_scripts.py
 """
 
 import json
@@ -11,8 +11,8 @@ import time
 import psutil
 import pytest
 from helpers import KIT, script_environment
-from test_generation import write_lora
-from test_inference import images, infer, manifest
+from helpers.drawing import write_lora
+from helpers.inferring import images, infer, manifest
 
 SMALL = ("--height", 64, "--width", 96, "--num_inference_steps", 2, "--complex_human_instruction", "none")
 JOBS = ("--prompt", "a red square", "--prompt", "a dog", "--seeds", 8, 23, 42)
@@ -110,3 +110,16 @@ def test_a_killed_run_goes_on_where_it_was(tiny_model, run_script, tmp_path):
     assert infer(tiny_model, tmp_path / "whole", *jobs) == 0
     assert images(out) == images(tmp_path / "whole")
     assert not list(out.glob(".manifest-rank*")) and not list(out.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("script", ["bf16", "lora_bf16", "distrib"])
+def test_help_is_there_without_torch(script):
+    """What makes it quick: nothing heavy is imported before the command line is read."""
+    code = (
+        "import runpy, sys; sys.argv = ['x', '--help']\n"
+        f"try: runpy.run_path({str(KIT / f'infer_sana_text2img_{script}.py')!r}, run_name='__main__')\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'peft', 'numpy'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=script_environment())
+    assert done.returncode == 0 and "--lora_weights" in done.stdout, done.stderr

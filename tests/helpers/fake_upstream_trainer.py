@@ -2,7 +2,7 @@
 train_dreambooth_lora_sana.py.
 
 Used by test_patch_sana.py: patched by the tool, then run under DeepSpeed ZeRO-2. By hand, unpatched, on one process:
-    python tests/fake_upstream_trainer.py --pretrained_model_name_or_path TINY_PIPELINE --output_dir OUT
+    python tests/helpers/fake_upstream_trainer.py --pretrained_model_name_or_path TINY_PIPELINE --output_dir OUT
     --max_train_steps 4
 
 It trains LoRA on a few fixed coloured squares with random prompt embeddings. Everything random follows from --seed,

@@ -1,6 +1,6 @@
 """The run of the inference scripts, in-process on a tiny real model: checks, resume, failures, the output folder.
 
-python -m pytest tests/test_inference.py
+python -m pytest tests/integration/test_inference.py
 """
 
 import errno
@@ -8,43 +8,26 @@ import fcntl
 import json
 import os
 import re
-import time
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.drawing import draw, write_lora
+from helpers.inferring import images, infer, manifest
 from PIL import Image
-from test_generation import write_lora
 
+import patch_sana
 from sana_kit.generation.denoise import denoise
-from sana_kit.generation.generate import generate_from_embeddings
 from sana_kit.generation.jobs import plan_jobs
 from sana_kit.generation.texts import encode_job_prompts
-from sana_kit.inference.config import build_parser
-from sana_kit.inference.output import Writer
+from sana_kit.inference.config import parse_config
 from sana_kit.inference.plan import check
-from sana_kit.inference.prompts import read_prompts
-from sana_kit.inference.run import explain, main
+from sana_kit.models.about import LoraAbout, about_metadata
 from sana_kit.models.loading import load_pipeline
 
 LORA_DEFAULT = "./output/pytorch_lora_weights.safetensors"
-
-
-def infer(model, output, *flags, lora_default=None):
-    """Exit code of a run with small images; flags given later count."""
-    argv = ["--model_path", model, "--output_path", output, "--height", "64", "--width", "96"]
-    argv += ["--num_inference_steps", "2", "--complex_human_instruction", "none", *flags]
-    return main("test", [str(word) for word in argv], lora_default)
-
-
-def manifest(folder):
-    return {line["file"]: line for line in map(json.loads, (folder / "manifest.jsonl").read_text().splitlines())}
-
-
-def images(folder):
-    """file name -> bytes of the images of a run."""
-    return {path.name: path.read_bytes() for path in folder.glob("*-seed*.png")}
 
 
 TWO_BY_TWO = ("--prompt", "a red square", "--prompt", "a dog", "--seeds", "8", "23")
@@ -97,8 +80,8 @@ def test_the_rates_are_printed_with_loading_apart(tiny_model, tmp_path, capsys):
 
 
 def test_default_prompts_and_seeds_are_the_kits(tiny_model, tmp_path):
-    args = build_parser("test").parse_args(["--model_path", str(tiny_model), "--output_path", str(tmp_path)])
-    plan = check(args, torch.device("cpu"))
+    config = parse_config("test", ["--model_path", str(tiny_model), "--output_path", str(tmp_path)])
+    plan = check(config, torch.device("cpu"))
     prompts = {job.prompt for job in plan.jobs}
     assert 8 <= len(prompts) <= 12 and len(plan.jobs) == 4 * len(prompts)
     assert all(job.negative_prompt for job in plan.jobs)
@@ -106,9 +89,8 @@ def test_default_prompts_and_seeds_are_the_kits(tiny_model, tmp_path):
     first = plan.jobs[0]
     assert (first.num_inference_steps, first.guidance_scale) == (28, 2.0)
     assert (first.height, first.width) == (128, 128)  # the tiny model's native size: 16 latents of 8 px
-    assert args.model_path == str(tiny_model) and build_parser("test").parse_args([]).model_path == (
-        "Efficient-Large-Model/Sana_1600M_4Kpx_BF16_diffusers"
-    )
+    usual = parse_config("test", [])
+    assert usual.model.model_path == "Efficient-Large-Model/Sana_1600M_4Kpx_BF16_diffusers"
 
 
 def test_images_are_those_of_load_pipeline_and_generate(reference, tiny_model):
@@ -118,15 +100,7 @@ def test_images_are_those_of_load_pipeline_and_generate(reference, tiny_model):
         ["a red square", "a dog"], [8, 23], height=64, width=96, num_inference_steps=2, guidance_scale=2.0
     )
     prompts, negatives = encode_job_prompts(pipeline, jobs, None, device=cpu)
-    made = generate_from_embeddings(
-        transformer=pipeline.transformer,
-        vae=pipeline.vae,
-        scheduler=pipeline.scheduler,
-        jobs=jobs,
-        prompt_embeds=prompts,
-        negative_prompt_embeds=negatives,
-        device=cpu,
-    )
+    made = draw(pipeline, (prompts, negatives), jobs, dtype=torch.bfloat16, use_resolution_binning="auto")
     for name, image in zip(manifest(reference), made, strict=True):
         assert np.array_equal(np.asarray(Image.open(reference / name)), np.asarray(image))
 
@@ -168,7 +142,7 @@ def test_lora_changes_images_and_stays_apart_in_the_same_folder(reference, tiny_
 
 def test_lora_script_without_a_usable_adapter_is_an_error(tiny_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert infer(tiny_model, "out", lora_default=LORA_DEFAULT) == 2
+    assert infer(tiny_model, "out", lora_default=LORA_DEFAULT) == 1
     assert f"--lora_weights={LORA_DEFAULT}: no such file" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     write_lora(tiny_model, tmp_path / "output")
@@ -207,7 +181,7 @@ def test_all_problems_are_told_at_once_before_anything_is_loaded_or_written(tmp_
         ),
     )
     said = capsys.readouterr().err
-    assert code == 2
+    assert code == 1
     for part in (
         "--device=tpu",
         "--dtype=fp64",
@@ -230,27 +204,16 @@ def test_all_problems_are_told_at_once_before_anything_is_loaded_or_written(tmp_
 
 
 def test_size_that_the_model_cannot_make(tiny_model, tmp_path, capsys):
-    assert infer(tiny_model, tmp_path / "out", "--height", 100, "--width", 60) == 2
-    assert "must be multiples of 8 px for this model; the nearest is --height=96 --width=64" in capsys.readouterr().err
-    assert infer(tiny_model, tmp_path / "out", "--height", -8) == 2
-    assert "must be positive" in capsys.readouterr().err
+    assert infer(tiny_model, tmp_path / "out", "--height", 100, "--width", 60) == 1
+    assert "must be multiples of 8 px for this model. The nearest is height 96, width 64." in capsys.readouterr().err
+    assert infer(tiny_model, tmp_path / "out", "--height", -8) == 1
+    assert "--height=-8: must be at least 1" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("flag", "hint"), [("--promt", "--prompt"), ("--lora_weight=x", "--lora_weights"), ("--seed", "--seeds")]
-)
-def test_misspelt_flags_are_errors_that_name_the_nearest(flag, hint, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main("test", [flag])
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and flag.split("=")[0] in said
-    assert f"did you mean {hint}?" in said
-
-
 def test_lora_flags_without_lora_are_errors(tiny_model, tmp_path, capsys):
-    assert infer(tiny_model, tmp_path / "out", "--lora_scale", "0.5") == 2
-    assert "without --lora_weights" in capsys.readouterr().err
+    assert infer(tiny_model, tmp_path / "out", "--lora_scale", "0.5") == 1
+    assert "without lora_weights" in capsys.readouterr().err
 
 
 def test_read_only_output_folder(tiny_model, tmp_path, monkeypatch, capsys):
@@ -258,34 +221,9 @@ def test_read_only_output_folder(tiny_model, tmp_path, monkeypatch, capsys):
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(Path, "touch", refuse)
-    assert infer(tiny_model, tmp_path / "out") == 2
+    assert infer(tiny_model, tmp_path / "out") == 1
     assert "cannot be written to (Read-only file system)" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "prompts"),
-    [
-        ("a.txt", "\ufeffone\n\n  two \n", [("one", None), ("two", None)]),
-        ("a.jsonl", '{"prompt": "one", "negative_prompt": "n"}\n"two"\n', [("one", "n"), ("two", None)]),
-    ],
-)
-def test_prompt_files(tmp_path, name, text, prompts):
-    (tmp_path / name).write_text(text, encoding="utf-8")
-    found, problems = read_prompts(str(tmp_path / name))
-    assert problems == [] and [(p.prompt, p.negative_prompt) for p in found] == prompts
-
-
-@pytest.mark.parametrize(
-    "line", ['{"prompt": 3}', '["a"]', '{"prompt": "a", "seeds": ["8"]}', '{"prompt": "a", "height": "64"}', "{}"]
-)
-def test_bad_lines_of_a_prompt_file_are_named(tmp_path, line):
-    (tmp_path / "a.jsonl").write_text(f'"good"\n{line}\n', encoding="utf-8")
-    assert "line 2" in read_prompts(str(tmp_path / "a.jsonl"))[1][0]
-    (tmp_path / "empty.txt").write_text("\n\n")
-    assert "holds no prompt" in read_prompts(str(tmp_path / "empty.txt"))[1][0]
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
-    assert "not UTF-8" in read_prompts(str(tmp_path / "latin.txt"))[1][0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -393,7 +331,7 @@ def test_two_runs_in_one_folder_do_not_mix(reference, tiny_model, tmp_path, caps
         fcntl.flock(lock, fcntl.LOCK_EX)
         lock.write("process 1 on elsewhere")
         lock.flush()
-        assert infer(tiny_model, out, *TWO_BY_TWO) == 2
+        assert infer(tiny_model, out, *TWO_BY_TWO) == 1
         assert f"--output_path={out}: another live run is writing there" in capsys.readouterr().err
         assert os.listdir(out) == [".lock"]
     assert infer(tiny_model, out, *TWO_BY_TWO) == 0  # a crash leaves the file, not the lock
@@ -412,21 +350,83 @@ def test_images_asked_for_twice_are_made_once(tiny_model, tmp_path, capsys):
     assert len(images(tmp_path)) == 2 and "4 of 6 images were asked for twice" in capsys.readouterr().out
 
 
-def test_writing_overlaps_with_generation(tmp_path):
-    """The writer's thread keeps the order, bounds what waits, and names the image that failed."""
+# ---------------------------------------------------------------------------------------------------------------------
+# What the files say of themselves
 
-    class Slow:
-        def save(self, job, image, facts):
-            time.sleep(0.01)
-            if job == 3:
-                raise OSError(28, "No space left on device")
-            return {"file": job, **facts}
 
-    failed = []
-    writer = Writer(Slow(), lambda jobs, error: failed.append((jobs, explain(error))))
-    for job in range(12):
-        writer.submit(job, None, {"seconds": 1})
-        assert len(writer._waiting) <= 4
-    writer.close()
-    assert [line["file"] for line in writer.lines] == [job for job in range(12) if job != 3]
-    assert failed == [([3], "OSError: [Errno 28] No space left on device")]
+def said_of_a_lora(tiny_model, folder, **about):
+    """A LoRA file whose metadata tells its training."""
+    adapter = patch_sana.open_adapter(write_lora(tiny_model, folder / "plain"))
+    told = about_metadata(LoraAbout(rank=4, alpha=8, **about))
+    patch_sana.write_adapter(folder, adapter.tensors, adapter.lora_config, {}, told)
+    return folder / patch_sana.ADAPTER_FILE
+
+
+def planned(*words):
+    return check(parse_config("test", [str(word) for word in words]), torch.device("cpu"))
+
+
+def test_a_lora_is_drawn_as_it_was_trained_unless_told_otherwise(tiny_model, tmp_path):
+    lora = said_of_a_lora(tiny_model, tmp_path, resolution=64)
+    words = ("--model_path", tiny_model, "--output_path", tmp_path / "out", "--lora_weights", lora)
+    plan = planned(*words)
+    assert plan.instruction is None and {(job.height, job.width) for job in plan.jobs} == {(64, 64)}
+    assert "trained without an instruction at 64 px, and is drawn so; --complex_human_instruction" in plan.notes[0]
+    plan = planned(*words, "--complex_human_instruction=default", "--height=96")
+    assert plan.instruction[-1] == "User Prompt: " and {(job.height, job.width) for job in plan.jobs} == {(96, 96)}
+    assert not [note for note in plan.notes if "The LoRA" in note]
+
+    lora = said_of_a_lora(tiny_model, tmp_path / "own", instruction=("Say it: ",))
+    plan = planned(*words[:-1], lora)
+    assert plan.instruction == ["Say it: "] and "with an instruction of its own, and" in plan.notes[0]
+    assert {(job.height, job.width) for job in plan.jobs} == {(128, 128)}
+
+    plan = planned(*words[:-1], write_lora(tiny_model, tmp_path / "silent"))
+    assert plan.instruction[-1] == "User Prompt: " and not [note for note in plan.notes if "The LoRA" in note]
+
+
+def test_the_plan_is_told_before_anything_is_loaded(tiny_model, tmp_path, monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("loading begins")
+
+    monkeypatch.setattr("sana_kit.inference.run.load_text_encoder", refuse)
+    assert infer(tiny_model, tmp_path / "out", *TWO_BY_TWO) == 1
+    said = capsys.readouterr().out
+    assert "4 images: 2 prompts, 96x64 px, 2 steps each, on cpu with 1 process(es)" in said
+    assert "0 of them finished before, 4 to draw" in said
+    assert infer(tiny_model, tmp_path / "kit", "--seeds", "8") == 1
+    assert "prompts of the kit's own list (--prompt names others)" in capsys.readouterr().out
+
+
+def test_paths_begin_at_home(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_lora(tiny_model, tmp_path / "lora")
+    (tmp_path / "p.txt").write_text("a dog\n")
+    os.symlink(tiny_model, tmp_path / "model")
+    flags = ("--lora_weights", "~/lora", "--prompts_file", "~/p.txt", "--seeds", "8")
+    assert infer("~/model", "~/out", *flags) == 0
+    assert len(images(tmp_path / "out")) == 1
+
+
+def test_schedulers_by_name(reference, tiny_model, tmp_path):
+    """flow-dpm is the tiny model's own solver; Euler draws another image under another name."""
+    one = ("--prompt", "a red square", "--seeds", 8)
+    for name in ("flow-dpm", "flow-euler"):
+        assert infer(tiny_model, tmp_path / name, *one, "--scheduler", name) == 0
+    dpm, euler = ({*images(tmp_path / name).items()} for name in ("flow-dpm", "flow-euler"))
+    assert {data for _, data in dpm} <= {*images(reference).values()}
+    assert not {data for _, data in euler} & {*images(reference).values()}
+    assert not {name for name, _ in dpm | euler} & {*images(reference)}
+
+
+def test_a_checkpoint_with_a_flow_euler_scheduler_is_drawn(tiny_model, tmp_path):
+    """What diffusers' conversion writes with `--scheduler_type flow-euler`."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    shutil.copytree(tiny_model, tmp_path / "model")
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(tmp_path / "model" / "scheduler")
+    index = json.loads((tmp_path / "model" / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
+    assert infer(tmp_path / "model", tmp_path / "out", "--prompt", "a dog", "--seeds", 8) == 0
+    assert len(images(tmp_path / "out")) == 1
