@@ -7,6 +7,7 @@ by name where one is gone.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -21,8 +22,19 @@ PRIVATE_NAMES = {
     "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3": ("has_overflow",),
     "deepspeed.runtime.bf16_optimizer:BF16_Optimizer": ("_lazy_init_hp_params_optimizer_state",),
 }
+COMPATIBLE_OPS = "__compatible_ops__"  # of deepspeed.ops: which operators may be compiled, by name
 # The state of a dynamic loss scale (deepspeed/runtime/fp16/loss_scaler.py, DynamicLossScaler).
 LOSS_SCALE_NAMES = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def leave_out_shm_operator() -> None:
+    """Keep DeepSpeed from compiling its shared-memory operator on a CPU host; call before the process group is made.
+
+    Only its inference uses that operator (`inference_all_reduce`). Compiling it took half a minute of the first start,
+    and the lock file that a killed compilation leaves let every later start wait for ever without a word.
+    """
+    ops = importlib.import_module("deepspeed.ops")
+    getattr(ops, COMPATIBLE_OPS)["deepspeed_shm_comm"] = False
 
 
 def fill_config(config: dict, settings, world_size: int) -> None:
