@@ -169,6 +169,7 @@ class Ranks:
         self._heartbeat = heartbeat.Heartbeat(store, self.rank, self.world_size)
         self._forget = at_failure(self._heartbeat.tell_failure)
         atexit.register(self._heartbeat.at_exit)
+        self.barrier()  # from here on every rank is watched: none is left connecting to a store that froze meanwhile
 
     @property
     def is_main(self) -> bool:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import KIT, script_environment
+from helpers.upstream import REFERENCE_COMMIT, TRAINER, upstream_source
 from PIL import Image
 
 sys.path.insert(0, str(KIT / "tests" / "ascend"))
@@ -25,7 +26,6 @@ import build_host  # noqa: E402
 import device_checks  # noqa: E402
 
 LAUNCHER = "finetune_sana_dreambooth_lora_deepspeed_bf16.sh"
-TRAINER = "train_dreambooth_lora_sana.py"
 CONFIG = "bf16_accelerate_config.yaml"
 DROPOUT = ["--enable_npu_flash_attention", "--lora_dropout", "0.2"]
 DTYPES = ("float32", "bfloat16")
@@ -362,27 +362,15 @@ def test_inference_scripts(ascend, trained, tiny_model, tmp_path):
 @pytest.mark.parametrize("version", ["reference", "today"])
 def test_patched_upstream_trainer(ascend, tiny_model, image_folder, tmp_path, version):
     """diffusers' own trainer after `python patch_sana.py`: trains on 2 NPUs under ZeRO-2, saves, resumes."""
-    from test_patch_sana import REFERENCE_COMMIT, STAND_IN_TRANSFORMS
-
-    checkout = os.environ.get("SANA_DIFFUSERS_CHECKOUT")
-    if not checkout:
-        pytest.skip("SANA_DIFFUSERS_CHECKOUT is not set: give the path of a git checkout of huggingface/diffusers")
-    commit = {"reference": REFERENCE_COMMIT, "today": "HEAD"}[version]
-    source = run(["git", "-C", checkout, "show", f"{commit}:examples/dreambooth/{TRAINER}"], os.environ).stdout
-    (tmp_path / TRAINER).write_text(source)
+    (tmp_path / TRAINER).write_bytes(upstream_source({"reference": REFERENCE_COMMIT, "today": "HEAD"}[version]))
     run([sys.executable, KIT / "patch_sana.py", tmp_path / TRAINER], script_environment())
-    transforms = tmp_path / "stand_in" / "torchvision" / "transforms"
-    transforms.mkdir(parents=True)
-    (transforms.parent / "__init__.py").write_text("")
-    (transforms / "__init__.py").write_text(STAND_IN_TRANSFORMS)
-    (transforms / "functional.py").write_text("def crop(i, t, l, h, w):\n    return i.crop((l, t, l + w, t + h))\n")
     runner = tmp_path / "runner.py"
     runner.write_text(
         "import os, runpy, sys\n"
         "sys.argv = sys.argv[1:]\n"
         "sys.path[0] = os.path.dirname(sys.argv[0])\n"
         "import diffusers, transformers.image_utils  # these look for the real torchvision\n"
-        f"sys.path.append({str(tmp_path / 'stand_in')!r})\n"
+        f"sys.path.append({str(KIT / 'tests' / 'distributed' / 'workers' / 'stand_in')!r})\n"
         'runpy.run_path(sys.argv[0], run_name="__main__")\n'
     )
     config = tmp_path / "zero2.yaml"

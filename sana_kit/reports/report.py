@@ -267,7 +267,7 @@ def write_report(
     return write_atomic(output_dir / "report.html", lambda file: file.write(page), durable=False)
 
 
-_told: set[str] = set()
+_told: set[tuple] = set()
 
 
 def refresh_report(output_dir: str | os.PathLike, log: JsonLinesLog | None = None, step: int = 0) -> Path | None:
@@ -277,8 +277,10 @@ def refresh_report(output_dir: str | os.PathLike, log: JsonLinesLog | None = Non
         return write_report(output_dir)
     except Exception as error:  # whatever it is, the training matters more
         message = f"report.html could not be written: {type(error).__name__}: {error}"
-        if message not in _told:
-            _told.add(message)
+        # the text of a failed write names a new temporary file each time
+        kind = (str(output_dir), type(error), getattr(error, "errno", None) or str(error))
+        if kind not in _told:
+            _told.add(kind)
             print(f"warning: {message}", file=sys.stderr)
             if log is not None:
                 log.write("warning", step=step, message=message)

@@ -223,8 +223,6 @@ def bare(options) -> None:
 
 def prepare_upstream(options, work: Path) -> list:
     """diffusers' trainer from the checkout, patched, and the command that runs it and times its steps."""
-    from test_patch_sana import GLOO_RUNNER, STAND_IN_TRANSFORMS
-
     name = "train_dreambooth_lora_sana.py"
     shown = subprocess.run(
         ["git", "-C", options.diffusers, "show", f"HEAD:examples/dreambooth/{name}"], capture_output=True
@@ -235,13 +233,9 @@ def prepare_upstream(options, work: Path) -> list:
     (folder / name).write_bytes(source)
     if not options.unpatched:
         run([sys.executable, KIT / "patch_sana.py", folder / name])
-    transforms = work / "stand_in" / "torchvision" / "transforms"
-    transforms.mkdir(parents=True)
-    (transforms.parent / "__init__.py").write_text("")
-    (transforms / "__init__.py").write_text(STAND_IN_TRANSFORMS)
-    (transforms / "functional.py").write_text(
-        "def crop(image, top, left, height, width):\n    return image.crop((left, top, left + width, top + height))\n"
-    )
+    workers = KIT / "tests" / "distributed" / "workers"
+    shutil.copytree(workers / "stand_in", work / "stand_in")
+    run_with_gloo = (workers / "run_with_gloo.py").read_text()
     timing = (
         "import time\n"
         "def log(self, values, step=None, **rest):\n"
@@ -249,11 +243,9 @@ def prepare_upstream(options, work: Path) -> list:
         "        open(os.environ['BENCH_TIMES'], 'a').write(f'{time.perf_counter()}\\n')\n"
         "accelerate.Accelerator.log = log\n"
     )
-    gloo = "accelerate.Accelerator.__init__ = with_gloo\n"
+    patched = run_with_gloo.replace("def main():\n", f"{timing}\n\ndef main():\n")
     if options.processes == 1:  # one process needs no group
-        patched = GLOO_RUNNER.replace(gloo, timing)
-    else:
-        patched = GLOO_RUNNER.replace(gloo, gloo + timing)
+        patched = patched.replace("    accelerate.Accelerator.__init__ = with_gloo\n", "")
     assert "BENCH_TIMES" in patched
     runner = work / "run_upstream.py"
     runner.write_text(patched)
