@@ -12,6 +12,9 @@
     config, given = parse(Config, "Draws images.", argv)     # config.sampling.num_inference_steps
     problems = range_problems(config)                        # a list of errors.Problem, empty if all is well
 
+A configuration that derives from `Sections` also answers by a setting's name alone (config.num_inference_steps) and
+gives copies with other values. With `file_flag` a YAML file of settings may stand behind the command line.
+
 Nothing heavy is imported here, so that `--help` answers at once.
 """
 
@@ -20,6 +23,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -120,7 +124,7 @@ class _Help(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         shown = action.default
-        if not action.help or action.const is not None or shown in (None, argparse.SUPPRESS, False) or shown == ():
+        if not action.help or action.const is not None or shown in (None, argparse.SUPPRESS, ()) or shown is False:
             return action.help
         if isinstance(shown, (tuple, list)):
             shown = " ".join(map(str, shown))
@@ -177,8 +181,30 @@ def _add(group: argparse._ArgumentGroup, field: dataclasses.Field, annotation: A
 
 def _sections(config_class: type) -> list[tuple[str, str, type]]:
     """(field name, title, dataclass) of a configuration's sections."""
-    hints = typing.get_type_hints(config_class)
-    return [(f.name, f.metadata["title"], hints[f.name]) for f in dataclasses.fields(config_class)]
+    hints, fields = typing.get_type_hints(config_class), dataclasses.fields(config_class)
+    return [(f.name, f.metadata["title"], hints[f.name]) for f in fields if "title" in f.metadata]
+
+
+class Sections:
+    """A frozen configuration whose settings are also reached by their names alone, whatever their section."""
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("__"):
+            for part_name, _, part_class in _sections(type(self)):
+                if name in part_class.__dataclass_fields__:
+                    return getattr(getattr(self, part_name), name)
+        raise AttributeError(f"there is no setting '{name}'")
+
+    def replaced(self: T, **values: Any) -> T:
+        """A copy in which these settings have other values."""
+        parts, left = {}, set(values)
+        for part_name, _, part_class in _sections(type(self)):
+            own = {name: values[name] for name in values if name in part_class.__dataclass_fields__}
+            parts[part_name] = dataclasses.replace(getattr(self, part_name), **own)
+            left -= set(own)
+        if left:
+            raise AttributeError(f"there is no setting '{min(left)}'")
+        return dataclasses.replace(self, **parts)  # type: ignore[type-var]
 
 
 def make_parser(
@@ -222,14 +248,64 @@ def parse(
     argv: Sequence[str] | None = None,
     defaults: dict[str, Any] | None = None,
     epilog: str | None = None,
+    file_flag: str | None = None,
 ) -> tuple[T, frozenset[str]]:
-    """(configuration, names of the settings that the command line gave); SystemExit 2 for what is no flag of it."""
+    """(configuration, names of the settings that were given); SystemExit 2 for what is no flag of it.
+
+    Args:
+        file_flag: a setting that names a YAML file of settings; the command line overrides what stands there.
+    """
     parser = make_parser(config_class, description, defaults, epilog)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if file_flag is not None:
+        argv = [*_file_words(parser, argv, file_flag), *argv]
     values = vars(parser.parse_args(argv))
     for action in parser._actions:
         action.default, action.required = argparse.SUPPRESS, False
     given = vars(parser.parse_args(argv))
     return config_from(config_class, values), frozenset(given)
+
+
+def _file_words(parser: Parser, argv: list[str], file_flag: str) -> list[str]:
+    """The settings of the file that `argv` names as words of a command line; none where it names no file."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument(f"--{file_flag}")
+    path = getattr(finder.parse_known_args(argv)[0], file_flag)
+    if path is None:
+        return []
+    import yaml
+
+    try:
+        settings = yaml.safe_load(expand(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        parser.error(f"--{file_flag}={path}: cannot be read ({' '.join(str(error).split())})")
+    if not isinstance(settings, dict):
+        parser.error(f"--{file_flag}={path}: holds no settings; it needs lines such as 'resolution: 1024'")
+    actions = {action.dest: action for action in parser._actions}
+    words = []
+    for name, value in settings.items():
+        action = actions.get(str(name))
+        if action is None or name == file_flag:
+            parser.error(f"--{file_flag}={path}: there is no setting '{name}'.{did_you_mean(str(name), actions)}")
+        # one that may be repeated would add up with the command line's
+        repeated = isinstance(action, argparse._AppendAction)
+        if value is None or (repeated and any(word.split("=")[0] in action.option_strings for word in argv)):
+            continue
+        words += _words_of(action, value)
+    return words
+
+
+def _words_of(action: argparse.Action, value: Any) -> list[str]:
+    """One setting of a file as words of a command line."""
+    flag = action.option_strings[0]
+    if action.const is not None:  # a switch
+        return [flag] if value is action.const else []
+    several = value if isinstance(value, list) else [value]
+    if action.type is str:  # YAML reads an unquoted no as false
+        several = [{True: "yes", False: "no"}.get(item, item) if isinstance(item, bool) else item for item in several]
+    if action.nargs == "+":
+        return [flag, *map(str, several)]
+    return [f"{flag}={item}" for item in several]
 
 
 def settings_of(config: Any) -> dict[str, Any]:

@@ -82,6 +82,11 @@ def redact_command(command: str | Sequence[str]) -> str:
     return shlex.join(result)
 
 
+def this_command() -> str:
+    """The command line of this process under accelerate, without secrets."""
+    return redact_command(["accelerate", "launch", *sys.argv])
+
+
 def without_local_paths(command: str | Sequence[str]) -> str:
     """A command line whose local paths are shortened to their last part; flags and everything else stay."""
     words = shlex.split(command) if isinstance(command, str) else list(command)

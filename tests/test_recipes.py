@@ -4,11 +4,11 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from sana_kit.training.config import WEIGHTING_SCHEMES
 from sana_kit.training.recipes import (
     NUM_TRAIN_TIMESTEPS,
-    WEIGHTING_SCHEMES,
+    FlowMatching,
     add_noise,
-    draw,
     loss_per_sample,
     read_flow_shift,
     shifted_sigma,
@@ -16,9 +16,7 @@ from sana_kit.training.recipes import (
 
 
 def draw_at(position, scheme="none", seed=3, shape=(4, 8, 8)):
-    return draw(
-        shape, seed=seed, position=position, weighting_scheme=scheme, logit_mean=0.0, logit_std=1.0, mode_scale=1.29
-    )
+    return FlowMatching(flow_shift=3.0, weighting_scheme=scheme).draw(shape, seed, position)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])

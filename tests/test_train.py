@@ -13,21 +13,22 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from helpers import run_trainer as run
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import train_dreambooth_lora_sana as trainer
 from sana_kit import devices
 from sana_kit.distributed import check_world_size
 from sana_kit.errors import CheckpointError
+from sana_kit.flags import make_parser
 from sana_kit.locks import lock_folder
 from sana_kit.models.attention import LinearAttentionProcessor, set_attention
 from sana_kit.models.folder import find_model
 from sana_kit.models.lora import DEFAULT_LORA_LAYERS
 from sana_kit.training import checkpoint_folders, checkpoints
-from sana_kit.training.config import build_parser, parse_args
-from sana_kit.training.recipes import flow_matching_loss, loss_per_sample
+from sana_kit.training.config import TrainConfig, parse_args
+from sana_kit.training.recipes import FlowMatching, loss_per_sample
 from sana_kit.training.state import pack_random_state
 from sana_kit.training.stream import SampleStream, StreamBatchSampler, collate
 
@@ -113,14 +114,6 @@ UPSTREAM_FLAGS = {
 OTHER_DEFAULTS = {"complex_human_instruction": "default"}
 
 
-def run(*flags):
-    """`main` with a fresh accelerate state, as each process of a launcher has it; returns the exit code."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return trainer.main(parse_args([str(flag) for flag in flags]))
-
-
 @pytest.fixture
 def base_flags(tiny_model):
     """Flags of a short run; a data source and --output_dir are still needed."""
@@ -156,7 +149,7 @@ def same(first, second):
 
 
 def test_every_upstream_flag_is_there_with_its_default():
-    ours = {action.dest: action.default for action in build_parser()._actions}
+    ours = {action.dest: action.default for action in make_parser(TrainConfig, "")._actions}
     assert len(UPSTREAM_FLAGS) == 75
     for name, default in {**UPSTREAM_FLAGS, **OTHER_DEFAULTS}.items():
         assert name in ours, name
@@ -172,7 +165,7 @@ def test_help_groups_the_flags_and_a_misspelt_one_is_corrected(capsys):
     with pytest.raises(SystemExit) as stop:
         parse_args(["--pretrained_model_name_or_path=x", "--train_batchsize=3"])
     assert stop.value.code == 2
-    assert "--train_batchsize: did you mean --train_batch_size?" in capsys.readouterr().err
+    assert "--train_batchsize=3 Did you mean --train_batch_size?" in capsys.readouterr().err
 
 
 def test_false_is_false_for_prodigys_switches():
@@ -291,8 +284,7 @@ class _Encoded:
 
 
 def make_stream(images=7, classes=0, seed=1):
-    weighting = {"weighting_scheme": "none", "logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29}
-    return SampleStream(_Encoded(), images, classes, seed=seed, weighting=weighting)
+    return SampleStream(_Encoded(), images, classes, seed=seed, recipe=FlowMatching(flow_shift=3.0))
 
 
 @pytest.mark.parametrize("world_size, batch_size, accumulation", [(1, 1, 1), (2, 2, 1), (3, 1, 2), (2, 5, 3)])
@@ -391,8 +383,7 @@ def test_the_loss_is_the_transformers_own_in_float32(tiny_model):
         "prompt_mask": torch.ones(2, 16, dtype=torch.bool),
     }
     batch["prompt_mask"][0, 5:] = False
-    args = parse_args(["--pretrained_model_name_or_path=x", "--mixed_precision=no", "--flow_shift=3"])
-    loss = flow_matching_loss(transformer, dict(batch), args, with_prior=False)
+    loss = FlowMatching(flow_shift=3.0).loss(transformer, batch, torch.float32)
     expected = []
     for row in range(2):
         sigma0 = 1 - math.floor(batch["u"][row].item() * 1000) / 1000
@@ -782,15 +773,15 @@ ERRORS = {
     "both sources": (["--dataset_name=x"], "give one of them"),
     "no source": (["@no-instance"], "neither is given"),
     "optimizer": (["--optimizer=adamx"], "--optimizer=adamx: there is no such optimizer. Use one of adamw"),
-    "scheduler": (["--lr_scheduler=slow"], "--lr_scheduler=slow: unknown; use one of linear"),
+    "scheduler": (["--lr_scheduler=slow"], "--lr_scheduler=slow: unknown. Use one of linear"),
     "lora layer": (["--lora_layers=to_z"], "'to_z' matches no linear.*attn1.to_q"),
     "flash attention": (["--enable_npu_flash_attention"], "needs an Ascend NPU"),
     "fp16": (["--mixed_precision=fp16"], "fp16"),
     "resume": (["--resume_from_checkpoint=checkpoint-7"], "no such folder.*Checkpoints there: none"),
     "instruction": (["--complex_human_instruction=nofile.txt"], "no such file"),
-    "prior": (["--with_prior_preservation"], "--class_data_dir=None: needed"),
+    "prior": (["--with_prior_preservation"], "--class_data_dir: needed"),
     "8 bit": (["--use_8bit_adam"], "bitsandbytes needs CUDA"),
-    "tracker": (["--report_to=mlflow"], "unknown; use one of tensorboard"),
+    "tracker": (["--report_to=mlflow"], "unknown. Use one of tensorboard"),
     "token": (["--report_to=wandb", "--hub_token=t"], "must not be given with --report_to=wandb"),
     "column": (["--caption_column=text"], "columns belong to --dataset_name"),
     "empty": (["--instance_data_dir=@empty"], "no images"),

@@ -51,6 +51,35 @@ def load_images(
     Raises:
         ValueError: all problems found, each with flag, value and remedy; bad images are named.
     """
+    table, flag = find_images(
+        dataset_name=dataset_name,
+        dataset_config_name=dataset_config_name,
+        dataset_split=dataset_split,
+        instance_data_dir=instance_data_dir,
+        image_column=image_column,
+        caption_column=caption_column,
+        cache_dir=cache_dir,
+        repeats=repeats,
+    )
+    return assemble(table, flag, instance_prompt, repeats, skip_bad_images)
+
+
+def find_images(
+    *,
+    dataset_name: str | None,
+    dataset_config_name: str | None,
+    dataset_split: str | None,
+    instance_data_dir: str | None,
+    image_column: str | None,
+    caption_column: str | None,
+    cache_dir: str | None,
+    repeats: int = 1,
+) -> tuple[Table, str]:
+    """(the table of `load_images`, what to call it in messages): found and checked, no image opened.
+
+    Raises:
+        ValueError: all problems found.
+    """
     problems = []
     if (dataset_name is None) == (instance_data_dir is None):
         found = "both" if dataset_name is not None else "neither"
@@ -76,7 +105,7 @@ def load_images(
         refuse(table.problems)
     if len(table.source) == 0:
         refuse([f"{flag}: the data set has no images."])
-    return assemble(table, flag, instance_prompt, repeats, skip_bad_images)
+    return table, flag
 
 
 def load_class_images(class_data_dir: str, class_prompt: str, num_class_images: int | None) -> ImageSet:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from sana_kit.devices import kind_of
@@ -62,6 +64,11 @@ class CrossAttentionProcessor:
         return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
 
 
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Keep autocast from choosing dtypes; tensors without data know none."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 class LinearAttentionProcessor:
     """Sana's linear self-attention, relu(Q) (relu(K)^T V) / relu(Q) sum(relu(K)), with each tensor laid out once.
 
@@ -85,14 +92,17 @@ class LinearAttentionProcessor:
             split = tensor.unflatten(-1, (attn.heads, -1)).permute(0, *order)
             return split.to(torch.float32, memory_format=torch.contiguous_format)
 
-        # relu after the cast: nothing but the copies is kept for the backward pass
-        query, value = heads(query, 2, 1, 3).relu(), heads(value, 2, 1, 3)  # (B, heads, N, d)
-        key = heads(key, 2, 3, 1).relu()  # (B, heads, d, N)
-        context = torch.cat([key @ value, key.sum(-1, keepdim=True)], dim=-1)  # (B, heads, d, d + 1)
-        out, total = (query @ context).split([value.shape[-1], 1], dim=-1)
-        out = (out / (total + 1e-15)).to(dtype).transpose(1, 2).reshape(batch, length, -1)
+        # In fp16 the sums would overflow, and 1e-15 be 0 where relu(Q) is: autocast must not choose the dtype here.
+        with _no_autocast(query.device):
+            # relu after the cast: nothing but the copies is kept for the backward pass
+            query, value = heads(query, 2, 1, 3).relu(), heads(value, 2, 1, 3)  # (B, heads, N, d)
+            key = heads(key, 2, 3, 1).relu()  # (B, heads, d, N)
+            context = torch.cat([key @ value, key.sum(-1, keepdim=True)], dim=-1)  # (B, heads, d, d + 1)
+            out, total = (query @ context).split([value.shape[-1], 1], dim=-1)
+            out = out / (total + 1e-15)
+        out = out.to(dtype).transpose(1, 2).reshape(batch, length, -1)
         out = attn.to_out[1](attn.to_out[0](out))
-        return out.clip(-65504, 65504) if dtype == torch.float16 else out
+        return out.clip(-65504, 65504) if out.dtype == torch.float16 else out
 
 
 class _CrossAttentionMask:

@@ -85,6 +85,11 @@ class Model:
         return Path(self.base).is_dir()
 
     @property
+    def pipeline_class(self) -> str:
+        """The pipeline's class, as model_index.json names it."""
+        return self.index["_class_name"]
+
+    @property
     def vae_factor(self) -> int:
         """Pixels per latent along an axis."""
         return 2 ** (len(self.vae_config["encoder_block_out_channels"]) - 1)

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import time
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ FORMAT = 2
 _NAME = re.compile(r"checkpoint-(\d+)")
 # What a write that was cut off leaves: `partial` is the new one, `replaced` the one of the same step before it,
 # `removed` an old one that was being deleted.
-_HIDDEN = re.compile(r"\.(checkpoint-\d+)\.(partial|replaced|removed)-\d+")
+_HIDDEN = re.compile(r"\.(checkpoint-\d+)\.(partial|replaced|removed)-[0-9a-f]+")
 # What a run writes into its output folder, beside checkpoints; encodings stay, since they belong to the images.
 RUN_FILES = (
     "train_log.jsonl",
@@ -205,7 +206,7 @@ def recover(output_dir: Path) -> list[str]:
 def put_in_place(partial: Path, final: Path) -> None:
     """Give a whole new checkpoint its name; at every moment the old or the new one can be found by `recover`."""
     if final.exists():
-        replaced = final.with_name(f".{final.name}.replaced-{os.getpid()}")
+        replaced = final.with_name(f".{final.name}.replaced-{uuid.uuid4().hex[:12]}")
         os.replace(final, replaced)
         os.replace(partial, final)
         remove_tree(replaced)
@@ -331,7 +332,7 @@ def prune_checkpoints(output_dir: Path, keep: int | None, run_id: str, newest: P
     removed = []
     for folder in mine[: max(len(mine) - (keep - 1), 0)]:
         # Renamed first: a kill halfway through the removal must not leave half a checkpoint under a checkpoint's name.
-        doomed = folder.with_name(f".{folder.name}.removed-{os.getpid()}")
+        doomed = folder.with_name(f".{folder.name}.removed-{uuid.uuid4().hex[:12]}")
         os.replace(folder, doomed)
         remove_tree(doomed)
         removed.append(folder.name)

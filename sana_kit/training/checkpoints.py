@@ -21,8 +21,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import time
+import uuid
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -132,6 +132,17 @@ def _check_kind(settings, folder: Path, state: dict) -> None:
         raise UserError(problems, f"{folder} does not fit this run:")
 
 
+def is_finished(resume: Resume, steps: int, result: Path) -> bool:
+    """Whether the run that `resume` goes on from has made all its updates and written its result; asked on rank 0."""
+    try:
+        summary = json.loads((result.parent / "summary.json").read_text(encoding="utf-8"))
+        ended = summary["global_step"], summary["interrupted_by_signal"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    step = resume.state["global_step"]
+    return step >= steps and ended == (step, None) and result.exists()
+
+
 class Checkpointer:
     """Writes the checkpoints of a run and goes on from one; knows when one is due.
 
@@ -189,7 +200,7 @@ class Checkpointer:
         ranks, step = self._engine.ranks, self.state.global_step
         self.state.sequence += 1
         final = self._output_dir / f"checkpoint-{step}"
-        partial = Path(ranks.agree(str(self._output_dir / f".checkpoint-{step}.partial-{os.getpid()}")))
+        partial = Path(ranks.agree(str(self._output_dir / f".checkpoint-{step}.partial-{uuid.uuid4().hex[:12]}")))
         problem = self._write(partial)
         failed = [found for found in ranks.gather(problem) if found]
         if not failed:

@@ -8,12 +8,13 @@ versions it was read in.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from patch_sana import check_adapter, create_save_model_hook
+from sana_kit import devices
 from sana_kit.distributed import Ranks, check_world_size, force_cpu, process_group_handlers
 from sana_kit.errors import CheckpointError
 from sana_kit.launchers import announced_wait
@@ -149,14 +150,28 @@ class Engine:
         """Whether DeepSpeed's ZeRO is the engine."""
         return self.launch.deepspeed
 
+    @property
+    def chip(self) -> devices.Chip | None:
+        """What is known of this rank's device."""
+        return devices.find_chip(devices.device_name(self.device))
+
+    def close(self) -> None:
+        """Wait for all ranks and end the trackers; the run went well."""
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
     # ------------------------------------------------------------------------------------------------ model, optimizer
 
-    def prepare(self, transformer: torch.nn.Module, optimizer: torch.optim.Optimizer):
-        """Hand model and optimizer to the engine; returns what is called and stepped from now on."""
+    def prepare(self, transformer: torch.nn.Module, optimizer: torch.optim.Optimizer, metadata=None):
+        """Hand model and optimizer to the engine; returns what is called and stepped from now on.
+
+        Args:
+            metadata: () -> further entries of each adapter file's metadata.
+        """
         self.named_parameters = [(n, p) for n, p in transformer.named_parameters() if p.requires_grad]
         self._transformer = transformer
         if self.train_mode == "lora":  # describes the base while its weights are whole
-            self._save_adapter = create_save_model_hook(self.accelerator, self.unwrap, transformer)
+            self._save_adapter = create_save_model_hook(self.accelerator, self.unwrap, transformer, metadata)
         if self.launch.deepspeed:
             numel = sum(p.numel() for _, p in self.named_parameters)
             zero.fit_buckets(self.accelerator.state.deepspeed_plugin.deepspeed_config, numel)
@@ -185,6 +200,10 @@ class Engine:
         return self._model.optimizer if self.launch.deepspeed else None
 
     # ------------------------------------------------------------------------------------------------------- the step
+
+    def on_device(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A micro-batch on this rank's device; copies from pinned memory are not waited for."""
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
     def accumulate(self):
         """Context of one micro-step; gradients are shared between ranks in the last one of an update."""

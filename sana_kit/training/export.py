@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import safetensors.torch
+from safetensors import safe_open
+
+from sana_kit import model_card
+from sana_kit.data.image_set import ImageSet
 from sana_kit.errors import CheckpointError
-from sana_kit.files import apply_umask, write_atomic
+from sana_kit.files import apply_umask, remove_tree, unique_name, write_atomic
+from sana_kit.models.about import LoraAbout, about_metadata
+from sana_kit.models.folder import Model
 from sana_kit.training import checkpoints
-from sana_kit.training.config import redacted_command
+from sana_kit.training.config import TrainConfig
 from sana_kit.training.engine import Engine, collect_masters
 from sana_kit.training.shares import MODEL_FILE_BYTES, share_out, split_files, write_shares
+from sana_kit.training.state import TrainState
 
 
-def write_transformer(engine: Engine, args, folder: Path) -> None:
+def write_transformer(engine: Engine, config: TrainConfig, folder: Path) -> None:
     """Write a full fine-tuned transformer as a diffusers folder below `folder`; every rank calls it."""
     files = split_files(checkpoints.TRANSFORMER_STEM, engine.weight_entries(), MODEL_FILE_BYTES)
     _, problem = write_shares(folder, share_out(files, [0]), engine.ranks.rank)
     if problem is not None:
         raise CheckpointError(f"Could not write the model into {folder}: {problem}")
     if engine.ranks.is_main:
-        checkpoints.write_model_facts(folder, engine, args, files)
+        checkpoints.write_model_facts(folder, engine, config, files)
 
 
 def upcast_adapter(folder: Path, masters: dict) -> None:
     """Rewrite the adapter file with float32 masters, for --upcast_before_saving under an engine with bf16 weights."""
-    from safetensors import safe_open
-    from safetensors.torch import save
-
     path = folder / checkpoints.ADAPTER_FILE
     with safe_open(path, framework="pt") as handle:
         metadata, keys = handle.metadata(), list(handle.keys())
@@ -38,50 +44,90 @@ def upcast_adapter(folder: Path, masters: dict) -> None:
             master = masters.get(name.replace(".weight", ".default.weight"))
             assert master is not None, key
             tensors[key] = master
-    write_atomic(path, lambda handle: handle.write(save(tensors, metadata=metadata)))
+    write_atomic(path, lambda handle: handle.write(safetensors.torch.save(tensors, metadata=metadata)))
 
 
-def write_final_weights(args, engine: Engine, output_dir: Path) -> None:
-    """The adapter (or transformer/) in the output folder, written beside and renamed."""
+def write_final_weights(config: TrainConfig, engine: Engine, output_dir: Path) -> None:
+    """The adapter (or transformer/) in the output folder, written beside and renamed; every rank calls it."""
     main = engine.ranks.is_main
     engine.check_weights("the result")
     masters = {}
-    if args.upcast_before_saving and args.train_mode == "lora":
+    if config.upcast_before_saving and config.train_mode == "lora":
         masters = {name: master for name, master in collect_masters(engine, keep=main) if main}
     partial = output_dir / ".final.partial"
     if main:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_tree(partial)
         partial.mkdir(parents=True)
-    if args.train_mode == "lora":
+    if config.train_mode == "lora":
         engine.write_adapter(partial)
     else:
-        engine.ranks.run_on_all(lambda: write_transformer(engine, args, partial))
+        engine.ranks.run_on_all(lambda: write_transformer(engine, config, partial))
     if main:
         if masters:
             upcast_adapter(partial, masters)
         apply_umask(path for path in partial.rglob("*") if path.is_file())
-        for path in sorted(partial.iterdir()):
-            target = output_dir / path.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            os.replace(path, target)
-        partial.rmdir()
+        _put_in_place(partial, output_dir)
     engine.ranks.barrier()
 
 
-def finish_outputs(args, output_dir: Path, validation) -> None:
-    """Model card, and the upload where it was asked for."""
-    from sana_kit import model_card
+def _put_in_place(partial: Path, output_dir: Path) -> None:
+    """Give the new files their names; a folder of an earlier result goes only once the new one is there."""
+    for path in sorted(partial.iterdir()):
+        target = output_dir / path.name
+        old = target.with_name(unique_name(target.name, "replaced"))
+        if target.is_dir():
+            os.replace(target, old)
+        os.replace(path, target)
+        remove_tree(old)
+    partial.rmdir()
 
+
+def shared_words(captions: Sequence[str]) -> str | None:
+    """The words that all captions end with, or begin with, whichever are more: a run's trigger; None without any."""
+    words = [caption.split() for caption in dict.fromkeys(captions)]
+    if not words:
+        return None
+    beginning = os.path.commonprefix(words)
+    ending = os.path.commonprefix([caption[::-1] for caption in words])[::-1]
+    found = " ".join(max(ending, beginning, key=len)).strip(" ,.;:")
+    return found if any(letter.isalnum() for letter in found) else None
+
+
+def final_weights(config: TrainConfig) -> Path:
+    """Where the result of a finished run lies."""
+    return Path(config.output_dir, checkpoints.ADAPTER_FILE if config.train_mode == "lora" else "transformer")
+
+
+def adapter_metadata(
+    config: TrainConfig, base_model: Model, instruction: list[str] | None, images: ImageSet, state: TrainState
+) -> Callable[[], dict[str, str]]:
+    """What each adapter file of this run says of its training, as the hook of patch_sana.py asks for it."""
+    captions = list(dict.fromkeys(images.captions))
+    about = LoraAbout(
+        rank=config.rank,
+        alpha=config.lora_alpha,
+        base_model=model_card.hub_id(base_model.name) or Path(base_model.name).name,
+        instruction=None if instruction is None else tuple(instruction),
+        trigger=shared_words(captions),
+        resolution=config.resolution,
+        images=len(images),
+    )
+    return lambda: about_metadata(dataclasses.replace(about, steps=state.global_step))
+
+
+def write_card(config: TrainConfig, images: ImageSet) -> None:
+    """The model card, and the upload where it was asked for."""
+    lora, output_dir = config.train_mode == "lora", Path(config.output_dir)
     model_card.write_model_card(
         output_dir,
-        base_model=args.pretrained_model_name_or_path,
-        dataset=args.dataset_name or args.instance_data_dir,
-        validation_prompts=validation.prompts if validation else [],
-        command=redacted_command(),
-        train_mode=args.train_mode,
-        rank=args.rank if args.train_mode == "lora" else None,
-        lora_alpha=args.lora_alpha if args.train_mode == "lora" else None,
+        base_model=config.pretrained_model_name_or_path,
+        dataset=config.dataset_name or config.instance_data_dir,
+        trigger=shared_words(images.captions),
+        validation_prompts=config.validation.prompts,
+        command=model_card.this_command(),
+        train_mode=config.train_mode,
+        rank=config.rank if lora else None,
+        lora_alpha=config.lora_alpha if lora else None,
     )
-    if args.push_to_hub:
-        model_card.push(output_dir, args.hub_model_id or output_dir.name, args.hub_token)
+    if config.push_to_hub:
+        model_card.push(output_dir, config.hub_model_id or output_dir.name, config.hub_token)

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from diffusers.optimization import get_scheduler
 
 from sana_kit.devices import kind_of
 from sana_kit.errors import Problem, did_you_mean
@@ -168,6 +169,21 @@ def build_optimizer(settings, parameters: Iterable[torch.nn.Parameter], device: 
     if wanted is not None and not wanted / 10 < settings.learning_rate < wanted * 10:
         logger.warning("learning_rate %s is far from %s, which suits %s", settings.learning_rate, wanted, name)
     return kind.build(list(parameters), settings, device)
+
+
+def build_schedule(settings, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """The course of the learning rate over `steps` updates, stepped once an update.
+
+    accelerate would step it once per process: lengths are in updates here, so it is not prepared.
+    """
+    return get_scheduler(
+        settings.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=settings.lr_warmup_steps,
+        num_training_steps=steps,
+        num_cycles=settings.lr_num_cycles,
+        power=settings.lr_power,
+    )
 
 
 def optimizer_problems(settings, device_type: str, under_deepspeed: bool) -> list[Problem]:

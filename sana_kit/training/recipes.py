@@ -1,21 +1,19 @@
-"""Flow matching as SANA is trained: time-step sampling, noising, loss, all in float32.
+"""What a training sample draws and what its loss is: one recipe per pipeline class of the family, in RECIPES.
 
-Used by train_dreambooth_lora_sana.py. A latent x0 and noise x1 ~ N(0, 1) are mixed as x_t = (1 - sigma) x0 + sigma x1
-and the transformer learns the velocity x1 - x0. The draws for one training sample come from a generator of its own,
-keyed by (seed, position in the stream of samples): the same sample gets the same noise and time step on every kind of
-device, with any number of processes and after every resume.
+Flow matching as SANA is trained, in float32: a latent x0 and noise x1 ~ N(0, 1) are mixed as
+x_t = (1 - sigma) x0 + sigma x1, and the transformer learns the velocity x1 - x0. The draws for one training sample
+come from a generator of its own, keyed by (seed, position in the stream of samples): the same sample gets the same
+noise and time step on every kind of device, with any number of processes and after every resume.
 """
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
+from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
-
-from sana_kit.training.engine import compute_dtype
-
-WEIGHTING_SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none")
-
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
 NUM_TRAIN_TIMESTEPS = 1000
 
@@ -24,8 +22,7 @@ def read_flow_shift(scheduler_config) -> float:
     """The checkpoint's own time-step shift from its scheduler's config (a mapping).
 
     A DPMSolver config calls it `flow_shift`, a FlowMatchEuler config `shift`; 1.0, no shift, where neither is named.
-    diffusers' trainer reads the DPMSolver config of the SANA checkpoints as FlowMatchEuler and silently trains with
-    1.0.
+    diffusers' trainer reads the DPMSolver config of the SANA checkpoints as FlowMatchEuler and trains with 1.0.
     """
     for key in ("flow_shift", "shift"):
         if scheduler_config.get(key) is not None:
@@ -36,8 +33,8 @@ def read_flow_shift(scheduler_config) -> float:
 def shifted_sigma(u: torch.Tensor, flow_shift: float) -> torch.Tensor:
     """Map draws u in [0, 1) to sigmas in (0, 1], float32, on the grid of 1000 training time steps.
 
-    u = 0 is the noisiest step, as in diffusers' trainers, which index FlowMatchEulerDiscreteScheduler's descending
-    table.
+    u = 0 is the noisiest step, as in diffusers' trainers, which index the descending table of
+    FlowMatchEulerDiscreteScheduler.
     """
     index = (u * NUM_TRAIN_TIMESTEPS).long().clamp_(max=NUM_TRAIN_TIMESTEPS - 1)
     sigma = (NUM_TRAIN_TIMESTEPS - index).to(torch.float32) / NUM_TRAIN_TIMESTEPS
@@ -46,46 +43,14 @@ def shifted_sigma(u: torch.Tensor, flow_shift: float) -> torch.Tensor:
 
 def sample_generator(seed: int, position: int) -> torch.Generator:
     """The CPU generator of one training sample: `seed` of the run, `position` in the stream of samples."""
-    # torch seeds its Mersenne twister with 32 bits of the number; numpy's SeedSequence mixes both into one
-    # well-spread key.
-    import numpy as np
-
+    # torch seeds its Mersenne twister with 32 bits of the number; numpy's SeedSequence mixes both into one well-spread
+    # key.
     key = int(np.random.SeedSequence([seed & 0xFFFFFFFF, seed >> 32, position]).generate_state(1, np.uint64)[0])
     return torch.Generator().manual_seed(key & 0x7FFFFFFFFFFFFFFF)
 
 
-def draw(
-    shape: tuple[int, ...],
-    *,
-    seed: int,
-    position: int,
-    weighting_scheme: str,
-    logit_mean: float,
-    logit_std: float,
-    mode_scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise of `shape`, float32, and the density draw u in [0, 1), shape (1,), of the training sample at
-    `position`.
-    """
-    from diffusers.training_utils import compute_density_for_timestep_sampling
-
-    assert "generator" in inspect.signature(compute_density_for_timestep_sampling).parameters
-    generator = sample_generator(seed, position)
-    u = compute_density_for_timestep_sampling(
-        weighting_scheme=weighting_scheme,
-        batch_size=1,
-        logit_mean=logit_mean,
-        logit_std=logit_std,
-        mode_scale=mode_scale,
-        generator=generator,
-    )
-    return torch.randn(shape, generator=generator, dtype=torch.float32), u.to(torch.float32)
-
-
 def add_noise(latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x_t and the velocity target, both float32 of shape (B, C, H, W), from latents and noise (B, C, H, W), sigma
-    (B,).
-    """
+    """(x_t, the velocity target), both float32 (B, C, H, W), from latents and noise (B, C, H, W) and sigma (B,)."""
     latents = latents.float()
     sigma = sigma.view(-1, 1, 1, 1)
     return (1.0 - sigma) * latents + sigma * noise, noise - latents
@@ -93,26 +58,69 @@ def add_noise(latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -
 
 def loss_per_sample(prediction: torch.Tensor, target: torch.Tensor, sigma: torch.Tensor, scheme: str) -> torch.Tensor:
     """Weighted mean squared error of each sample, float32 (B,); the weights are those of diffusers' SD3 trainers."""
-    from diffusers.training_utils import compute_loss_weighting_for_sd3
-
     weights = compute_loss_weighting_for_sd3(weighting_scheme=scheme, sigmas=sigma.view(-1, 1, 1, 1)).float()
     return (weights * (prediction.float() - target) ** 2).flatten(1).mean(1)
 
 
-def flow_matching_loss(model, batch: dict, args, with_prior: bool) -> torch.Tensor:
-    """The loss of one micro-batch, float32 scalar: mean over instance samples, plus the weighted prior loss."""
-    sigma = shifted_sigma(batch["u"], args.flow_shift)  # (B,)
-    noisy, target = add_noise(batch["latents"], batch["noise"], sigma)  # (B, C, h, w), float32
-    dtype = compute_dtype(args)
-    prediction = model(
-        hidden_states=noisy.to(dtype),
-        encoder_hidden_states=batch["prompt_embeds"].to(dtype),
-        encoder_attention_mask=batch["prompt_mask"],
-        timestep=sigma * NUM_TRAIN_TIMESTEPS,
-        return_dict=False,
-    )[0]
-    losses = loss_per_sample(prediction, target, sigma, args.weighting_scheme)  # (B,)
-    if not with_prior:
-        return losses.mean()
-    instance, prior = losses.chunk(2)
-    return instance.mean() + args.prior_loss_weight * prior.mean()
+@dataclasses.dataclass(frozen=True)
+class FlowMatching:
+    """SanaPipeline's recipe.
+
+    Attributes:
+        flow_shift: shift of the time steps, 1.0 for none.
+        weighting_scheme, logit_mean, logit_std, mode_scale: see training/config.py.
+        prior_loss_weight: weight of the class images' loss; None: a batch holds no class images.
+    """
+
+    flow_shift: float
+    weighting_scheme: str = "none"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+    prior_loss_weight: float | None = None
+
+    @classmethod
+    def of(cls, config) -> FlowMatching:
+        """The recipe that a run's settings ask for; its flow_shift is known."""
+        flow = dataclasses.asdict(config.flow)
+        return cls(**flow, prior_loss_weight=config.prior_loss_weight if config.with_prior_preservation else None)
+
+    def draw(self, shape: tuple[int, ...], seed: int, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(noise of `shape`, u in [0, 1) of shape (1,)), both float32, of the training sample at `position`."""
+        generator = sample_generator(seed, position)
+        u = compute_density_for_timestep_sampling(
+            weighting_scheme=self.weighting_scheme,
+            batch_size=1,
+            logit_mean=self.logit_mean,
+            logit_std=self.logit_std,
+            mode_scale=self.mode_scale,
+            generator=generator,
+        )
+        return torch.randn(shape, generator=generator, dtype=torch.float32), u.to(torch.float32)
+
+    def loss(self, model: Callable, batch: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """The loss of one micro-batch, a float32 scalar: mean over instance samples, plus the weighted prior loss.
+
+        Args:
+            model: what computes the velocity.
+            batch: see `stream.collate`.
+            dtype: what the model computes in.
+        """
+        sigma = shifted_sigma(batch["u"], self.flow_shift)  # (B,)
+        noisy, target = add_noise(batch["latents"], batch["noise"], sigma)  # (B, C, h, w), float32
+        prediction = model(
+            hidden_states=noisy.to(dtype),
+            encoder_hidden_states=batch["prompt_embeds"].to(dtype),
+            encoder_attention_mask=batch["prompt_mask"],
+            timestep=sigma * NUM_TRAIN_TIMESTEPS,
+            return_dict=False,
+        )[0]
+        losses = loss_per_sample(prediction, target, sigma, self.weighting_scheme)  # (B,)
+        if self.prior_loss_weight is None:
+            return losses.mean()
+        instance, prior = losses.chunk(2)
+        return instance.mean() + self.prior_loss_weight * prior.mean()
+
+
+# Pipeline class -> recipe. Another member of the family is one more entry, and its sampler in generation/.
+RECIPES = {"SanaPipeline": FlowMatching}

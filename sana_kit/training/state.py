@@ -68,6 +68,12 @@ class TrainState:
     epoch: float = 0.0
     learning_rate: float = 0.0
 
+    def advance(self, samples: int, epoch_samples: int, learning_rate: float) -> None:
+        """One update of so many samples was made."""
+        self.global_step += 1
+        self.samples_seen += samples
+        self.epoch, self.learning_rate = self.samples_seen / epoch_samples, learning_rate
+
 
 def run_identity(settings, num_images: int, world_size: int, data: dict[str, str] | None = None) -> dict:
     """What a resumed run should share with the one that wrote the checkpoint.

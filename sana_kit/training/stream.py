@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import torch
 
+from sana_kit.distributed import Ranks
 from sana_kit.encodings.prompts import collate_prompt_embeds
-from sana_kit.training.recipes import draw
+from sana_kit.training.recipes import FlowMatching
+from sana_kit.workers import prepare_worker
 
 # Padding captions to a multiple keeps the number of distinct shapes small, which compilers and the NPU's kernel cache
 # need.
@@ -20,16 +25,14 @@ class SampleStream(torch.utils.data.Dataset):
     the samples that an undisturbed one would: none twice and none left out within an epoch.
     """
 
-    def __init__(self, encoded, num_instance: int, num_class: int, *, seed: int, weighting: dict):
+    def __init__(self, encoded, num_instance: int, num_class: int, *, seed: int, recipe: FlowMatching):
         """`encoded[i]`: latents (C, h, w) and prompt_embeds (T, D); class images follow the instance images."""
         self.encoded, self.num_instance, self.num_class = encoded, num_instance, num_class
-        self.seed, self.weighting = seed, weighting
-        self._orders = {}
+        self.seed, self.recipe = seed, recipe
+        self._orders: dict[tuple[int, int], np.ndarray] = {}
 
     def image_index(self, position: int, size: int | None = None, salt: int = 0) -> int:
         """Index of the image at a position among `size` (default: the instance images)."""
-        import numpy as np
-
         size = size or self.num_instance
         epoch, offset = divmod(position, size)
         if (salt, epoch) not in self._orders:
@@ -39,12 +42,12 @@ class SampleStream(torch.utils.data.Dataset):
             self._orders[(salt, epoch)] = np.random.default_rng(key).permutation(size)
         return int(self._orders[(salt, epoch)][offset])
 
-    def _sample(self, index: int, position: int) -> dict:
+    def _sample(self, index: int, position: int) -> dict[str, torch.Tensor]:
         item = self.encoded[index]
-        noise, u = draw(tuple(item["latents"].shape), seed=self.seed, position=position, **self.weighting)
+        noise, u = self.recipe.draw(tuple(item["latents"].shape), self.seed, position)
         return {**item, "noise": noise, "u": u}
 
-    def __getitem__(self, position: int) -> list[dict]:
+    def __getitem__(self, position: int) -> list[dict[str, torch.Tensor]]:
         """The sample at a position, followed by its class sample under prior preservation."""
         samples = [self._sample(self.image_index(position), 2 * position)]
         if self.num_class:
@@ -63,19 +66,45 @@ class StreamBatchSampler(torch.utils.data.Sampler):
     def __len__(self) -> int:
         return self.micro_steps
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[int]]:
         for micro_step in range(self.micro_steps):
             first = self.start + (micro_step * self.world_size + self.rank) * self.batch_size
             yield list(range(first, first + self.batch_size))
 
 
-def collate(samples: list[list[dict]]) -> dict:
+def build_loader(
+    stream: SampleStream, plan, state, ranks: Ranks, *, workers: int, pin_memory: bool
+) -> torch.utils.data.DataLoader:
+    """This rank's micro-batches (see `collate`) from where the run stands to its end.
+
+    Args:
+        plan: steps, batch_size and accumulation of the run (`plan.Plan`).
+        state: global_step and samples_seen (`state.TrainState`).
+        workers: processes that make batches ahead; 0: this process does.
+    """
+    steps_left = max(plan.steps - state.global_step, 0)
+    return torch.utils.data.DataLoader(
+        stream,
+        batch_sampler=StreamBatchSampler(
+            state.samples_seen, steps_left, plan.batch_size, plan.accumulation, ranks.rank, ranks.world_size
+        ),
+        collate_fn=collate,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        persistent_workers=workers > 0,
+        pin_memory=pin_memory,
+        worker_init_fn=prepare_worker,
+        # The loader's own draw must not move the state that dropout continues from.
+        generator=torch.Generator(),
+    )
+
+
+def collate(samples: list[list[dict[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
     """Stack samples; instance samples come first, then their class samples.
 
     Returns: latents (B, C, h, w) in their stored dtype, noise (B, C, h, w) float32, u (B,) float32, prompt_embeds
-    (B, T, D) padded to the longest caption, prompt_mask (B, T) int64.
+    (B, T, D) padded to the longest caption, prompt_mask (B, T) bool.
     """
-
     ordered = [sample[part] for part in range(len(samples[0])) for sample in samples]
     embeds, mask = collate_prompt_embeds([s["prompt_embeds"] for s in ordered], multiple=CAPTION_PAD_MULTIPLE)
     return {

@@ -2,133 +2,175 @@
 
 from __future__ import annotations
 
+import importlib
 import io
+import logging
 from pathlib import Path
 
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from PIL import Image
+
 from sana_kit import devices
+from sana_kit.distributed import StopSignal
+from sana_kit.encodings.dataset import EncodedImages
 from sana_kit.files import write_atomic
 from sana_kit.generation.generate import generate
 from sana_kit.generation.jobs import Job, slug
+from sana_kit.models.folder import Model
 from sana_kit.models.loading import load_scheduler, load_vae
 from sana_kit.runlog import console_bar
-from sana_kit.training.config import validation_prompts
-from sana_kit.training.engine import compute_dtype
+from sana_kit.training.config import TrainConfig
+from sana_kit.training.engine import Engine
+from sana_kit.training.plan import Plan
+from sana_kit.training.state import TrainState
+
+logger = logging.getLogger("sana")
 
 
-class Validation:
-    """Images of the validation prompts with the live weights: no pipeline is reloaded, every rank draws its
-    share.
+class Validator:
+    """Draws the validation prompts with the live weights: no pipeline is reloaded, every rank draws its share.
+
+    Knows when it is due; without prompts it never is.
     """
 
-    def __init__(self, args, accelerator, encoded, base, instruction):
-        self.args, self.accelerator, self.base = args, accelerator, base
-        self.prompts = validation_prompts(args)
-        self.embeddings = {prompt: encoded.prompt(prompt, instruction) for prompt in self.prompts}
-        self.negative_embeddings = {"": encoded.prompt("", None)}
-        self.vae = None
+    def __init__(
+        self,
+        config: TrainConfig,
+        plan: Plan,
+        base_model: Model,
+        engine: Engine,
+        encoded: EncodedImages,
+        instruction: list[str] | None,
+        stop: StopSignal,
+    ):
+        """`encoded` holds the embeddings of the prompts with `instruction`, and of the empty prompt without."""
+        self.config, self.plan, self.base_model, self.engine, self.stop = config, plan, base_model, engine, stop
+        prompts = config.validation.prompts
+        self.embeddings = {prompt: encoded.prompt(prompt, instruction) for prompt in prompts}
+        self.negative_embeddings = {"": encoded.prompt("", None)} if prompts else {}
+        self.jobs = [self._job(number, prompt) for number, prompt in enumerate(self._every_image(prompts))]
+        self._vae: torch.nn.Module | None = None
 
-    def run(self, transformer, step: int) -> list[dict]:
-        """Draw, save as PNG below validation/, log to the trackers; every rank calls it.
+    def _every_image(self, prompts: tuple[str, ...]) -> list[tuple[str, int]]:
+        seeds = [self.config.seed + number for number in range(self.config.num_validation_images)]
+        return [(prompt, seed) for prompt in prompts for seed in seeds]
 
-        Returns: on the main process [{"file", "prompt", "seed"}, ...], file relative to the output folder.
+    def _job(self, index: int, wanted: tuple[str, int]) -> Job:
+        config, (prompt, seed) = self.config, wanted
+        side = config.validation_resolution or config.resolution
+        return Job(
+            index=index,
+            prompt=prompt,
+            negative_prompt="",
+            seed=seed,
+            height=side,
+            width=side,
+            num_inference_steps=config.validation_inference_steps,
+            guidance_scale=config.validation_guidance_scale,
+            file_name=f"{index:02d}-{slug(prompt)}-seed{seed}.png",
+        )
+
+    def due(self, state: TrainState) -> bool:
+        """Whether images belong after this update: every --validation_steps, else as --validation_epochs pass.
+
+        Not after the last one, which the run's final images follow.
         """
-        from accelerate.utils import gather_object
+        if not self.jobs or state.global_step >= self.plan.steps:
+            return False
+        if self.config.validation_steps is not None:
+            return state.global_step % self.config.validation_steps == 0
+        period = self.config.validation_epochs * self.plan.epoch_samples
+        return state.samples_seen // period > (state.samples_seen - self.plan.samples_per_step) // period
 
-        args, accelerator = self.args, self.accelerator
-        size = args.validation_resolution or args.resolution
-        folder = Path(args.output_dir, "validation", f"step-{step:06d}")
-        base_seed = args.seed or 0
-        jobs = []
-        for prompt in self.prompts:
-            for number in range(args.num_validation_images):
-                index, seed = len(jobs), base_seed + number
-                jobs.append(
-                    Job(
-                        index=index,
-                        prompt=prompt,
-                        negative_prompt="",
-                        seed=seed,
-                        height=size,
-                        width=size,
-                        num_inference_steps=args.validation_inference_steps,
-                        guidance_scale=args.validation_guidance_scale,
-                        file_name=f"{index:02d}-{slug(prompt)}-seed{seed}.png",
-                    )
-                )
-        if self.vae is None:  # loaded once, kept in host memory between validations
-            dtype = devices.DTYPES[args.vae_dtype]
-            self.vae = load_vae(self.base, device=accelerator.device, dtype=dtype)
-        self.vae.to(accelerator.device)
-        mine = jobs[accelerator.process_index :: accelerator.num_processes]
-        partitioned = any(hasattr(parameter, "ds_id") for parameter in transformer.parameters())
-        if partitioned:  # ZeRO-3: each forward is a collective, so all ranks draw all images, and the first keeps them
-            mine = jobs
+    def draw(self, transformer: torch.nn.Module, step: int) -> list[dict]:
+        """Draw, save as PNG below validation/, hand to the trackers; every rank calls it.
+
+        A stop that is asked for meanwhile ends it after the image at hand.
+
+        Args:
+            transformer: the live one, without the engine's wrappers.
+
+        Returns: [{"file", "prompt", "seed"}, ...] of the drawn images, file relative to the output folder.
+        """
+        self._fetch_vae()
         bar = console_bar(
-            len(mine) * args.validation_inference_steps,
+            len(self._mine(transformer)) * self.config.validation_inference_steps,
             "validation",
-            main_process=accelerator.is_main_process,
+            main_process=self.engine.ranks.is_main,
             leave=False,
         )
-        done = []
-
         try:
-            drawn = generate(
-                [[job] for job in mine],
-                transformer=transformer,
-                vae=self.vae,
-                scheduler=load_scheduler(self.base),
-                prompt_embeds=self.embeddings,
-                negative_prompt_embeds=self.negative_embeddings,
-                device=accelerator.device,
-                dtype=compute_dtype(args),
-                on_step=bar.update,
-            )
-            for job, image, _ in drawn:
-                if partitioned and not accelerator.is_main_process:
-                    continue
+            drawn = self._draw_mine(transformer, bar)
+        finally:
+            bar.close()
+            self._vae.to("cpu")
+            devices.empty_cache(self.engine.device)
+        return self._keep(drawn, step)
+
+    def _fetch_vae(self) -> None:
+        """Loaded once, kept in host memory between validations."""
+        device = self.engine.device
+        if self._vae is None:
+            self._vae = load_vae(self.base_model, device=device, dtype=devices.DTYPES[self.config.vae_dtype])
+        self._vae.to(device)
+
+    def _partitioned(self, transformer: torch.nn.Module) -> bool:
+        """ZeRO-3: each forward pass is a collective, so all ranks draw all images, and the first keeps them."""
+        return any(hasattr(parameter, "ds_id") for parameter in transformer.parameters())
+
+    def _mine(self, transformer: torch.nn.Module) -> list[Job]:
+        ranks = self.engine.ranks
+        return self.jobs if self._partitioned(transformer) else self.jobs[ranks.rank :: ranks.world_size]
+
+    def _draw_mine(self, transformer: torch.nn.Module, bar) -> list[tuple[dict, bytes]]:
+        """(entry, PNG) of this rank's images."""
+        together, engine, done = self._partitioned(transformer), self.engine, []
+        images = generate(
+            [[job] for job in self._mine(transformer)],
+            transformer=transformer,
+            vae=self._vae,
+            scheduler=load_scheduler(self.base_model),
+            prompt_embeds=self.embeddings,
+            negative_prompt_embeds=self.negative_embeddings,
+            device=engine.device,
+            dtype=engine.compute_dtype,
+            on_step=bar.update,
+        )
+        for job, image, _ in images:
+            if not together or engine.ranks.is_main:
                 png = io.BytesIO()
                 image.save(png, format="PNG")
                 done.append(({"file": job.file_name, "prompt": job.prompt, "seed": job.seed}, png.getvalue()))
-        finally:
-            bar.close()
-            self.vae.to("cpu")
-            devices.empty_cache(accelerator.device)
-        # Gathered as PNG: the main process writes them all, whether or not machines share the output folder.
-        images = []
-        for entry, png in sorted(gather_object(done), key=lambda pair: pair[0]["file"]):
-            path = folder / entry["file"]
-            images.append({**entry, "file": str(path.relative_to(args.output_dir))})
-            if accelerator.is_main_process:
+            if self.stop.agreed() if together else self.stop.requested:
+                break
+        return done
+
+    def _keep(self, drawn: list[tuple[dict, bytes]], step: int) -> list[dict]:
+        """Gathered as PNG: the main process writes them all, whether or not machines share the output folder."""
+        images, folder = [], Path("validation", f"step-{step:06d}")
+        for entry, png in sorted(gather_object(drawn), key=lambda pair: pair[0]["file"]):
+            file = folder / entry["file"]
+            images.append({**entry, "file": str(file)})
+            if self.engine.ranks.is_main:
+                path = Path(self.config.output_dir, file)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(path, lambda handle, png=png: handle.write(png), durable=False)
-        if accelerator.is_main_process:
+        if self.engine.ranks.is_main and images:
             self._track(images, step)
         return images
 
     def _track(self, images: list[dict], step: int) -> None:
-        import numpy as np
-        from PIL import Image
-
-        paths = [Path(self.args.output_dir, entry["file"]) for entry in images]
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard" and paths:
+        paths = [Path(self.config.output_dir, entry["file"]) for entry in images]
+        for tracker in self.engine.accelerator.trackers:
+            if tracker.name == "tensorboard":
                 stacked = np.stack([np.asarray(Image.open(path)) for path in paths])
                 tracker.writer.add_images("validation", stacked, step, dataformats="NHWC")
             elif tracker.name == "wandb":
-                import wandb
-
-                shown = [wandb.Image(str(p), caption=e["prompt"]) for p, e in zip(paths, images, strict=True)]
+                picture = importlib.import_module("wandb").Image
+                shown = [picture(str(p), caption=e["prompt"]) for p, e in zip(paths, images, strict=True)]
                 tracker.log({"validation": shown}, step=step)
             elif tracker.name == "comet_ml":
                 for path in paths:
                     tracker.writer.log_image(str(path), name=path.name, step=step)
-
-
-def validation_due(args, step: int, samples_seen: int, samples_per_step: int, num_images: int) -> bool:
-    """Whether a validation belongs after this step: every --validation_steps, else as --validation_epochs pass."""
-    if step >= args.max_train_steps:
-        return False  # the final validation follows
-    if args.validation_steps is not None:
-        return step % args.validation_steps == 0
-    per_validation = args.validation_epochs * num_images
-    return samples_seen // per_validation > (samples_seen - samples_per_step) // per_validation

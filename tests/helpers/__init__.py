@@ -101,7 +101,11 @@ def run_trainer(*flags) -> int:
     from accelerate.state import AcceleratorState
 
     import train_dreambooth_lora_sana as trainer
+    from sana_kit.errors import UserError
     from sana_kit.training.config import parse_args
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    return trainer.main(parse_args([str(flag) for flag in flags]))
+    try:
+        return trainer.main(parse_args([str(flag) for flag in flags]))
+    except UserError as error:
+        raise error.as_flags() from error

@@ -155,7 +155,7 @@ def test_another_kind_of_run_is_refused_before_encoding(flags, tmp_path, flag, w
     def refuse(*args, **kwargs):
         raise AssertionError("encoding began")
 
-    monkeypatch.setattr("train_dreambooth_lora_sana.encode", refuse)
+    monkeypatch.setattr("sana_kit.training.samples.encode", refuse)
     with pytest.raises(ValueError, match=f"checkpoint-1 was trained with {words}"):
         run_trainer(*flags, f"--output_dir={tmp_path}", "--resume_from_checkpoint=latest", flag)
 

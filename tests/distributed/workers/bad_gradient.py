@@ -5,6 +5,7 @@
 Rank 0 writes which updates were left out on each rank, whether the second changed anything, and the optimizer's count.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -24,17 +25,17 @@ def main() -> None:
     from sana_kit.models.folder import find_model
 
     model_folder, output, *flags = sys.argv[1:]
-    args = parse_args([f"--pretrained_model_name_or_path={model_folder}", "--report_to=none", *flags])
-    settled, problems = settle(LaunchConfig.read(), args, args.explicit, devices.accelerator_type())
+    config = parse_args([f"--pretrained_model_name_or_path={model_folder}", "--report_to=none", *flags])
+    settled, problems = settle(LaunchConfig.read(), config, config.given, devices.accelerator_type())
     assert not problems, problems
-    vars(args).update(vars(settled))
-    engine = Engine.create(args)
+    config = config.replaced(**dataclasses.asdict(settled))
+    engine = Engine.create(config)
     devices.seed_everything(0)
     base, problems = find_model(model_folder)
     assert not problems, problems
-    transformer = prepare_transformer(args, engine, base)
+    transformer = prepare_transformer(config, engine, base)
     trained = [p for p in transformer.parameters() if p.requires_grad]
-    model, _ = engine.prepare(transformer, build_optimizer(args, trained, engine.device))
+    model, _ = engine.prepare(transformer, build_optimizer(config, trained, engine.device))
 
     def everything() -> dict[str, torch.Tensor]:
         return {entry.key: entry.fetch(True).clone() for entry in engine.optimizer_entries()}
@@ -42,7 +43,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(engine.ranks.rank)
     dtype, seen = engine.compute_dtype, []
     for update in range(3):
-        for _ in range(args.gradient_accumulation_steps):
+        for _ in range(config.gradient_accumulation_steps):
             with engine.accumulate():
                 batch = {
                     "hidden_states": torch.randn(1, 4, 8, 8, generator=generator).to(dtype),

@@ -1,0 +1,220 @@
+"""Everything that can be found wrong before a weight is loaded, all of it at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import torch
+from accelerate import PartialState
+
+from sana_kit import devices
+from sana_kit.data.discover import find_images
+from sana_kit.distributed import Ranks, force_cpu, process_group_handlers
+from sana_kit.encodings.prompts import parse_instruction
+from sana_kit.errors import CheckpointError, Problem, UserError
+from sana_kit.files import check_output_folder, expand
+from sana_kit.flags import range_problems
+from sana_kit.launchers import announced_wait, launched_world_size, local_rank
+from sana_kit.models.attention import resolve_attention
+from sana_kit.models.folder import Model, ModelFields, find_model
+from sana_kit.models.loading import load_scheduler
+from sana_kit.models.weights import meta_transformer
+from sana_kit.training.accounts import tracker_problems, upload_problems
+from sana_kit.training.checkpoint_folders import find_checkpoint, folder_problems
+from sana_kit.training.config import TrainConfig
+from sana_kit.training.launch_config import LaunchConfig, settle
+from sana_kit.training.optim import optimizer_problems
+from sana_kit.training.recipes import read_flow_shift
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """A run that can start.
+
+    Attributes:
+        config: with the precision, accumulation and clipping of the accelerate config, and the checkpoint's own flow
+            shift, where the settings leave them open.
+        base_model: found and checked, not loaded.
+        launch: the accelerate config.
+    """
+
+    config: TrainConfig
+    base_model: Model
+    launch: LaunchConfig
+
+
+def check(config: TrainConfig) -> Checked:
+    """Look at settings, model, data, output folder, logins and the accelerate config; nothing is loaded or written.
+
+    Raises:
+        UserError: everything that was found wrong.
+    """
+    launch, device_type, problems = LaunchConfig.read(), devices.accelerator_type(), range_problems(config)
+    settled, found = settle(launch, config, config.given, device_type)
+    problems += found + optimizer_problems(config, device_type, launch.deepspeed)
+    config = config.replaced(**dataclasses.asdict(settled))
+    problems += tracker_problems(config.report_to, config.hub_token)
+    problems += upload_problems(config.push_to_hub, config.hub_model_id, config.hub_token, config.output_dir)
+    if config.chip is not None and devices.find_chip(config.chip) is None:
+        remedy = f"Known: {', '.join(devices.chips())}."
+        problems.append(Problem("chip", config.chip, "its peak is not known", remedy))
+    problems += _device_problems(config, device_type) + _data_problems(config)
+    model, found = _find_model(config)
+    problems += found
+    if model is not None:
+        problems += _size_problems(config, model) + _layer_problems(config, model)
+    problems += check_output_folder(config.output_dir, "output_dir")
+    if os.environ.get("RANK", "0") == "0":  # other machines may have no such folder
+        problems += _checkpoint_problems(config)
+    if problems:
+        raise UserError(problems, f"{len(problems)} problem(s) with the arguments:")
+    if config.flow_shift is None:
+        config = config.replaced(flow_shift=read_flow_shift(load_scheduler(model).config))
+    return Checked(config, model, launch)
+
+
+def tell_all_ranks(error: UserError) -> NoReturn:
+    """Raise `error`, and with several processes what every rank found: this one meets those that may begin.
+
+    They build the engine, and with it the same process group, and then ask what the others found
+    (`Ranks.run_on_all`).
+    """
+
+    def again() -> NoReturn:
+        raise error
+
+    if launched_world_size() > 1:
+        with announced_wait():
+            state = PartialState(cpu=force_cpu(), **process_group_handlers()[0].to_kwargs())
+        Ranks.of(state).run_on_all(again)
+    raise error
+
+
+def _found(action: Callable[[], T], field: str, value: object) -> tuple[T | None, list[Problem]]:
+    """(what `action` returns, problems) of an action of a library that raises for what the user can mend."""
+    try:
+        return action(), []
+    except UserError as error:
+        return None, list(error.problems)
+    except (ValueError, CheckpointError) as error:
+        return None, [Problem("", None, str(error))]
+    except ImportError as error:  # of httpx, for instance: a proxy variable asks for a package that is not there
+        proxies = [name for name in os.environ if name.lower().endswith("_proxy") and os.environ[name]]
+        remedy = f"Install it, or unset {', '.join(proxies)}." if proxies else "Install it."
+        return None, [Problem(field, value, f"a package is missing: {error}", remedy)]
+
+
+def _device_problems(config: TrainConfig, device_type: str) -> list[Problem]:
+    _, problems = _found(
+        lambda: resolve_attention(config.attention, torch.device(device_type)), "attention", config.attention
+    )
+    if config.compile and not devices.KINDS[device_type].compiles:
+        problems.append(
+            Problem("compile", None, f"torch.compile has no back end for {device_type} here", "Leave it out.")
+        )
+    return problems
+
+
+def _data_problems(config: TrainConfig) -> list[Problem]:
+    """What is wrong with images and captions as far as no image is opened; local data only, a machine looks once."""
+    data, prior, problems = config.data, config.prior, []
+    sources = [name for name in ("dataset_name", "instance_data_dir") if getattr(data, name) is not None]
+    if not sources:
+        reason = "neither is given"
+        problems.append(Problem("dataset_name and instance_data_dir", None, reason, "Name the images to train on."))
+    if len(sources) == 2:
+        given = f"{data.dataset_name}, {data.instance_data_dir}"
+        problems.append(
+            Problem("dataset_name and instance_data_dir", given, "both are given", "Please give one of them.")
+        )
+    if data.instance_data_dir is not None and data.caption_column is not None:
+        reason = "columns belong to --dataset_name; captions in a folder are .txt files"
+        problems.append(Problem("caption_column", data.caption_column, reason))
+    if data.dataset_name is not None and data.caption_column is None and data.instance_prompt is None:
+        reason = "needed, since no --caption_column is given; every image gets it as caption"
+        problems.append(Problem("instance_prompt", None, reason))
+    for name in ("class_data_dir", "class_prompt"):
+        value = getattr(prior, name)
+        if prior.with_prior_preservation and value is None:
+            problems.append(Problem(name, None, "needed with --with_prior_preservation"))
+        if value is not None and not prior.with_prior_preservation:
+            problems.append(Problem(name, value, "has no effect without --with_prior_preservation"))
+    instruction = data.complex_human_instruction
+    _, found = _found(lambda: parse_instruction(instruction), "complex_human_instruction", instruction)
+    problems += found
+    if len(sources) == 1 and not problems and local_rank() == 0:
+        value = getattr(data, sources[0])
+        if sources[0] == "instance_data_dir" or expand(value).exists() or value.startswith((".", "/")):
+            _, found = _found(lambda: find_images(**image_source(config)), sources[0], value)
+            problems += found
+    return problems
+
+
+def image_source(config: TrainConfig) -> dict[str, object]:
+    """The settings that say where the images are, as `find_images` and `load_images` take them."""
+    names = ("dataset_name", "dataset_config_name", "dataset_split", "instance_data_dir", "image_column")
+    names += ("caption_column", "cache_dir", "repeats")
+    return {name: getattr(config, name) for name in names}
+
+
+def _find_model(config: TrainConfig) -> tuple[Model | None, list[Problem]]:
+    name = config.pretrained_model_name_or_path
+    found, problems = _found(
+        lambda: find_model(
+            name,
+            revision=config.revision,
+            variant=config.variant,
+            cache_dir=config.cache_dir,
+            dtype=torch.float16 if config.mixed_precision == "fp16" else torch.bfloat16,
+            fields=ModelFields(model="pretrained_model_name_or_path", base=None, dtype="mixed_precision", full="no"),
+        ),
+        "pretrained_model_name_or_path",
+        name,
+    )
+    return (None, problems) if found is None else found
+
+
+def _size_problems(config: TrainConfig, model: Model) -> list[Problem]:
+    problems, factor = [], model.pixel_multiple
+    for field in ("resolution", "validation_resolution"):
+        value = getattr(config, field)
+        if value and value % factor:
+            lower, upper = max(value // factor, 1) * factor, (value // factor + 1) * factor
+            reason = f"must be a multiple of {factor}, the VAE's factor: {lower} or {upper}"
+            problems.append(Problem(field, value, reason))
+    return problems
+
+
+def _layer_problems(config: TrainConfig, model: Model) -> list[Problem]:
+    """Names of --lora_layers that no layer has, by the model's configuration alone (meta tensors, no memory)."""
+    if config.train_mode != "lora" or config.lora_layers is None:
+        return []
+    modules = meta_transformer(model.transformer_config).named_modules()
+    names = [name for name, module in modules if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))]
+    ends = sorted({".".join(name.split(".")[2:]) for name in names if name.startswith("transformer_blocks")})
+    return [
+        Problem(
+            "lora_layers",
+            config.lora_layers,
+            f"'{layer}' matches no linear or convolution layer of the transformer",
+            f"Names in a block: {', '.join(ends)}.",
+        )
+        for layer in (part.strip() for part in config.lora_layers.split(","))
+        if not any(name == layer or name.endswith("." + layer) for name in names)
+    ]
+
+
+def _checkpoint_problems(config: TrainConfig) -> list[Problem]:
+    """Why the run can neither begin in its output folder nor go on from the checkpoint that it names."""
+    output_dir, resume = Path(config.output_dir), config.resume_from_checkpoint
+    problems = folder_problems(output_dir, resume, config.overwrite_output_dir)
+    if resume not in (None, "latest"):
+        _, found = _found(lambda: find_checkpoint(output_dir, resume), "resume_from_checkpoint", resume)
+        problems += found
+    return problems

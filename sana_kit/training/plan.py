@@ -1,0 +1,167 @@
+"""The plan of a run: how many updates of how many images, what they cost, told before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from sana_kit import devices
+from sana_kit.arithmetic import training_bytes, training_flops_per_image
+from sana_kit.data.discover import find_images
+from sana_kit.launchers import launched_world_size
+from sana_kit.models.attention import set_attention
+from sana_kit.models.folder import Model
+from sana_kit.models.fused import fuse_blocks
+from sana_kit.models.lora import DEFAULT_LORA_LAYERS, lora_config, recompute_blocks
+from sana_kit.roofline import build_on_meta, count_training_step
+from sana_kit.training.check import image_source
+from sana_kit.training.config import TrainConfig
+
+# An image's latents of 32 channels in bf16, and a caption's embeddings: what the store needs a sample, for the plan.
+_PLAN_CAPTION_TOKENS = 80
+_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a run walks through its samples.
+
+    Attributes:
+        steps: updates of the whole run, those before a resume included.
+        batch_size: images per device and micro-step.
+        accumulation: micro-steps per update.
+        world_size: processes.
+        num_instance, num_class: images of each kind; class images come with prior preservation.
+    """
+
+    steps: int
+    batch_size: int
+    accumulation: int
+    world_size: int
+    num_instance: int
+    num_class: int = 0
+
+    @property
+    def samples_per_step(self) -> int:
+        """Positions of the sample stream that one update takes, over all processes."""
+        return self.batch_size * self.accumulation * self.world_size
+
+    @property
+    def epoch_samples(self) -> int:
+        """Positions of one epoch: as many as the larger set has images, so that an epoch shows every one of both.
+
+        The smaller set is gone through more often then, as in diffusers' DreamBooth data set.
+        """
+        return max(self.num_instance, self.num_class)
+
+    @property
+    def epochs(self) -> float:
+        """Length of the run."""
+        return self.steps * self.samples_per_step / self.epoch_samples
+
+    def epoch(self, samples_seen: int) -> float:
+        """Where a run stands after so many samples."""
+        return samples_seen / self.epoch_samples
+
+
+def make_plan(config: TrainConfig, num_instance: int, num_class: int, world_size: int) -> tuple[TrainConfig, Plan]:
+    """(the settings with the number of updates and the scaled learning rate that now hold, the plan)."""
+    batch_size, accumulation = config.train_batch_size, config.gradient_accumulation_steps
+    plan = Plan(config.max_train_steps or 0, batch_size, accumulation, world_size, num_instance, num_class)
+    if config.max_train_steps is None:
+        steps = math.ceil(config.num_train_epochs * plan.epoch_samples / plan.samples_per_step)
+        plan = dataclasses.replace(plan, steps=steps)
+    rate = config.learning_rate * (plan.samples_per_step if config.scale_lr else 1)
+    return config.replaced(max_train_steps=plan.steps, learning_rate=rate), plan
+
+
+def print_plan(config: TrainConfig, model: Model) -> int:
+    """What --dry_run tells: the plan with the bytes of the kept activations; loads and writes nothing. Exit code 0."""
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    table, _ = find_images(**image_source(config))
+    num_class = config.num_class_images if config.with_prior_preservation else 0
+    processes = config.dry_run_processes or launched_world_size()
+    config, plan = make_plan(config, len(table.source) * config.repeats, num_class, processes)
+    name = config.chip or devices.device_name(devices.pick_device())
+    lines = describe(config, plan, model, devices.find_chip(name))
+    kept = activation_bytes(config, model)
+    side = config.validation_resolution or config.resolution
+    lines.append(
+        f"activations: {_size(kept)} an image kept for the backward pass, {_size(kept * plan.batch_size)} a device"
+    )
+    if config.validation.prompts:
+        many = len(config.validation.prompts) * config.num_validation_images
+        lines.append(f"validation: {many} images at {side} px each time")
+    print("\n".join(["The run can start. Its plan:", *(f"  {line}" for line in lines)]), flush=True)
+    return 0
+
+
+def activation_bytes(config: TrainConfig, model: Model) -> int:
+    """Bytes that one sample's forward pass keeps for its backward pass, counted on tensors without data."""
+    side = config.resolution // model.vae_factor
+    dtype = torch.float32 if config.mixed_precision == "no" else torch.bfloat16
+
+    def prepare(transformer: torch.nn.Module) -> None:
+        if config.train_mode == "lora":
+            adapter = config.adapter
+            layers = adapter.lora_layers.split(",") if adapter.lora_layers else DEFAULT_LORA_LAYERS
+            transformer.add_adapter(
+                lora_config(rank=adapter.rank, alpha=adapter.lora_alpha, dropout=adapter.lora_dropout, layers=layers)
+            )
+        set_attention(transformer, "sdpa", torch.device("cpu"))
+        fuse_blocks(transformer, config.fused_blocks, autocast=False, compiled=False)
+        if config.gradient_checkpointing:
+            recompute_blocks(transformer, config.gradient_checkpointing_interval)
+
+    transformer = build_on_meta(model.transformer_config, dtype, prepare)
+    return count_training_step(transformer, 1, (side, side), _PLAN_CAPTION_TOKENS).kept
+
+
+def flops_per_image(
+    config: TrainConfig, plan: Plan, transformer_config: Mapping, latent_hw: Sequence[int], tokens: float
+) -> float:
+    """FLOPs of one sample, forward and backward, its class image included; recomputation is no work of the model."""
+    flops = training_flops_per_image(
+        transformer_config, tuple(latent_hw), tokens, mode=config.train_mode, gradient_checkpointing=False
+    )
+    return flops * (2 if plan.num_class else 1)
+
+
+def _size(count: float) -> str:
+    unit, name = next(((unit, name) for unit, name in _UNITS if count >= unit), (1e3, "kB"))
+    return f"{count / unit:.3g} {name}"
+
+
+def describe(config: TrainConfig, plan: Plan, model: Model, chip: devices.Chip | None) -> list[str]:
+    """The plan in a few lines: samples, updates, arithmetic, memory, disk, and the least time on a known chip."""
+    side = config.resolution // model.vae_factor
+    flops = flops_per_image(config, plan, model.transformer_config, (side, side), _PLAN_CAPTION_TOKENS)
+    held = training_bytes(model.transformer_config, config.train_mode, config.rank, plan.world_size)
+    trained = held["masters"] * plan.world_size // 4
+    checkpoint = trained * 12 + (held["weights"] if config.train_mode == "full" else 2 * trained)
+    channels = model.transformer_config["in_channels"]
+    latents = 2 * channels * side * side + 2 * _PLAN_CAPTION_TOKENS * model.transformer_config["caption_channels"]
+    of_class = f" (+ {plan.num_class} of the class)" if plan.num_class else ""
+    kept = config.checkpoints_total_limit or math.ceil(plan.steps / config.checkpointing_steps)
+    what = f"LoRA of rank {config.rank}" if config.train_mode == "lora" else "every weight"
+    lines = [
+        f"model: {model.name}; trained: {what}, {trained:,d} weights, {config.mixed_precision} precision",
+        f"images: {plan.num_instance}{of_class} at {config.resolution} px",
+        f"updates: {plan.steps} of {plan.samples_per_step} images ({plan.batch_size} per device x"
+        f" {plan.accumulation} accumulation x {plan.world_size} processes), {plan.epochs:.2f} epochs",
+        f"arithmetic: {flops / 1e12:.3g} TFLOP an image, {flops * plan.steps * plan.samples_per_step / 1e15:.3g} PFLOP"
+        " the run",
+        f"memory: {_size(sum(held.values()))} a device beside the activations (weights {_size(held['weights'])},"
+        f" masters and moments {_size(held['masters'] + held['moments'])})",
+        f"disk: about {_size(latents * (plan.num_instance + plan.num_class))} of encodings, {_size(checkpoint)} a"
+        f" checkpoint, {kept} kept",
+    ]
+    if chip is not None:
+        seconds = flops * plan.steps * plan.samples_per_step / (chip.tflops * 1e12 * plan.world_size)
+        lines.append(f"time: at least {seconds / 3600:.3g} h on {plan.world_size} x {chip.name}, at all of its peak")
+    return lines

@@ -1,0 +1,127 @@
+"""The training samples of a run: images found and checked, class images drawn, everything encoded once."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+from sana_kit import devices
+from sana_kit.data.discover import load_class_images, load_images
+from sana_kit.data.image_set import ImageSet, bad_image_problems, check_images, concat
+from sana_kit.distributed import Ranks, StopSignal
+from sana_kit.encodings.dataset import EncodedImages
+from sana_kit.encodings.encode import encode
+from sana_kit.encodings.prompts import parse_instruction
+from sana_kit.errors import InputError
+from sana_kit.models.folder import Model
+from sana_kit.training.check import image_source
+from sana_kit.training.config import TrainConfig
+from sana_kit.training.engine import Engine
+from sana_kit.training.prior import generate_class_images
+from sana_kit.training.recorder import Recorder
+from sana_kit.training.state import check_same_images
+
+logger = logging.getLogger("sana")
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """What a run trains on.
+
+    Attributes:
+        encoded: latents and prompt embeddings by sample; class images follow the instance images.
+        num_instance, num_class: how many there are of each.
+        instruction: the lines before each caption, None for none.
+    """
+
+    encoded: EncodedImages
+    num_instance: int
+    num_class: int
+    instruction: list[str] | None
+
+
+def load_samples(
+    config: TrainConfig, base_model: Model, engine: Engine, stop: StopSignal, recorder: Recorder
+) -> Samples:
+    """Find the images and encode what is not encoded yet; VAE and text encoder have left memory afterwards.
+
+    Every rank calls it. What a user should know of the data goes to the recorder.
+
+    Raises:
+        UserError, InputError: images or captions that cannot be used, all of them, on every rank.
+        EncodingStopped: after a signal; a new start goes on from there.
+    """
+    ranks, instruction = engine.ranks, parse_instruction(config.complex_human_instruction)
+    images = ranks.run_on_all(
+        lambda: load_images(
+            **image_source(config), instance_prompt=config.instance_prompt, skip_bad_images=config.skip_bad_images
+        ),
+        checks_input=True,
+    )
+    check_same_images(images, ranks)
+    for note in images.notes:
+        recorder.warn(f"data: {note}")
+    everything, num_instance = images, len(images)
+    if config.with_prior_preservation:
+        classes = _class_images(config, base_model, instruction, images, ranks, stop)
+        everything = concat(images, classes)
+    encoded = _encode(everything, config, engine, instruction, stop, recorder)
+    if len(encoded) != len(everything):  # bad images were left out; class rows follow all instance rows
+        last_instance_row = max(images.row(i) for i in range(num_instance))
+        num_instance = sum(encoded.images.row(i) <= last_instance_row for i in range(len(encoded)))
+    return Samples(encoded, num_instance, len(encoded) - num_instance, instruction)
+
+
+def _class_images(
+    config: TrainConfig,
+    base_model: Model,
+    instruction: list[str] | None,
+    images: ImageSet,
+    ranks: Ranks,
+    stop: StopSignal,
+) -> ImageSet:
+    if not config.skip_bad_images and (bad := check_images(images)):  # before weights load for the class images
+        raise InputError("The training images cannot be used:\n- " + bad_image_problems([m for _, m in bad]))
+    generate_class_images(config, base_model, instruction, ranks, stop)
+    return load_class_images(config.class_data_dir, config.class_prompt, config.num_class_images)
+
+
+def _encode(
+    images: ImageSet,
+    config: TrainConfig,
+    engine: Engine,
+    instruction: list[str] | None,
+    stop: StopSignal,
+    recorder: Recorder,
+) -> EncodedImages:
+    prompts = [(prompt, instruction) for prompt in config.validation.prompts]
+    encoded = encode(
+        images,
+        accelerator=engine.accelerator,
+        pretrained_model_name_or_path=config.pretrained_model_name_or_path,
+        revision=config.revision,
+        variant=config.variant,
+        cache_dir=config.cache_dir,
+        store_dir=config.encodings_dir or f"{config.output_dir}/encodings",
+        resolution=config.resolution,
+        center_crop=config.center_crop,
+        random_flip=config.random_flip,
+        seed=config.seed,
+        max_sequence_length=config.max_sequence_length,
+        complex_human_instruction=instruction,
+        vae_dtype=devices.DTYPES[config.vae_dtype],
+        vae_batch_size=config.vae_batch_size,
+        extra_prompts=[*prompts, ("", None)] if prompts else [],
+        skip_bad_images=config.skip_bad_images,
+        should_stop=lambda: stop.requested,
+        log=logger.warning,
+    )
+    for message in encoded.messages:
+        recorder.note(message)
+    size = encoded.bytes
+    logger.info(
+        f"encodings: {encoded.encoded_images} images, {encoded.encoded_prompts} captions new;"
+        f" {encoded.reused_images}, {encoded.reused_prompts} reused; {encoded.seconds:.1f} s;"
+        f" {size['latents'] / 1e6:.1f} MB of latents, {size['prompts'] / 1e6:.1f} MB of embeddings"
+    )
+    return encoded
