@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 
 from sana_kit import devices
-from sana_kit.distributed import StopSignal
+from sana_kit.distributed import Ranks, StopSignal
 from sana_kit.errors import EncodingStopped, UserError, run_as_script
 from sana_kit.locks import lock_folder
 from sana_kit.runlog import PhaseClock
@@ -101,10 +101,7 @@ def run(config: TrainConfig, base_model, engine: Engine, stop: StopSignal, recor
     resume, notes = checkpoints.start_or_resume(config, ranks)
     for note in notes:
         recorder.warn(note)
-    if config.seed is None:
-        drawn = resume.state["seed"] if resume else int.from_bytes(os.urandom(4), "little")
-        config = config.replaced(seed=ranks.agree(drawn))
-        logger.info("seed: %d (drawn; --seed=%d repeats this run)", config.seed, config.seed)
+    config = with_seed(config, resume, ranks)
     devices.seed_everything(config.seed)
 
     # 4. Data: encoded once; VAE and text encoder leave memory
@@ -166,6 +163,16 @@ def run(config: TrainConfig, base_model, engine: Engine, stop: StopSignal, recor
     if ranks.is_main:
         print("\n".join(closing_lines(config, summary, final_weights(config))), flush=True)
     return stop.exit_code if stopped else 0
+
+
+def with_seed(config: TrainConfig, resume: checkpoints.Resume | None, ranks: Ranks) -> TrainConfig:
+    """The settings with a seed: the one given, else the checkpoint's, else one drawn now."""
+    if config.seed is not None:
+        return config
+    drawn = resume.state["seed"] if resume else int.from_bytes(os.urandom(4), "little")
+    config = config.replaced(seed=ranks.agree(drawn))
+    logger.info("seed: %d (drawn; --seed=%d repeats this run)", config.seed, config.seed)
+    return config
 
 
 def train(
