@@ -17,6 +17,12 @@ def tiny_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_sprint(tmp_path_factory):
+    """Folder of a complete tiny SanaSprintPipeline."""
+    return tiny.make_tiny_pipeline(tmp_path_factory.mktemp("model") / "tiny-sprint", sprint=True, sample_size=32)
+
+
+@pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
     """Six images with a caption file each."""
     return tiny.write_image_folder(tmp_path_factory.mktemp("images") / "folder")

@@ -18,6 +18,7 @@ from sana_kit.generation.decode import decode_latents, to_pil
 from sana_kit.generation.denoise import denoise, initial_noise
 from sana_kit.generation.jobs import Job
 from sana_kit.generation.sizes import generation_size, resize_and_crop, vae_factor
+from sana_kit.generation.sprint import denoise_sprint
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,10 +46,11 @@ def _generate_group(
     noises, generators = zip(*(initial_noise(job, shape) for job in group), strict=True)
     latents = torch.cat(noises).to(device)
     embeds = [prompt_embeds[job.prompt] for job in group]
-    if first.guidance_scale > 1.0:
+    if first.guided:
         embeds = [negative_prompt_embeds[job.negative_prompt] for job in group] + embeds
     padded, mask = (tensor.to(device) for tensor in collate_prompt_embeds(embeds))
-    latents = denoise(
+    draw = denoise_sprint if getattr(transformer.config, "guidance_embeds", False) else denoise
+    latents = draw(
         transformer,
         scheduler,
         latents,
@@ -95,9 +97,10 @@ def generate(
         groups: what `group_jobs` made, or lists of one job each.
         transformer: a SanaTransformer2DModel on `device`, bare (unwrapped), with or without an active adapter.
         vae: an AutoencoderDC on `device`; decodes in its own dtype.
-        scheduler: the checkpoint's own, e.g. DPMSolverMultistepScheduler; it is copied, never changed.
+        scheduler: the checkpoint's own, e.g. DPMSolverMultistepScheduler, or SCMScheduler with a transformer of
+            SANA-Sprint; it is copied, never changed.
         prompt_embeds: prompt -> (T, D), encoded with the complex human instruction that the run uses.
-        negative_prompt_embeds: negative prompt -> (T, D), encoded without it; read only where guidance_scale > 1.
+        negative_prompt_embeds: negative prompt -> (T, D), encoded without it; read only for jobs that are `guided`.
         dtype: what the transformer computes in.
         use_resolution_binning: "auto" as `generation_size` says, or False.
         on_step: called after each denoising step of a group.

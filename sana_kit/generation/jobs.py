@@ -16,10 +16,13 @@ AUTO_BATCH_TOKENS = 8192  # image tokens per call (twice that with guidance) tha
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One image. `height`, `width` in pixels; `index` is its place in the job list; `file_name` without folder."""
+    """One image. `height`, `width` in pixels; `index` is its place in the job list; `file_name` without folder.
+
+    `negative_prompt` is None for a model that takes none (SANA-Sprint).
+    """
 
     prompt: str
-    negative_prompt: str
+    negative_prompt: str | None
     seed: int
     height: int
     width: int
@@ -27,6 +30,11 @@ class Job:
     guidance_scale: float
     index: int
     file_name: str
+
+    @property
+    def guided(self) -> bool:
+        """Whether the image is drawn away from its negative prompt (classifier-free guidance)."""
+        return self.guidance_scale > 1.0 and self.negative_prompt is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +83,14 @@ def plan_jobs(
     num_inference_steps: int,
     guidance_scale: float,
     negative_prompt: str | None = None,
+    takes_negative: bool = True,
     fingerprint: str = "",
 ) -> list[Job]:
     """Prompts x seeds as a list of jobs, prompt by prompt, each distinct one once.
 
     Args:
         negative_prompt: for every prompt; None keeps each prompt's own (the empty text where it has none).
+        takes_negative: False for a model that takes no negative prompt; all jobs then have None.
         fingerprint: stands for model, LoRA and dtypes in the file names, so that runs of two models in one folder keep
             their images apart.
 
@@ -91,6 +101,7 @@ def plan_jobs(
     for entry in prompts:
         entry = Prompt(entry) if isinstance(entry, str) else entry
         negative = negative_prompt if negative_prompt is not None else (entry.negative_prompt or "")
+        negative = negative if takes_negative else None
         h, w = entry.height or height, entry.width or width
         for seed in entry.seeds if entry.seeds is not None else seeds:
             digest = job_hash(
@@ -143,7 +154,7 @@ def group_jobs(
     """
 
     def same(job: Job):
-        return job.height, job.width, job.num_inference_steps, job.guidance_scale
+        return job.height, job.width, job.num_inference_steps, job.guidance_scale, job.guided
 
     groups = []
     for (height, width, *_), run in itertools.groupby(jobs, key=same):

@@ -21,7 +21,7 @@ def job_texts(jobs: Iterable[Job]) -> list[tuple[str, bool]]:
     texts: dict[tuple[str, bool], None] = {}
     for job in jobs:
         texts[job.prompt, False] = None
-        if job.guidance_scale > 1.0:
+        if job.guided and job.negative_prompt is not None:
             texts[job.negative_prompt, True] = None
     return list(texts)
 

@@ -67,14 +67,21 @@ class ImageSettings:
         path=True,
     )
     negative_prompt: str | None = flag(
-        None, "for every prompt; default: the one in the prompts file, else the empty text"
+        None, "for every prompt (SANA-Sprint takes none); default: the one in the prompts file, else the empty text"
     )
     seeds: tuple[int, ...] = flag(DEFAULT_SEEDS, "one image per prompt each", low=-(2**63), high=2**64 - 1)
-    num_inference_steps: int = flag(28, "denoising steps", low=1)
-    guidance_scale: float = flag(2.0, "classifier-free guidance; 1 and below: none", low=-1e6, high=1e6)
+    num_inference_steps: int | None = flag(None, "denoising steps; default: 28, of SANA-Sprint 2", low=1)
+    guidance_scale: float | None = flag(
+        None,
+        "classifier-free guidance, 1 and below: none; of SANA-Sprint an input of the model; default: 2.0, of"
+        " SANA-Sprint 4.5",
+        low=-1e6,
+        high=1e6,
+    )
     scheduler: str = flag(
         "checkpoint",
-        "the checkpoint's own, DPM-Solver++ on flow sigmas, or Euler on them (with the checkpoint's flow shift)",
+        "the checkpoint's own, DPM-Solver++ on flow sigmas, or Euler on them (with the checkpoint's flow shift);"
+        " SANA-Sprint has its own only",
         choices=("checkpoint", "flow-dpm", "flow-euler"),
     )
     height: int | None = flag(

@@ -22,7 +22,8 @@ from sana_kit.inference.prompts import read_prompts
 from sana_kit.models.adapter import Lora, check_fusing, lora_file, read_lora
 from sana_kit.models.attention import resolve_attention
 from sana_kit.models.folder import Model, find_model
-from sana_kit.models.loading import default_vae_dtype
+from sana_kit.models.loading import SCHEDULERS, check_scheduler, default_vae_dtype
+from sana_kit.models.members import MEMBERS
 
 T = TypeVar("T")
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -92,6 +93,7 @@ def check(config: InferConfig, device: torch.device, device_problem: Problem | N
     instruction, size = _as_trained(images, lora, model, checks, notes)
     if model is not None:
         notes[:0] = model.notes
+        _check_member(images, lora, model, prompts, checks, notes)
         for height, width in sorted({(p.height or size[0], p.width or size[1]) for p in prompts}):
             note = _check_size(height, width, model, images.resolution_binning, checks)
             notes += [note] if note else []
@@ -101,9 +103,10 @@ def check(config: InferConfig, device: torch.device, device_problem: Problem | N
         images.seeds,
         height=size[0],
         width=size[1],
-        num_inference_steps=images.num_inference_steps,
-        guidance_scale=images.guidance_scale,
+        num_inference_steps=images.num_inference_steps or model.member.num_inference_steps,
+        guidance_scale=model.member.guidance_scale if images.guidance_scale is None else images.guidance_scale,
         negative_prompt=images.negative_prompt,
+        takes_negative=not model.member.sprint,
         fingerprint=_fingerprint(config, model, lora, vae_dtype, instruction),
     )
     asked = sum(len(entry.seeds or images.seeds) for entry in prompts)
@@ -142,6 +145,7 @@ def _find_model(settings: ModelSettings, dtype: torch.dtype, checks: _Checks) ->
         variant=settings.variant,
         cache_dir=settings.cache_dir,
         dtype=dtype,
+        members=MEMBERS,
     )
     checks.add(found)
     return model
@@ -162,6 +166,28 @@ def _find_lora(settings: LoraSettings, model: Model | None, checks: _Checks) -> 
     if lora is not None:
         checks.add(check_fusing(lora, settings.fuse_lora))
     return lora
+
+
+def _check_member(
+    images: ImageSettings, lora: Lora | None, model: Model, prompts: list[Prompt], checks: _Checks, notes: list[str]
+) -> None:
+    """What only some members of the family can do, and what the user should know of this one."""
+    if images.scheduler in SCHEDULERS:  # an unknown one is told with the ranges
+        checks.add(check_scheduler(model, images.scheduler))
+    if not model.member.sprint:
+        return
+    if images.negative_prompt:
+        reason = f"{model.member.name} takes no negative prompt: its guidance is an input of the model"
+        checks.say("negative_prompt", images.negative_prompt, reason, "Leave it out.")
+    elif any(prompt.negative_prompt for prompt in prompts):
+        notes.append(f"{model.member.name} takes no negative prompt: those of the prompts file are left out.")
+    if lora is not None:
+        notes.append(
+            f"The LoRA was not trained on {model.member.name}, which kits do not train, but on"
+            f" {lora.about.get('base_model') or 'a model that its file does not name'}: its layers fit and are used as"
+            " they are. The weights beneath have moved since by distillation, so it may act weaker, stronger or"
+            " otherwise than on its own model; compare with --lora_scale."
+        )
 
 
 def _as_trained(

@@ -121,7 +121,7 @@ def _run_in_folder(config: InferConfig, ranks: Ranks, plan: Plan, folder: Output
         for group in pending[ranks.rank :: ranks.world_size]:
             fit = []
             for job in group:
-                errors = [text_errors.get((job.prompt, False)), text_errors.get((job.negative_prompt, True))]
+                errors = [text_errors.get((job.prompt, False)), text_errors.get((job.negative_prompt or "", True))]
                 if any(errors):
                     this.fail([job], errors[0] or errors[1])
                 else:
@@ -138,12 +138,13 @@ def _run_in_folder(config: InferConfig, ranks: Ranks, plan: Plan, folder: Output
 def _tell_plan(this: _Run, damaged: list[str]) -> None:
     """Before anything is loaded: what will be drawn, and what the user should know of it."""
     jobs, ranks, images = this.plan.jobs, this.ranks, this.config.images
+    steps = jobs[0].num_inference_steps
     prompts = len({(job.prompt, job.negative_prompt) for job in jobs})
     sizes = sorted({f"{job.width}x{job.height}" for job in jobs})
     source = "" if images.prompt or images.prompts_file else " of the kit's own list (--prompt names others)"
     this.say(
         f"{len(jobs)} images: {prompts} prompts{source}, {', '.join(sizes[:4])}{' ...' if sizes[4:] else ''} px,"
-        f" {images.num_inference_steps} steps each, on {ranks.device.type} with {ranks.world_size} process(es)"
+        f" {steps} step{'s' * (steps != 1)} each, on {ranks.device.type} with {ranks.world_size} process(es)"
     )
     left = sum(job.file_name not in this.done for job in jobs)
     this.say(f"{len(this.done)} of them finished before, {left} to draw, into {this.folder.path}")

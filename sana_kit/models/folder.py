@@ -1,8 +1,8 @@
 """Model folders: find the parts, tell their identity, check everything that can be checked without loading weights.
 
-A model is a diffusers folder of SanaPipeline, a hub name, or the output of a full fine-tuning (a `transformer/` folder
-beside the name of its base model). `base_of` is the one place that leads from the last to its base, for training,
-drawing and encoding alike.
+A model is a diffusers folder of one of `members.MEMBERS`, a hub name, or the output of a full fine-tuning (a
+`transformer/` folder beside the name of its base model). `base_of` is the one place that leads from the last to its
+base, for training, drawing and encoding alike.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 
 from sana_kit.errors import Problem, UserError
 from sana_kit.files import expand
+from sana_kit.models.members import MEMBERS, NOT_TRAINED, TRAINED, Member
 from sana_kit.models.weights import (
     TEXT_ENCODER_STEM,
     TRANSFORMER_STEM,
@@ -76,8 +78,14 @@ class Model:
     index: dict
     transformer_config: dict
     vae_config: dict
+    scheduler_config: dict
     fingerprint: str  # stands for the weights: equal for equal files, wherever they lie
     notes: list[str] = dataclasses.field(default_factory=list)  # what a user should know of it; to be logged
+
+    @property
+    def member(self) -> Member:
+        """Which member of the SANA family it is."""
+        return MEMBERS[self.index["_class_name"]]
 
     @property
     def local(self) -> bool:
@@ -238,6 +246,7 @@ def find_model(
     variant: str | None = None,
     cache_dir: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    members: Collection[str] = TRAINED,
     fields: ModelFields = ModelFields(),
 ) -> tuple[Model | None, list[Problem]]:
     """(Model, problems): everything about a model that can be told without loading weights.
@@ -247,6 +256,7 @@ def find_model(
 
     Args:
         dtype: what the transformer will compute in.
+        members: pipeline classes that may be, of `MEMBERS`: those that train, or all of them for drawing.
         fields: what the settings are called in problems.
     """
     try:
@@ -254,8 +264,8 @@ def find_model(
         configs = _read_configs(found, model_path, cache_dir, fields)
     except UserError as error:
         return None, list(error.problems)
-    index, transformer, vae, text = configs
-    problems = [Problem(fields.model, model_path, *told) for told in _misfits(index, transformer, vae, text)]
+    index, transformer, vae, text, scheduler = configs
+    problems = [Problem(fields.model, model_path, *told) for told in _misfits(*configs, members)]
     if problems:
         return None, problems
     model = Model(
@@ -268,6 +278,7 @@ def find_model(
         index=index,
         transformer_config=transformer,
         vae_config=vae,
+        scheduler_config=scheduler,
         fingerprint="",
     )
     problems = _check_weights(model, dtype, fields)
@@ -277,7 +288,7 @@ def find_model(
 
 
 def _read_configs(found: Base, model_path: str, cache_dir: str | None, fields: ModelFields) -> list[dict]:
-    """The configs of pipeline, transformer, VAE and text encoder; UserError where one cannot be had."""
+    """The configs of pipeline, transformer, VAE, text encoder and scheduler; UserError where one cannot be had."""
     local = os.path.isdir(found.base)
     what = "" if found.transformer_folder is None else f"its base model {found.base}: "
     if not local and not _HUB_NAME.fullmatch(found.base):
@@ -303,8 +314,8 @@ def _read_configs(found: Base, model_path: str, cache_dir: str | None, fields: M
             else json.loads((transformer / "config.json").read_text(encoding="utf-8")),
             read("vae/config.json"),
             read("text_encoder/config.json"),
+            read("scheduler/scheduler_config.json"),
         ]
-        read("scheduler/scheduler_config.json")
     except (OSError, ValueError) as error:  # huggingface_hub's errors are OSErrors or ValueErrors
         failed = "cannot be read" if local else "is no folder here and could not be fetched from the hub"
         reason = f"{found.base} {failed}: {_first_line(error)}"
@@ -312,16 +323,21 @@ def _read_configs(found: Base, model_path: str, cache_dir: str | None, fields: M
     return configs
 
 
-def _misfits(index: dict, transformer: dict, vae: dict, text: dict) -> list[tuple[str]]:
-    """What is wrong with a model by its configs."""
+def _misfits(
+    index: dict, transformer: dict, vae: dict, text: dict, scheduler: dict, members: Collection[str]
+) -> list[tuple[str, ...]]:
+    """(reason, remedy) for everything that is wrong with a model by its configs."""
     name = index.get("_class_name")
-    if name != "SanaPipeline":
-        return [(f"model_index.json names {name}, and this kit runs SanaPipeline only",)]
-    told = []
+    if name not in MEMBERS:
+        return [(f"model_index.json names {name}, and this kit runs {', '.join(MEMBERS)} only",)]
+    member = MEMBERS[name]
+    if name not in members:
+        if member.sprint:
+            return [(NOT_TRAINED, "Train on SANA or SANA-1.5. The infer_*.py scripts draw with this one.")]
+        return [(f"model_index.json names {name}, and the trainer takes {', '.join(members)} only",)]
+    told: list[tuple[str, ...]] = _member_misfits(name, transformer, scheduler)
     apart = "They belong to different models."
     try:
-        if transformer.get("guidance_embeds"):
-            told.append(("a SANA-Sprint transformer (guidance_embeds), which SanaPipeline cannot run",))
         taken, given = transformer["in_channels"], vae["latent_channels"]
         if taken != given:
             told.append((f"the transformer takes {taken} latent channels, the VAE gives {given}", apart))
@@ -332,6 +348,21 @@ def _misfits(index: dict, transformer: dict, vae: dict, text: dict) -> list[tupl
         len(vae["encoder_block_out_channels"]), int(transformer["sample_size"])
     except (KeyError, TypeError) as error:
         told.append((f"a config lacks or spoils the entry {error}",))
+    return told
+
+
+def _member_misfits(name: str, transformer: dict, scheduler: dict) -> list[tuple[str, ...]]:
+    """What of transformer and scheduler does not belong to the member that the pipeline's class names."""
+    told: list[tuple[str, ...]] = []
+    remedy = "Its model_index.json is of another member of the family than its parts."
+    if MEMBERS[name].sprint:
+        if not transformer.get("guidance_embeds"):
+            told.append((f"{name} needs a transformer that takes the guidance scale (guidance_embeds)", remedy))
+        own = scheduler.get("_class_name")
+        if own != "SCMScheduler":
+            told.append((f"{name} draws with SCMScheduler, and its scheduler is {own}", remedy))
+    elif transformer.get("guidance_embeds"):
+        told.append((f"a SANA-Sprint transformer (guidance_embeds), which {name} cannot run", remedy))
     return told
 
 

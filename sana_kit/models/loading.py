@@ -14,6 +14,7 @@ from sana_kit.errors import Problem, UserError
 from sana_kit.models.adapter import Lora, apply_lora, check_fusing, read_lora
 from sana_kit.models.attention import resolve_attention, set_attention
 from sana_kit.models.folder import Model, base_of, find_model
+from sana_kit.models.members import MEMBERS
 from sana_kit.models.weights import TEXT_ENCODER_STEM, TRANSFORMER_STEM, VAE_STEM, has_variant
 
 # The first versions whose from_pretrained knows `dtype`; they and later ones warn of `torch_dtype`.
@@ -121,20 +122,40 @@ def load_text_encoder(model: Model, *, device: torch.device, dtype: torch.dtype)
 SCHEDULERS = ("checkpoint", "flow-dpm", "flow-euler")
 
 
+def check_scheduler(model: Model, scheduler: str) -> list[Problem]:
+    """What is wrong with drawing with a scheduler of `SCHEDULERS`."""
+    if scheduler not in SCHEDULERS:
+        return [Problem("scheduler", scheduler, "unknown", f"Use one of {', '.join(SCHEDULERS)}.")]
+    if model.member.sprint and scheduler != "checkpoint":
+        reason = f"{model.member.name} mixes image and noise along a circle (SCMScheduler), not along a line"
+        return [Problem("scheduler", scheduler, reason, "Use checkpoint.")]
+    if scheduler != "checkpoint" and not {"flow_shift", "shift"} & set(model.scheduler_config):
+        reason = f"the checkpoint's {model.scheduler_config.get('_class_name')} names no flow shift to take over"
+        return [Problem("scheduler", scheduler, reason, "Use checkpoint.")]
+    return []
+
+
 def load_scheduler(model: Model, scheduler: str = "checkpoint") -> Any:
     """The scheduler that draws: the checkpoint's own, of the class that model_index.json names, or another.
 
     Args:
         scheduler: "checkpoint"; "flow-dpm", DPM-Solver++ of order 2 on flow sigmas, as SANA's checkpoints have it; or
             "flow-euler", the first-order solver. Both take the flow shift from the checkpoint's config.
+
+    Raises:
+        UserError: a scheduler that does not fit the model.
     """
     import diffusers
+
+    problems = check_scheduler(model, scheduler)
+    if problems:
+        raise UserError(problems)
 
     folder = parts_folder(model.base, model.revision, model.variant, model.cache_dir) / "scheduler"
     own = getattr(diffusers, model.index["scheduler"][1]).from_pretrained(folder)
     if scheduler == "checkpoint":
         return own
-    shift = own.config.get("flow_shift") or own.config.get("shift") or 1.0
+    shift = own.config.get("flow_shift") or own.config["shift"]
     if scheduler == "flow-euler":
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     return diffusers.DPMSolverMultistepScheduler(
@@ -174,7 +195,7 @@ def load_pipeline(
     cache_dir: str | None = None,
     text_encoder: bool = True,
 ) -> Any:
-    """A SanaPipeline on `device`; everything is checked before the first weights are read.
+    """A SanaPipeline or SanaSprintPipeline on `device`; everything is checked before the first weights are read.
 
     Args:
         model_path: diffusers folder, hub name, output folder of a full fine-tuning, or what `find_model` returned.
@@ -186,13 +207,15 @@ def load_pipeline(
     Raises:
         UserError: all problems with model, adapter and attention at once.
     """
-    from diffusers import SanaPipeline
+    import diffusers
 
     model, lora = model_path, lora_weights
     problems: list[Problem] = []
     if not isinstance(model, Model):
         where = {"base_model": base_model, "revision": revision, "variant": variant, "cache_dir": cache_dir}
-        model, problems = find_model(model, dtype=dtype, **where)
+        model, problems = find_model(model, dtype=dtype, members=MEMBERS, **where)
+    if model is not None:
+        problems += check_scheduler(model, scheduler)
     if model is not None and lora is not None and not isinstance(lora, Lora):
         lora, found = read_lora(lora, model.transformer_config)
         problems += found
@@ -211,7 +234,8 @@ def load_pipeline(
     if lora is not None:
         apply_lora(transformer, lora, lora_scale, fuse=fuse_lora)
     set_attention(transformer, attention, device)
-    return SanaPipeline(
+    pipeline_class = diffusers.SanaSprintPipeline if model.member.sprint else diffusers.SanaPipeline
+    return pipeline_class(
         tokenizer=tokenizer,
         text_encoder=encoder,
         vae=load_vae(model, device=device, dtype=vae_dtype or default_vae_dtype(dtype)),

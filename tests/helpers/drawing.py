@@ -24,9 +24,9 @@ def plan(prompts, seeds, height=64, width=96, steps=3, guidance=2.0, **kwargs):
 
 def load_plain(model):
     """A model as diffusers itself loads it, float32."""
-    from diffusers import SanaPipeline
+    from diffusers import DiffusionPipeline
 
-    loaded = SanaPipeline.from_pretrained(model)
+    loaded = DiffusionPipeline.from_pretrained(model)
     loaded.set_progress_bar_config(disable=True)
     return loaded
 

@@ -52,8 +52,8 @@ def make_scheduler():
     )
 
 
-def build_pipeline(*, vae, text, transformer, words=WORDS):
-    """A SanaPipeline with random weights from torch's generator as it stands.
+def build_pipeline(*, vae, text, transformer, words=WORDS, sprint=False):
+    """A SanaPipeline, or a SanaSprintPipeline, with random weights from torch's generator as it stands.
 
     The VAE is a DC-AE of factor 8 with the blocks of the published one.
 
@@ -62,7 +62,7 @@ def build_pipeline(*, vae, text, transformer, words=WORDS):
         text: sizes of a Gemma2Config.
         transformer: arguments of SanaTransformer2DModel.
     """
-    from diffusers import AutoencoderDC, SanaPipeline, SanaTransformer2DModel
+    from diffusers import AutoencoderDC, SanaPipeline, SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
     from transformers import Gemma2Config, Gemma2Model
 
     blocks = ("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock")
@@ -87,17 +87,21 @@ def build_pipeline(*, vae, text, transformer, words=WORDS):
     text_encoder = Gemma2Model(
         Gemma2Config(vocab_size=600, pad_token_id=0, eos_token_id=1, bos_token_id=2, **text)  # make_tokenizer's
     )
-    return SanaPipeline(
+    return (SanaSprintPipeline if sprint else SanaPipeline)(
         tokenizer=make_tokenizer(words),
         text_encoder=text_encoder,
         vae=autoencoder,
         transformer=SanaTransformer2DModel(**transformer),
-        scheduler=make_scheduler(),
+        scheduler=SCMScheduler() if sprint else make_scheduler(),
     )
 
 
-def make_tiny_pipeline(folder, seed=0, sample_size=16, qk_norm=None, layers=2, latent_channels=4, heads=4):
+def make_tiny_pipeline(
+    folder, seed=0, sample_size=16, qk_norm=None, layers=2, latent_channels=4, heads=4, sprint=False
+):
     """Write a complete SanaPipeline (random weights from `seed`) to `folder` and return the folder as a Path.
+
+    `sprint`: a SanaSprintPipeline instead, with the norms and the guidance embedding that its transformer has.
 
     Latents of `latent_channels`, Gemma2 of width 32, Sana transformer of `layers` x `heads` heads of 8: at 64 px the
     latents are (4, 8, 8).
@@ -133,8 +137,10 @@ def make_tiny_pipeline(folder, seed=0, sample_size=16, qk_norm=None, layers=2, l
             "cross_attention_dim": heads * 8,
             "caption_channels": 32,
             "sample_size": sample_size,
-            "qk_norm": qk_norm,
+            "qk_norm": "rms_norm_across_heads" if sprint else qk_norm,
+            **({"guidance_embeds": True, "guidance_embeds_scale": 0.1} if sprint else {}),
         },
+        sprint=sprint,
     ).save_pretrained(folder)
     torch.set_rng_state(generator_state)
     return Path(folder)
