@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import dataclasses
 import os
@@ -332,7 +333,8 @@ class StopSignal:
                 os._exit(EXIT_INTERRUPTED[number])
             return
         self.signal, self._signalled_at = number, time.monotonic()
-        os.write(2, f"\nsignal {number}: finishing this step, then saving; once more to end at once\n".encode())
+        with contextlib.suppress(OSError):  # a closed terminal (EIO), pipe (EPIPE) or descriptor (EBADF)
+            os.write(2, f"\nsignal {number}: finishing this step, then saving; once more to end at once\n".encode())
 
     def agreed(self) -> bool:
         """Whether the run stops now; the same answer on every rank. Call once per update, after it was issued."""

@@ -8,6 +8,7 @@ keeps a run from starting, 0 otherwise. Imports nothing heavy before it can say 
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import os
 import platform
@@ -17,6 +18,7 @@ import sys
 from pathlib import Path
 
 from sana_kit import devices
+from sana_kit.environment import SUPPORTED
 
 # First and last version that the suite ran on; others may work.
 TESTED = {
@@ -88,8 +90,9 @@ def examine() -> tuple[list[str], list[str], list[str], str, int]:
     lines.append(
         f"host       {platform.node()}, {platform.system()} {platform.machine()}, Python {platform.python_version()}"
     )
-    if not (3, 10) <= sys.version_info[:2] <= (3, 12):
-        warnings.append(f"Python {platform.python_version()}: tested are 3.10 to 3.12. Use one of them.")
+    if not SUPPORTED[0] <= sys.version_info[:2] <= SUPPORTED[1]:
+        first, last = (".".join(map(str, version)) for version in SUPPORTED)
+        warnings.append(f"Python {platform.python_version()}: accepted are {first} to {last}. Use one of them.")
     shown = []
     for package, (first, last) in TESTED.items():
         found = version(package)
@@ -189,7 +192,12 @@ def _examine_variables(kind: str, warnings: list[str]) -> None:
                 warnings.append(f"{name}={value}: must be a whole number of seconds from {low} to {high}.")
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    """Print what the host has; 1 if something keeps a run from starting, else 0."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sana_kit.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args(arguments)
     lines, fatal, warnings, kind, count = examine()
     print("\n".join(lines))
     for text in warnings:
