@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from sana_kit import __version__
 
 KEY = "sana_kit"  # metadata key of the kit: a JSON object
 
@@ -21,6 +24,7 @@ class LoraAbout:
         trigger: the words that all captions share, None where there are none.
         resolution: side of the training images in pixels.
         steps: updates so far; images: size of the data set.
+        kit_version: of the kit that trained it.
     """
 
     rank: int
@@ -32,25 +36,85 @@ class LoraAbout:
     resolution: int | None = None
     steps: int | None = None
     images: int | None = None
-    kit_version: str = ""
+    kit_version: str = __version__
+
+
+def shared_words(captions: Iterable[str]) -> str | None:
+    """The words that all captions end with, or begin with, whichever are more: the trigger. None without any."""
+    words = [caption.split() for caption in dict.fromkeys(captions)]
+    if not words:
+        return None
+    beginning = os.path.commonprefix(words)
+    ending = os.path.commonprefix([caption[::-1] for caption in words])[::-1]
+    found = " ".join(max(ending, beginning, key=len)).strip(" ,.;:")
+    return found if any(letter.isalnum() for letter in found) else None
+
+
+def adapter_metadata(
+    *,
+    rank: int,
+    alpha: float,
+    base: Mapping[str, Any],
+    instruction: Sequence[str] | None,
+    captions: Sequence[str],
+    resolution: int,
+    steps: int,
+    images: int | None = None,
+) -> dict[str, str]:
+    """The metadata entries of a LoRA that a run trained, for `create_save_model_hook(..., metadata=lambda: ...)`.
+
+    Pure and without a clock: equal arguments give equal bytes, so a resumed run writes the same file.
+
+    Args:
+        rank, alpha: of the adapter.
+        base: what `patch_sana.base_model_fingerprint(transformer)` gives; its "name" and "sha256" are taken. A name
+            that is more telling than the transformer's folder (the hub name) may be put into it.
+        instruction: the lines before each caption, as they were encoded; None: none.
+        captions: of the data set, one an image, without prior images; the trigger is what all of them share.
+        resolution: side of the training images in pixels.
+        steps: updates so far.
+        images: size of the data set, where it is not the number of captions.
+    """
+    return about_metadata(
+        LoraAbout(
+            rank=rank,
+            alpha=alpha,
+            base_model=str(base.get("name") or ""),
+            base_sha256=base.get("sha256"),
+            instruction=None if instruction is None else tuple(instruction),
+            trigger=shared_words(captions),
+            resolution=resolution,
+            steps=steps,
+            images=len(captions) if images is None else images,
+        )
+    )
 
 
 def about_metadata(about: LoraAbout) -> dict[str, str]:
     """Entries for a safetensors file's metadata: the kit's own, kohya's `ss_*`, and ModelSpec's `modelspec.*`."""
+    size, trigger, name = about.resolution, about.trigger, about.base_model
+    hint = None
+    if about.instruction:
+        hint = "Trained with lines before each caption: " + "\n".join(about.instruction)
     known = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": about.rank,
         "ss_network_alpha": about.alpha,
         "ss_base_model_version": "sana",
-        "ss_sd_model_name": about.base_model,
-        "ss_resolution": about.resolution and f"({about.resolution}, {about.resolution})",
+        "ss_sd_model_name": name,
+        "ss_sd_model_hash": about.base_sha256,
+        "ss_resolution": size and f"({size}, {size})",
         "ss_steps": about.steps,
         "ss_num_train_images": about.images,
+        # what AUTOMATIC1111 and ComfyUI's loaders list as words to use, with the number of images that have them
+        "ss_tag_frequency": trigger and json.dumps({"captions": {trigger: about.images or 1}}, ensure_ascii=False),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "sana/lora",
         "modelspec.implementation": "https://github.com/huggingface/diffusers",
-        "modelspec.resolution": about.resolution and f"{about.resolution}x{about.resolution}",
-        "modelspec.trigger_phrase": about.trigger,
+        "modelspec.title": f"LoRA of {name or 'SANA'}" + (f": {trigger}" if trigger else ""),
+        "modelspec.resolution": size and f"{size}x{size}",
+        "modelspec.trigger_phrase": trigger,
+        "modelspec.usage_hint": hint,
     }
     shown = {key: str(value) for key, value in known.items() if value not in (None, "")}
     return {KEY: json.dumps(dataclasses.asdict(about), ensure_ascii=False, sort_keys=True), **shown}
