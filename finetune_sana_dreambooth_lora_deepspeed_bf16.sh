@@ -126,7 +126,7 @@ printf '%s\n' "$doctor"
 read -r device_kind device_count <<<"$(printf '%s\n' "$doctor" | tail -n 1)"
 
 if [ "$device_kind" = npu ]; then
-  # README.md, "Environment variables", says what each does. Any of them set outside is kept.
+  # docs/ascend.md, "Environment variables", says what each does. Any of them set outside is kept.
   export ASCEND_SLOG_PRINT_TO_STDOUT=${ASCEND_SLOG_PRINT_TO_STDOUT:-0}
   export ASCEND_GLOBAL_LOG_LEVEL=${ASCEND_GLOBAL_LOG_LEVEL:-3}
   export ASCEND_GLOBAL_EVENT_ENABLE=${ASCEND_GLOBAL_EVENT_ENABLE:-0}

@@ -1,4 +1,5 @@
-"""Every command of README.md, replayed in a copy of the kit on a tiny model; README_zh.md has the same commands.
+"""Every command of README.md and of the pages in docs/, replayed in a copy of the kit on a tiny model; the Chinese
+pages have the same commands. A command that stands on several pages runs once.
 
 What cannot run on this machine is listed in NOT_HERE, with the reason. `bash tests/run.sh` is the run that this test
 is part of.
@@ -22,8 +23,22 @@ NOT_HERE = {
 }
 
 
-def commands(readme):
-    """The command lines of the ```bash blocks, continued lines joined."""
+PAGES = [
+    "README.md",
+    *sorted(f"docs/{page.name}" for page in (KIT / "docs").glob("*.md") if page.name != "CHANGELOG.md"),
+]
+
+
+def chinese(page):
+    return "README_zh.md" if page == "README.md" else page.replace("docs/", "docs/zh/")
+
+
+def commands(*pages):
+    """The command lines of the ```bash blocks, continued lines joined, each once."""
+    return list(dict.fromkeys(line for page in pages for line in lines_of(page)))
+
+
+def lines_of(readme):
     found = []
     for block in re.findall(r"^[ ]*```bash\n(.*?)^[ ]*```", (KIT / readme).read_text(encoding="utf-8"), re.S | re.M):
         for line in re.sub(r"\\\n\s*", " ", block).splitlines():
@@ -32,35 +47,63 @@ def commands(readme):
     return found
 
 
-def test_readme_zh_has_the_same_commands():
-    english = commands("README.md")
-    assert len(english) > 15
-    assert commands("README_zh.md") == english
+@pytest.mark.parametrize("page", PAGES)
+def test_the_chinese_page_has_the_same_commands(page):
+    assert lines_of(chinese(page)) == lines_of(page)
 
 
-def test_what_is_not_run_here_is_still_in_the_readme():
-    assert set(NOT_HERE) <= set(commands("README.md"))
-
-
-def test_every_file_of_the_tree_is_there_and_every_link_leads_somewhere():
+def test_the_readme_is_short_and_the_pages_have_commands():
     for readme in ("README.md", "README_zh.md"):
-        text = (KIT / readme).read_text(encoding="utf-8")
-        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
-            assert target.startswith("https://") or (KIT / target).exists(), (readme, target)
-        tree = re.search(r"^```\nREADME.*?^```", text, re.S | re.M).group(0)
-        for name in re.findall(r"[\w./]+\.(?:py|sh|yaml|txt|md)\b", tree):
-            assert (KIT / name).exists() or (KIT / "sana_kit" / name).exists(), (readme, name)
+        assert len((KIT / readme).read_text(encoding="utf-8").splitlines()) < 250
+    assert len(commands(*PAGES)) > 20
 
 
-def test_the_environment_variables_of_the_readme_are_those_of_the_launcher():
-    text = (KIT / "README.md").read_text(encoding="utf-8")
+def test_what_is_not_run_here_is_still_on_a_page():
+    assert set(NOT_HERE) <= set(commands(*PAGES))
+
+
+def anchors(text):
+    """The names that a page's headings have in links, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^[ ]*```.*?^[ ]*```", "", text, flags=re.S | re.M), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *map(chinese, PAGES)])
+def test_every_link_leads_somewhere(page):
+    text = (KIT / page).read_text(encoding="utf-8")
+    for target, _, anchor in (link.partition("#") for link in re.findall(r"\]\(([^)]+)\)", text)):
+        if target.startswith("https://"):
+            continue
+        file = (KIT / page).parent / target if target else KIT / page
+        assert file.exists(), (page, target)
+        if anchor:
+            assert anchor in anchors(file.read_text(encoding="utf-8")), (page, target, anchor)
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README_zh.md"])
+def test_every_file_of_the_tree_and_every_test_of_the_table_is_there(readme):
+    text = (KIT / readme).read_text(encoding="utf-8")
+    tree = re.search(r"^```\nREADME.*?^```", text, re.S | re.M).group(0)
+    for name in re.findall(r"[\w./]+\.(?:py|sh|yaml|txt|md)\b", tree):
+        assert (KIT / name).exists(), (readme, name)
+    for name in re.findall(r"`python (?:-m pytest )?(tests/[\w/]+\.py)", text):
+        assert (KIT / name).exists(), (readme, name)
+    for name, words in re.findall(r"`python -m pytest (\S+) -k (\w+)`", text):
+        tests = (KIT / name).read_text(encoding="utf-8")
+        assert re.search(rf"^def test\w*{words}", tests, re.M), (readme, name, words)
+
+
+@pytest.mark.parametrize("page", ["docs/ascend.md", "docs/zh/ascend.md"])
+def test_the_environment_variables_of_the_pages_are_those_of_the_launcher(page):
+    text = (KIT / page).read_text(encoding="utf-8")
     launcher = (KIT / "finetune_sana_dreambooth_lora_deepspeed_bf16.sh").read_text()
     exported = dict(re.findall(r"export ([A-Z_]+)=\$\{\w+:-([^}]*)\}", launcher))
     assert len(exported) >= 13
     for name, value in exported.items():
         row = re.search(rf"^\| {name} \| ([^|]*) \|", text, re.M)
         assert row, name
-        assert value.startswith("$") or row.group(1).split(" ")[0] == value, (name, row.group(1), value)
+        cell = re.split(r"[ （]", row.group(1))[0]
+        assert value.startswith("$") or cell == value, (name, row.group(1), value)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +124,7 @@ def kit_copy(tmp_path_factory):
 
 
 def on_tiny_things(line, model, data, images):
-    """A command of the README with names, sizes and counts that this machine can do."""
+    """A command of the pages with names, sizes and counts that this machine can do."""
     words = shlex.split(line)
     out = []
     for word in words:
@@ -126,7 +169,7 @@ def on_tiny_things(line, model, data, images):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_every_command_of_the_readme_runs(kit_copy, tiny_model, parquet_dataset, image_folder):
+def test_every_command_of_the_pages_runs(kit_copy, tiny_model, parquet_dataset, image_folder):
     dreambooth = kit_copy / "diffusers" / "examples" / "dreambooth"
     dreambooth.mkdir(parents=True)
     (kit_copy / "diffusers" / "src" / "diffusers").mkdir(parents=True)
@@ -135,7 +178,7 @@ def test_every_command_of_the_readme_runs(kit_copy, tiny_model, parquet_dataset,
     shutil.copy(KIT / "tests" / "helpers" / "fake_upstream_trainer.py", dreambooth / "train_dreambooth_lora_sana.py")
     environment = {**script_environment(threads=2), "PYTHON": sys.executable, "PYTHONPATH": ""}
     ran = 0
-    for line in commands("README.md"):
+    for line in commands(*PAGES):
         if line in NOT_HERE:
             continue
         if line.startswith("cp -r"):  # over diffusers, from where the scripts must run as well
@@ -147,7 +190,7 @@ def test_every_command_of_the_readme_runs(kit_copy, tiny_model, parquet_dataset,
         done = subprocess.run(words, cwd=kit_copy, capture_output=True, text=True, timeout=300, env=environment)
         assert done.returncode == 0, f"{line}\n{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         ran += 1
-    assert ran >= 14
+    assert ran >= 18
     assert (kit_copy / "output" / "pytorch_lora_weights.safetensors").exists()
     assert (kit_copy / "output_full" / "transformer").is_dir()
 
