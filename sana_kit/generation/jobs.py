@@ -7,9 +7,11 @@ import hashlib
 import itertools
 import json
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
+
+from sana_kit.generation.inputs import NO_INPUTS, Inputs, first_step
 
 AUTO_BATCH_TOKENS = 8192  # image tokens per call (twice that with guidance) that keep a big matrix unit busy
 
@@ -30,6 +32,7 @@ class Job:
     guidance_scale: float
     index: int
     file_name: str
+    inputs: Inputs = NO_INPUTS
 
     @property
     def guided(self) -> bool:
@@ -39,13 +42,23 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One entry of a prompt list; what is None comes from the flags."""
+    """One entry of a prompt list; what is None comes from the flags. Images are paths."""
 
     prompt: str
     negative_prompt: str | None = None
     seeds: tuple[int, ...] | None = None
     height: int | None = None
     width: int | None = None
+    init_image: str | None = None
+    strength: float | None = None
+    mask_image: str | None = None
+    control_image: str | None = None
+
+
+def steps_of(job: Job) -> int:
+    """The denoising steps that are done for a job: fewer than it names where it begins from an image."""
+    skipped = 0 if job.inputs.init_image is None else first_step(job.num_inference_steps, job.inputs.strength)
+    return job.num_inference_steps - skipped
 
 
 def slug(text: str, length: int = 40, size: int = 96) -> str:
@@ -84,6 +97,7 @@ def plan_jobs(
     guidance_scale: float,
     negative_prompt: str | None = None,
     takes_negative: bool = True,
+    inputs: Callable[[Prompt], Inputs] = lambda entry: NO_INPUTS,
     fingerprint: str = "",
 ) -> list[Job]:
     """Prompts x seeds as a list of jobs, prompt by prompt, each distinct one once.
@@ -91,6 +105,7 @@ def plan_jobs(
     Args:
         negative_prompt: for every prompt; None keeps each prompt's own (the empty text where it has none).
         takes_negative: False for a model that takes no negative prompt; all jobs then have None.
+        inputs: of a prompt: what its images are drawn from and along beside it.
         fingerprint: stands for model, LoRA and dtypes in the file names, so that runs of two models in one folder keep
             their images apart.
 
@@ -103,6 +118,7 @@ def plan_jobs(
         negative = negative_prompt if negative_prompt is not None else (entry.negative_prompt or "")
         negative = negative if takes_negative else None
         h, w = entry.height or height, entry.width or width
+        given = inputs(entry)
         for seed in entry.seeds if entry.seeds is not None else seeds:
             digest = job_hash(
                 prompt=entry.prompt,
@@ -110,6 +126,7 @@ def plan_jobs(
                 steps=num_inference_steps,
                 guidance=float(guidance_scale),
                 fingerprint=fingerprint,
+                **given.identity(),
             )
             file_name = f"{slug(entry.prompt)}-{digest}-seed{seed}-{w}x{h}.png"
             jobs.setdefault(
@@ -124,6 +141,7 @@ def plan_jobs(
                     guidance_scale=float(guidance_scale),
                     index=len(jobs),
                     file_name=file_name,
+                    inputs=given,
                 ),
             )
     return list(jobs.values())
@@ -154,7 +172,7 @@ def group_jobs(
     """
 
     def same(job: Job):
-        return job.height, job.width, job.num_inference_steps, job.guidance_scale, job.guided
+        return job.height, job.width, job.num_inference_steps, job.guidance_scale, job.guided, job.inputs.kind
 
     groups = []
     for (height, width, *_), run in itertools.groupby(jobs, key=same):

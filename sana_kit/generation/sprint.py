@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from sana_kit.generation.inputs import Source
+
 # Of SanaSprintPipeline: the first time, and the second one where there are two steps. Other numbers of steps have
 # their times at equal distances, for which that pipeline has to be called with intermediate_timesteps=None.
 FIRST_TIME = 1.57080
@@ -41,6 +43,7 @@ def denoise_sprint(
     dtype: torch.dtype,
     generators: list[torch.Generator],
     on_step: Callable[[], None] | None = None,
+    source: Source | None = None,
 ) -> torch.Tensor:
     """SanaSprintPipeline's loop, for any number of steps; each step but the last draws new noise.
 
@@ -50,6 +53,7 @@ def denoise_sprint(
         prompt_embeds: (N, T, D); prompt_mask: bool (N, T), True where a token counts.
         generators: one per image, which the noise between the steps is drawn from.
         dtype: what the transformer computes in; everything else is float32.
+        source: latents to begin from instead of noise alone (SanaSprintImg2ImgPipeline); its mask is not used.
 
     Returns:
         (N, C, h, w) float32.
@@ -57,12 +61,17 @@ def denoise_sprint(
     scheduler = copy.deepcopy(scheduler)
     set_times(scheduler, num_inference_steps, latents.device)
     sigma_data = scheduler.config.sigma_data
-    latents = latents * sigma_data
+    latents, first = latents * sigma_data, 0
+    if source is not None:
+        first = source.first_step
+        scheduler.set_begin_index(first)
+        begin = scheduler.timesteps[first]
+        latents = begin.cos() * source.latents * sigma_data + begin.sin() * latents
     # rounded as the pipeline rounds it
     guidance = torch.full((len(latents),), guidance_scale, device=latents.device).to(dtype)
     guidance = guidance * transformer.config.guidance_embeds_scale
     prompt_embeds = prompt_embeds.to(dtype)
-    for time in scheduler.timesteps[:-1]:
+    for time in scheduler.timesteps[first:-1]:
         times = time.expand(len(latents))
         flow_time = times.sin() / (times.cos() + times.sin())
         share = flow_time.view(-1, 1, 1, 1)

@@ -36,6 +36,12 @@ class ModelSettings:
     vae_dtype: str | None = flag(
         None, "of the VAE's decoder; default: bf16, and fp32 where --dtype is fp32", choices=("bf16", "fp32")
     )
+    vae: str | None = flag(
+        None,
+        "another AutoencoderDC for the same latents, such as DC-AE 1.1 or DC-AE-Lite: its folder, a pipeline's folder,"
+        " or a hub name",
+        path=True,
+    )
     device: str = flag("auto", "auto, cpu, cuda, cuda:N, npu or npu:N")
     attention: str = flag("auto", "cross-attention kernel", choices=("auto", "sdpa", "npu_fusion"))
 
@@ -63,7 +69,8 @@ class ImageSettings:
     prompts_file: str | None = flag(
         None,
         "prompts: .txt (one a line, # begins a comment), .jsonl, .json, .csv or .tsv with prompt and, if wanted,"
-        f" negative_prompt, seeds, height, width; default without --prompt: {DEFAULT_PROMPTS.name} of the kit",
+        " negative_prompt, seeds, height, width, init_image, strength, mask_image, control_image (paths from the"
+        f" file's own folder); default without --prompt: {DEFAULT_PROMPTS.name} of the kit",
         path=True,
     )
     negative_prompt: str | None = flag(
@@ -106,6 +113,37 @@ class ImageSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class InputSettings:
+    """What images are drawn from and along beside their prompts."""
+
+    init_image: str | None = flag(None, "image to begin from, instead of noise alone", path=True)
+    strength: float | None = flag(
+        None,
+        "share of the steps that are done from --init_image on: near 0 keeps it, 1 draws anew; default: 0.6, of"
+        " SANA-Sprint 0.5, with --mask_image 1",
+        above=0.0,
+        high=1.0,
+    )
+    mask_image: str | None = flag(
+        None, "of --init_image's size: white is drawn anew, black is kept to the bit (not SANA-Sprint)", path=True
+    )
+    controlnet: str | None = flag(
+        None, "SanaControlNetModel: its folder, a pipeline's folder, or a hub name (not SANA-Sprint)", path=True
+    )
+    control_image: str | None = flag(None, "what --controlnet sees, such as outlines", path=True)
+    control_scale: float = flag(1.0, "strength of --controlnet", low=-1e6, high=1e6)
+    pag_scale: float = flag(
+        0.0,
+        "perturbed attention guidance, 0: none; a step then costs one more prediction (not SANA-Sprint)",
+        low=0,
+        high=1e6,
+    )
+    pag_layers: tuple[int, ...] = flag(
+        (), "blocks whose self-attention is perturbed, from 0; default: 8 of 20, 14 of 28 blocks", low=0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class RunSettings:
     """Where to, and how many at once."""
 
@@ -121,6 +159,7 @@ class InferConfig:
     model: ModelSettings = section("model")
     lora: LoraSettings = section("LoRA")
     images: ImageSettings = section("images")
+    inputs: InputSettings = section("images to begin from and to follow")
     run: RunSettings = section("run")
 
 

@@ -89,6 +89,7 @@ class OutputFolder:
             "width": job.width,
             "num_inference_steps": job.num_inference_steps,
             "guidance_scale": job.guidance_scale,
+            **job.inputs.told(),
             **facts,
             "sha256": hashlib.sha256(data).hexdigest(),
         }
@@ -107,6 +108,7 @@ def encode_png(image: Image.Image, job: Job) -> bytes:
         "num_inference_steps": job.num_inference_steps,
         "guidance_scale": job.guidance_scale,
         "size": [job.width, job.height],
+        **job.inputs.told(),
     }
     info = PngInfo()
     info.add_text("sana", json.dumps(settings))  # ASCII: json escapes every other letter

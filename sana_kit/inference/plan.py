@@ -18,12 +18,14 @@ from sana_kit.generation.decode import check_decodable
 from sana_kit.generation.jobs import Job, Prompt, group_jobs, plan_jobs
 from sana_kit.generation.sizes import generation_size, nearest_bin
 from sana_kit.inference.config import DEFAULT_PROMPTS, ImageSettings, InferConfig, LoraSettings, ModelSettings
+from sana_kit.inference.inputs import InputPlan, plan_inputs
 from sana_kit.inference.prompts import read_prompts
 from sana_kit.models.adapter import Lora, check_fusing, lora_file, read_lora
 from sana_kit.models.attention import resolve_attention
 from sana_kit.models.folder import Model, find_model
 from sana_kit.models.loading import SCHEDULERS, check_scheduler, default_vae_dtype
 from sana_kit.models.members import MEMBERS
+from sana_kit.models.parts import OwnPart, find_vae, with_vae
 
 T = TypeVar("T")
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -41,6 +43,8 @@ class Plan:
     jobs: list[Job]
     groups: list[list[Job]]
     notes: list[str]
+    controlnet: OwnPart | None
+    pag_layers: tuple[int, ...]
 
 
 class _Checks:
@@ -94,6 +98,12 @@ def check(config: InferConfig, device: torch.device, device_problem: Problem | N
     if model is not None:
         notes[:0] = model.notes
         _check_member(images, lora, model, prompts, checks, notes)
+        model = _find_vae(config.model, model, checks, notes)
+        steps = images.num_inference_steps or model.member.num_inference_steps
+        inputs, found = plan_inputs(
+            config.inputs, model, prompts, num_inference_steps=steps, scheduler=images.scheduler
+        )
+        checks.add(found)
         for height, width in sorted({(p.height or size[0], p.width or size[1]) for p in prompts}):
             note = _check_size(height, width, model, images.resolution_binning, checks)
             notes += [note] if note else []
@@ -103,17 +113,18 @@ def check(config: InferConfig, device: torch.device, device_problem: Problem | N
         images.seeds,
         height=size[0],
         width=size[1],
-        num_inference_steps=images.num_inference_steps or model.member.num_inference_steps,
+        num_inference_steps=steps,
         guidance_scale=model.member.guidance_scale if images.guidance_scale is None else images.guidance_scale,
         negative_prompt=images.negative_prompt,
         takes_negative=not model.member.sprint,
-        fingerprint=_fingerprint(config, model, lora, vae_dtype, instruction),
+        inputs=inputs.of,
+        fingerprint=_fingerprint(config, model, lora, vae_dtype, instruction, inputs),
     )
     asked = sum(len(entry.seeds or images.seeds) for entry in prompts)
     if asked != len(jobs):
         notes.append(f"{asked - len(jobs)} of {asked} images were asked for twice and are made once.")
     groups = group_jobs(jobs, batch_size, device=device, pixels_per_token=model.pixel_multiple**2)
-    return Plan(model, lora, dtype, vae_dtype, instruction, jobs, groups, notes)
+    return Plan(model, lora, dtype, vae_dtype, instruction, jobs, groups, notes, inputs.controlnet, inputs.pag_layers)
 
 
 def _batch_size(text: str, checks: _Checks) -> int | str:
@@ -149,6 +160,16 @@ def _find_model(settings: ModelSettings, dtype: torch.dtype, checks: _Checks) ->
     )
     checks.add(found)
     return model
+
+
+def _find_vae(settings: ModelSettings, model: Model, checks: _Checks, notes: list[str]) -> Model:
+    """The model with the VAE that was named, if one was."""
+    if settings.vae is None:
+        return model
+    part, problems, told = find_vae(settings.vae, model)
+    checks.add(problems)
+    notes += told
+    return model if part is None else with_vae(model, part)
 
 
 def _find_lora(settings: LoraSettings, model: Model | None, checks: _Checks) -> Lora | None:
@@ -223,7 +244,12 @@ def _as_trained(
 
 
 def _fingerprint(
-    config: InferConfig, model: Model, lora: Lora | None, vae_dtype: torch.dtype, instruction: list[str] | None
+    config: InferConfig,
+    model: Model,
+    lora: Lora | None,
+    vae_dtype: torch.dtype,
+    instruction: list[str] | None,
+    inputs: InputPlan,
 ) -> str:
     """Hex SHA-256 of everything besides a job itself that makes its image."""
     identity: dict[str, Any] = {
@@ -237,6 +263,10 @@ def _fingerprint(
     }
     if config.images.scheduler != "checkpoint":
         identity["scheduler"] = config.images.scheduler
+    if inputs.controlnet is not None:
+        identity["controlnet"] = inputs.controlnet.identity
+    if inputs.pag_layers:
+        identity["pag_layers"] = inputs.pag_layers
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 

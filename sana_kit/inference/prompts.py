@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from sana_kit.errors import Problem, did_you_mean
@@ -15,11 +16,15 @@ from sana_kit.generation.jobs import Prompt
 
 FIELD = "prompts_file"
 COLUMNS = tuple(field.name for field in dataclasses.fields(Prompt))
+IMAGES = ("init_image", "mask_image", "control_image")
 _Entries = Iterable[tuple[int, Callable[[], Prompt]]]  # (line number, what reads the entry or raises ValueError)
 
 
 def read_prompts(path: str) -> tuple[list[Prompt], list[Problem]]:
-    """(prompts, problems) of a prompt file; problems name the line. The file's ending says how it is read."""
+    """(prompts, problems) of a prompt file; problems name the line. The file's ending says how it is read.
+
+    Paths of images count from the file's own folder.
+    """
     file = expand(path)
     if not file.is_file():
         return [], [Problem(FIELD, path, "no such file", "Give a .txt, .jsonl, .json, .csv or .tsv file.")]
@@ -37,12 +42,18 @@ def read_prompts(path: str) -> tuple[list[Prompt], list[Problem]]:
     prompts, problems = [], []
     for number, entry in entries:
         try:
-            prompts.append(entry())
+            prompts.append(_with_paths(entry(), file.parent))
         except ValueError as error:
             problems.append(Problem(FIELD, path, f"line {number}: {error}"))
     if not prompts and not problems:
         problems.append(Problem(FIELD, path, "holds no prompt"))
     return prompts, problems
+
+
+def _with_paths(prompt: Prompt, folder: Path) -> Prompt:
+    paths = {name: getattr(prompt, name) for name in IMAGES}
+    found = {name: str(folder / expand(path)) for name, path in paths.items() if path is not None}
+    return dataclasses.replace(prompt, **found) if found else prompt
 
 
 def _lines(text: str) -> list[tuple[int, str]]:
@@ -96,6 +107,11 @@ def _typed(cells: dict[str, str]) -> dict[str, Any]:
         if side in entry and not entry[side].isdecimal():
             raise ValueError(f"{side} must be a whole number of pixels, not {entry[side]!r}")
         entry |= {side: int(entry[side])} if side in entry else {}
+    if "strength" in entry:
+        try:
+            entry["strength"] = float(entry["strength"])
+        except ValueError:
+            raise ValueError(f"strength must be a number, not {entry['strength']!r}") from None
     if "seeds" in entry:
         try:
             entry["seeds"] = [int(seed) for seed in entry["seeds"].replace(",", " ").split()]
@@ -123,6 +139,12 @@ def _prompt_of(entry: Any) -> Prompt:
     for side in ("height", "width"):
         if entry.get(side) is not None and type(entry[side]) is not int:
             raise ValueError(f"{side} must be a whole number of pixels")
+    strength = entry.get("strength")
+    if strength is not None and not (type(strength) in (int, float) and 0 < strength <= 1):
+        raise ValueError("strength must be a number above 0 and at most 1")
+    for name in IMAGES:
+        if entry.get(name) is not None and not (isinstance(entry[name], str) and entry[name].strip()):
+            raise ValueError(f"{name} must be the path of an image")
     return Prompt(**{**entry, "seeds": None if seeds is None else tuple(seeds)})
 
 

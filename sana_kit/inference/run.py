@@ -20,13 +20,15 @@ from sana_kit.distributed import Ranks
 from sana_kit.errors import Problem, UserError
 from sana_kit.files import write_atomic
 from sana_kit.generation.generate import generate
-from sana_kit.generation.jobs import Job
+from sana_kit.generation.jobs import Job, steps_of
 from sana_kit.generation.texts import encode_texts, job_texts, split_texts, texts_cut
 from sana_kit.inference.config import InferConfig
 from sana_kit.inference.output import MANIFEST, OutputFolder, Writer, make_contact_sheet
 from sana_kit.inference.plan import Plan, check
 from sana_kit.locks import lock_folder
+from sana_kit.models.attention import set_attention
 from sana_kit.models.loading import load_pipeline, load_text_encoder, text_dtype
+from sana_kit.models.parts import load_controlnet
 from sana_kit.reports.gallery import write_gallery
 from sana_kit.runlog import console_bar
 
@@ -204,10 +206,14 @@ def _generate(this: _Run, groups: list[list[Job]], embeds: tuple[dict, dict]) ->
     """Load what this rank needs, make its groups, write its images; returns their manifest lines."""
     config, plan, ranks = this.config, this.plan, this.ranks
 
-    def load() -> Any:
+    def load() -> tuple[Any, Any]:
         if not groups:
-            return None
-        return load_pipeline(
+            return None, None
+        controlnet = None
+        if plan.controlnet is not None:
+            controlnet = load_controlnet(plan.controlnet, device=ranks.device, dtype=plan.dtype)
+            set_attention(controlnet, config.model.attention, ranks.device)
+        return controlnet, load_pipeline(
             plan.model,
             lora_weights=plan.lora,
             lora_scale=config.lora.lora_scale,
@@ -221,7 +227,7 @@ def _generate(this: _Run, groups: list[list[Job]], embeds: tuple[dict, dict]) ->
         )
 
     start = time.perf_counter()
-    pipeline = ranks.run_on_all(load)
+    controlnet, pipeline = ranks.run_on_all(load)
     this.seconds["load"] += time.perf_counter() - start
     start = time.perf_counter()
     writer = Writer(this.folder, this.fail)
@@ -232,9 +238,13 @@ def _generate(this: _Run, groups: list[list[Job]], embeds: tuple[dict, dict]) ->
     }
     if plan.lora is not None:
         facts["lora_scale"] = config.lora.lora_scale
+    if config.model.vae is not None:
+        facts["vae"] = config.model.vae
+    if plan.controlnet is not None:
+        facts["controlnet"] = config.inputs.controlnet
     try:
         if groups:
-            steps = sum(group[0].num_inference_steps for group in groups)
+            steps = sum(steps_of(group[0]) for group in groups)
             label = f"denoising {sum(map(len, groups))} images"
             with console_bar(steps, label, main_process=ranks.is_main) as bar:
                 drawn = generate(
@@ -247,6 +257,8 @@ def _generate(this: _Run, groups: list[list[Job]], embeds: tuple[dict, dict]) ->
                     device=ranks.device,
                     dtype=plan.dtype,
                     use_resolution_binning="auto" if config.images.resolution_binning else False,
+                    controlnet=controlnet,
+                    pag_layers=plan.pag_layers,
                     on_step=bar.update,
                     on_error=this.fail,
                 )
@@ -271,7 +283,8 @@ def _finish(this: _Run, results: list[tuple]) -> dict[str, Any]:
         make_contact_sheet(folder.path, plan.jobs, made)
         write_gallery(folder.path)
     elapsed = seconds["encode"] + seconds["generate"]
-    steps = sum(line["num_inference_steps"] for line in new)
+    drawn = {line["file"] for line in new}
+    steps = sum(steps_of(job) for job in plan.jobs if job.file_name in drawn)
     summary = {
         "images": len(plan.jobs),
         "made": len(new),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -105,6 +107,44 @@ class LinearAttentionProcessor:
         return out.clip(-65504, 65504) if out.dtype == torch.float16 else out
 
 
+class PerturbedAttentionProcessor:
+    """Self-attention whose last part of the batch attends to nothing: each token keeps its own value.
+
+    That is the perturbation of perturbed attention guidance (arXiv 2403.17377). The rest of the batch goes through the
+    layer's own processor, so that the query and key norms of SANA-1.5 stay (diffusers' processors for it drop them).
+
+    Args:
+        own: the layer's processor.
+        copies: the batch is that many equal parts, the last of which is perturbed.
+    """
+
+    def __init__(self, own: Any, copies: int):
+        self.own, self.copies = own, copies
+
+    def __call__(self, attn, hidden_states, *args, **kwargs):
+        """hidden_states (B, N, D) -> (B, N, D)."""
+        kept = len(hidden_states) // self.copies * (self.copies - 1)
+        attended = self.own(attn, hidden_states[:kept], *args, **kwargs)
+        value = attn.to_out[1](attn.to_out[0](attn.to_v(hidden_states[kept:])))
+        if hidden_states.dtype == torch.float16:
+            value = value.clip(-65504, 65504)
+        return torch.cat([attended, value])
+
+
+@contextlib.contextmanager
+def perturbed_attention(transformer: torch.nn.Module, layers: Sequence[int], copies: int) -> Iterator[None]:
+    """Within it, the self-attention of the blocks `layers` perturbs the last of the `copies` parts of a batch."""
+    attentions = [transformer.transformer_blocks[layer].attn1 for layer in layers]
+    processors = [attention.processor for attention in attentions]
+    try:
+        for attention, own in zip(attentions, processors, strict=True):
+            attention.processor = PerturbedAttentionProcessor(own, copies)
+        yield
+    finally:
+        for attention, own in zip(attentions, processors, strict=True):
+            attention.processor = own
+
+
 class _CrossAttentionMask:
     """Forward pre-hook of the transformer: a (B, S) mask of 0 and 1 becomes the boolean mask of the chosen kernel.
 
@@ -148,7 +188,7 @@ def resolve_attention(attention: str, device: torch.device) -> str:
 
 
 def set_attention(transformer: torch.nn.Module, attention: str, device: torch.device) -> str:
-    """Give a SanaTransformer2DModel the kit's attention processors; returns the cross-attention kernel's name.
+    """Give a SanaTransformer2DModel or SanaControlNetModel the kit's processors; returns the cross-attention's kernel.
 
     The kernel is chosen for the cross-attention `attn2` only: `attn1` is Sana's linear attention, which no softmax
     kernel may replace. Calling it again replaces the former choice.

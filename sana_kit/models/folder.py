@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ from sana_kit.models.weights import (
 )
 
 BASE_FILE = "sana_kit_base.json"  # {"base_model": folder or hub name}, written beside a fully fine-tuned transformer/
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _DEEPEST = 8  # fine-tunings of fine-tunings that are followed to their base
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -81,6 +82,7 @@ class Model:
     scheduler_config: dict
     fingerprint: str  # stands for the weights: equal for equal files, wherever they lie
     notes: list[str] = dataclasses.field(default_factory=list)  # what a user should know of it; to be logged
+    vae_part: Any = None  # parts.OwnPart of a VAE that a user named instead of the model's own
 
     @property
     def member(self) -> Member:
@@ -168,7 +170,8 @@ def _fine_tuned(path: Path, model: str, base_model: str | None, fields: ModelFie
     raise UserError(Problem(fields.model, model, reason, remedy))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's text."""
     text = str(error).strip()
     return text.splitlines()[0] if text else repr(error)
 
@@ -195,7 +198,7 @@ def component_folder(model: str, subfolder: str, revision: str | None = None, ca
     try:
         file = hf_hub_download(found.base, f"{subfolder}/{name}", revision=found.revision, cache_dir=cache_dir)
     except Exception as error:
-        reason = f"neither a folder here nor to be had from the hub ({type(error).__name__}: {_first_line(error)})"
+        reason = f"neither a folder here nor to be had from the hub ({type(error).__name__}: {first_line(error)})"
         raise UserError(Problem(fields.model, model, reason)) from None
     return Path(file).parent
 
@@ -214,7 +217,7 @@ def component_identity(
     folder = component_folder(model, subfolder, revision, cache_dir)
     name = base_of(model, fields=_PARTS_FIELDS).base
     if os.path.isdir(name) or folder.parent.parent.name != "snapshots":
-        return _folder_identity(folder, variant)
+        return folder_identity(folder, variant)
     return _digest([f"variant={variant}", f"{name}@{folder.parent.name}/{subfolder}"])
 
 
@@ -222,7 +225,8 @@ def _digest(parts: list[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _folder_identity(folder: Path, variant: str | None) -> str:
+def folder_identity(folder: Path, variant: str | None) -> str:
+    """Hex SHA-256 of a part's folder: its files' names and contents (`file_fingerprint`)."""
     files = [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith(".")]
     return _digest([f"variant={variant}", *map(file_fingerprint, files)])
 
@@ -291,7 +295,7 @@ def _read_configs(found: Base, model_path: str, cache_dir: str | None, fields: M
     """The configs of pipeline, transformer, VAE, text encoder and scheduler; UserError where one cannot be had."""
     local = os.path.isdir(found.base)
     what = "" if found.transformer_folder is None else f"its base model {found.base}: "
-    if not local and not _HUB_NAME.fullmatch(found.base):
+    if not local and not HUB_NAME.fullmatch(found.base):
         remedy = "Give a diffusers folder or a hub name such as owner/name."
         raise UserError(Problem(fields.model, model_path, f"{what}no such folder", remedy))
     if local and not (Path(found.base) / "model_index.json").is_file():
@@ -318,7 +322,7 @@ def _read_configs(found: Base, model_path: str, cache_dir: str | None, fields: M
         ]
     except (OSError, ValueError) as error:  # huggingface_hub's errors are OSErrors or ValueErrors
         failed = "cannot be read" if local else "is no folder here and could not be fetched from the hub"
-        reason = f"{found.base} {failed}: {_first_line(error)}"
+        reason = f"{found.base} {failed}: {first_line(error)}"
         raise UserError(Problem(fields.model, model_path, reason)) from None
     return configs
 
@@ -420,5 +424,5 @@ def _fingerprint(model: Model) -> str:
         parts.append(component_identity(model.base, "transformer", **where))
     else:
         folder = model.transformer_folder.resolve()
-        parts.append(_folder_identity(folder, model.variant))
+        parts.append(folder_identity(folder, model.variant))
     return hashlib.sha256("".join(parts).encode()).hexdigest()

@@ -110,7 +110,12 @@ def load_transformer(model: Model, *, device: torch.device, dtype: torch.dtype) 
 
 
 def load_vae(model: Model, *, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-    """The model's AutoencoderDC on `device`, in eval mode."""
+    """The model's AutoencoderDC on `device`, in eval mode; or that which was named instead of it."""
+    if model.vae_part is not None:
+        from diffusers import AutoencoderDC
+
+        vae = AutoencoderDC.from_pretrained(**model.vae_part.arguments(), **dtype_argument("diffusers", dtype))
+        return vae.to(device).eval().requires_grad_(False)
     return open_vae(_arguments(model), dtype, device)
 
 
@@ -133,6 +138,13 @@ def check_scheduler(model: Model, scheduler: str) -> list[Problem]:
         reason = f"the checkpoint's {model.scheduler_config.get('_class_name')} names no flow shift to take over"
         return [Problem("scheduler", scheduler, reason, "Use checkpoint.")]
     return []
+
+
+def draws_along_flow(model: Model, scheduler: str) -> bool:
+    """Whether a scheduler of `SCHEDULERS` mixes image and noise linearly, as sigma and 1 - sigma."""
+    config = model.scheduler_config
+    flow = bool(config.get("use_flow_sigmas")) or str(config.get("_class_name")).startswith("FlowMatch")
+    return scheduler != "checkpoint" or flow
 
 
 def load_scheduler(model: Model, scheduler: str = "checkpoint") -> Any:

@@ -12,6 +12,7 @@ class Member:
     Attributes:
         name: for messages.
         num_inference_steps, guidance_scale: of an image unless told otherwise.
+        strength: of an image that begins from another one, unless told otherwise.
         sprint: whether it is SANA-Sprint: few steps along a trigonometric path (SCMScheduler), guidance as an input of
             the transformer, no negative prompt. Else noise and image are mixed linearly (flow matching), and guidance
             is the difference of two predictions.
@@ -20,11 +21,12 @@ class Member:
     name: str
     num_inference_steps: int
     guidance_scale: float
+    strength: float
     sprint: bool = False
 
 
-_SANA = Member("SANA", 28, 2.0)
-_SPRINT = Member("SANA-Sprint", 2, 4.5, sprint=True)
+_SANA = Member("SANA", 28, 2.0, 0.6)
+_SPRINT = Member("SANA-Sprint", 2, 4.5, 0.5, sprint=True)
 
 # The pipelines with perturbed attention or a ControlNet have SanaPipeline's parts, and its image without those two.
 MEMBERS = {

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from sana_kit.files import read_header
 
@@ -132,3 +133,12 @@ def check_part(part: Part, variant: str | None) -> tuple[set[str], str | None]:
     if wrong:
         return kinds, f"the weights in {part.folder} do not fit its config: {some_of(wrong)}"
     return kinds, None
+
+
+def load_tensors(files: Iterable[Path], prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors of safetensors files whose names begin with `prefix`; nothing else is read."""
+    found = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            found.update({name: tensors.get_tensor(name) for name in tensors.keys() if name.startswith(prefix)})
+    return found

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from inspect import signature
 
 import numpy as np
 import torch
+from PIL import Image
 
 from sana_kit.generation.generate import generate, tokens_to_pixels
+from sana_kit.generation.inputs import InputImage
 from sana_kit.generation.jobs import group_jobs, plan_jobs
 from sana_kit.generation.texts import encode_texts, split_texts
 from sana_kit.models.adapter import LORA_FILE
@@ -53,6 +56,16 @@ def draw(pipeline, embeds, jobs, *, batch_size="auto", **kwargs):
     return [image for _, image, _ in drawn]
 
 
+def input_image(path, size=(96, 64), seed=0, mask=False):
+    """Write a PNG of `size` (width, height): coloured noise in blocks, or a mask that is white in its right half."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
+    pixels = blocks.repeat(8, axis=0).repeat(8, axis=1)
+    if mask:
+        pixels[:, : size[0] // 2], pixels[:, size[0] // 2 :] = 0, 255
+    Image.fromarray(pixels).save(path)
+    return InputImage(str(path), hashlib.sha256(path.read_bytes()).hexdigest(), *size)
+
+
 def levels(a, b):
     """Largest difference of two images in 8-bit steps."""
     return int(np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max())
@@ -93,8 +106,8 @@ def write_lora(model, folder, rank=4, alpha=8, seed=0, strength=0.3, **changes):
     return path
 
 
-def reference_image(pipeline, job, use_resolution_binning=False):
-    """What SanaPipeline itself makes of a job, alone and without instruction."""
+def reference_image(pipeline, job, use_resolution_binning=False, **kwargs):
+    """What a pipeline of diffusers itself makes of a job, alone and without instruction."""
     return pipeline(
         job.prompt,
         negative_prompt=job.negative_prompt,
@@ -105,4 +118,5 @@ def reference_image(pipeline, job, use_resolution_binning=False):
         generator=torch.Generator().manual_seed(job.seed),
         use_resolution_binning=use_resolution_binning,
         complex_human_instruction=None,
+        **kwargs,
     ).images[0]

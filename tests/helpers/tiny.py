@@ -146,6 +146,28 @@ def make_tiny_pipeline(
     return Path(folder)
 
 
+def make_tiny_controlnet(folder, model, layers=1, seed=3):
+    """Write a SanaControlNetModel for the transformer of a tiny pipeline; returns the folder as a Path.
+
+    Random weights from `seed`, those that begin at zero in training too: else it would add nothing.
+    """
+    import torch
+    from diffusers import SanaControlNetModel
+
+    config = json.loads((Path(model) / "transformer/config.json").read_text())
+    own = {key: value for key, value in config.items() if not key.startswith("_")}
+    for name in ("guidance_embeds", "guidance_embeds_scale", "qk_norm", "timestep_scale"):
+        own.pop(name, None)
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    controlnet = SanaControlNetModel(**{**own, "num_layers": layers})
+    for layer in (controlnet.input_block, *controlnet.controlnet_blocks):
+        torch.nn.init.normal_(layer.weight, std=0.3)
+    controlnet.save_pretrained(folder)
+    torch.set_rng_state(generator_state)
+    return Path(folder)
+
+
 # Sizes for the benchmarks: VAE encode : text encode : transformer forward = 5.2 : 1.2 : 3.0 FLOPs per 256 px image,
 # as of the 1600M model at 1024 px.
 SCALED_VAE = {
