@@ -3,6 +3,9 @@
 pytest.ini puts the kit, tests/ and tests/helpers/ on the Python path: `import tiny`, `from helpers import same`.
 """
 
+import os
+import shutil
+
 import pytest
 import tiny
 from helpers import KIT, launch, script_environment
@@ -38,3 +41,16 @@ def parquet_dataset(tmp_path_factory):
 def run_script():
     """The function `launch`."""
     return launch
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium without a window."""
+    path = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no chromium found: install Debian's chromium, or set CHROMIUM=path")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the playwright package")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        yield chromium
+        chromium.close()

@@ -7,7 +7,6 @@ package; without them they are skipped, saying so.
 import base64
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -690,18 +689,6 @@ def test_command_line_writes_pages_and_names_mistakes(tmp_path, capsys):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # In a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    path = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("no chromium found: install Debian's chromium, or set CHROMIUM=path")
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs the playwright package")
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture
