@@ -28,7 +28,6 @@ if __name__ == "__main__":  # --help and a misspelt flag answer before the impor
 import logging
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
@@ -39,8 +38,10 @@ from sana_kit.locks import lock_folder
 from sana_kit.runlog import PhaseClock
 from sana_kit.training import checkpoints
 from sana_kit.training.check import check, tell_all_ranks
+from sana_kit.training.ema import WeightAverage
 from sana_kit.training.engine import Engine
 from sana_kit.training.export import adapter_metadata, final_weights, write_card, write_final_weights
+from sana_kit.training.held_out import HeldOut
 from sana_kit.training.optim import build_optimizer, build_schedule
 from sana_kit.training.plan import Plan, describe, make_plan, print_plan
 from sana_kit.training.recipes import RECIPES, FlowMatching
@@ -108,7 +109,8 @@ def run(config: TrainConfig, base_model, engine: Engine, stop: StopSignal, recor
     samples = load_samples(config, base_model, engine, stop, recorder)
     encoded = samples.encoded
     config, plan = make_plan(config, samples.num_instance, samples.num_class, ranks.world_size)
-    if ranks.agree(resume is not None and checkpoints.is_finished(resume, plan.steps, final_weights(config))):
+    ended = (plan.steps, config.early_stopping, final_weights(config))
+    if ranks.agree(resume is not None and checkpoints.is_finished(resume, *ended)):
         logger.info("this run is finished: %s is there, and nothing is left to do", final_weights(config))
         engine.close()
         return 0
@@ -125,25 +127,32 @@ def run(config: TrainConfig, base_model, engine: Engine, stop: StopSignal, recor
     state.run_id = ranks.agree(state.run_id)
     metadata = adapter_metadata(config, base_model, samples.instruction, encoded.images, state)
     model, optimizer = engine.prepare(transformer, optimizer, metadata)
+    average = WeightAverage(engine, config.ema_decay)
 
     # 6. State: what a resumed run needs, by name
-    saver = checkpoints.Checkpointer(config, engine, state, schedule)
+    saver = checkpoints.Checkpointer(config, engine, state, schedule, average)
     for note in saver.load(resume):
         recorder.warn(note, state.global_step)
 
     # 7. Train
     recipe = RECIPES[base_model.pipeline_class].of(config)
-    stream = SampleStream(encoded, plan.num_instance, plan.num_class, seed=config.seed, recipe=recipe)
+    kinds = (plan.num_instance, plan.num_class)
+    stream = SampleStream(encoded, *kinds, seed=config.seed, recipe=recipe, caption_dropout=config.caption_dropout)
     workers = config.dataloader_num_workers
     loader = build_loader(stream, plan, state, ranks, workers=workers, pin_memory=engine.device.type != "cpu")
-    validator = Validator(config, plan, base_model, engine, encoded, samples.instruction, stop)
+    validator = Validator(config, plan, base_model, engine, encoded, samples.instruction, average, stop)
+    held_out = HeldOut(config, plan, engine, encoded, samples.held_out, recipe, average)
     recorder.begin(config, plan, state, stream, encoded, describe(config, plan, base_model, engine.chip))
     phases.mark("engine, checkpoint")
-    if validator.jobs and state.global_step == 0:
-        validate(validator, engine, state, recorder)  # what the model draws before it has learnt anything
+    if state.global_step == 0:  # what the model can do before it has learnt anything
+        if held_out.indices:
+            measure(held_out, state, recorder)
+        if validator.jobs:
+            validate(validator, state, recorder)
         phases.mark("first validation")
     recorder.start_clock()
-    stopped = train(plan, engine, model, recipe, schedule, iter(loader), state, saver, validator, recorder, stop)
+    parts = (plan, engine, model, recipe, schedule, iter(loader))
+    stopped = train(*parts, state, average, saver, held_out, validator, recorder, stop)
 
     # 8. Leave
     if stopped:
@@ -153,9 +162,9 @@ def run(config: TrainConfig, base_model, engine: Engine, stop: StopSignal, recor
             state.global_step,
         )
     else:
-        write_final_weights(config, engine, Path(config.output_dir))
+        write_final_weights(config, engine, average)
         if validator.jobs:
-            validate(validator, engine, state, recorder)
+            validate(validator, state, recorder)
     summary = recorder.end(stop.signal if stopped else None)
     if ranks.is_main and not stopped:
         write_card(config, encoded.images)
@@ -183,14 +192,16 @@ def train(
     schedule: torch.optim.lr_scheduler.LRScheduler,
     batches: Iterator[dict[str, torch.Tensor]],
     state: TrainState,
+    average: WeightAverage,
     saver: checkpoints.Checkpointer,
+    held_out: HeldOut,
     validator: Validator,
     recorder: Recorder,
     stop: StopSignal,
 ) -> bool:
     """The updates that are left; returns whether a signal ended them, with a checkpoint.
 
-    Only the recorder waits for the device, where figures are due.
+    Only the recorder waits for the device, where figures are due. Every part says itself when it is due.
     """
     while state.global_step < plan.steps:
         loss = torch.zeros((), dtype=torch.float32, device=engine.device)
@@ -203,14 +214,17 @@ def train(
                 engine.step()
         schedule.step()
         state.advance(plan.samples_per_step, plan.epoch_samples, schedule.get_last_lr()[0])
+        average.update(state.global_step)
         stopping = stop.agreed()
         recorder.update(loss, state.learning_rate, stopping)
+        if held_out.due(state):
+            measure(held_out, state, recorder)
         if stopping or saver.due(state.global_step):
             save(saver, recorder)
-        if stopping:
-            return True
+        if stopping or held_out.over(state):
+            return stopping
         if validator.due(state):
-            validate(validator, engine, state, recorder)
+            validate(validator, state, recorder)
     return False
 
 
@@ -221,10 +235,17 @@ def save(saver: checkpoints.Checkpointer, recorder: Recorder) -> None:
         recorder.checkpoint(*saver.save())
 
 
-def validate(validator: Validator, engine: Engine, state: TrainState, recorder: Recorder) -> None:
-    """Draw the validation images with the live weights, outside the measured time."""
+def measure(held_out: HeldOut, state: TrainState, recorder: Recorder) -> None:
+    """Measure the held-out loss and keep the best weights, outside the measured time."""
     with recorder.paused():
-        recorder.validation(validator.draw(engine.transformer, state.global_step))
+        recorder.settle()
+        recorder.held_out(held_out.measure(state))
+
+
+def validate(validator: Validator, state: TrainState, recorder: Recorder) -> None:
+    """Draw the validation images with the live weights, or their average, outside the measured time."""
+    with recorder.paused():
+        recorder.validation(validator.draw(state.global_step))
 
 
 if __name__ == "__main__":

@@ -58,6 +58,9 @@ def check(config: TrainConfig) -> Checked:
     launch, device_type, problems = LaunchConfig.read(), devices.accelerator_type(), range_problems(config)
     settled, found = settle(launch, config, config.given, device_type)
     problems += found + optimizer_problems(config, device_type, launch.deepspeed)
+    if config.ema_decay is not None and launch.zero_stage == 3:
+        reason = "ZeRO-3 shows the masters while an update runs only"
+        problems.append(Problem("ema_decay", config.ema_decay, reason, "Use zero_stage: 2, or leave it out."))
     config = config.replaced(**dataclasses.asdict(settled))
     problems += tracker_problems(config.report_to, config.hub_token)
     problems += upload_problems(config.push_to_hub, config.hub_model_id, config.hub_token, config.output_dir)
@@ -145,6 +148,11 @@ def _data_problems(config: TrainConfig) -> list[Problem]:
             problems.append(Problem(name, None, "needed with --with_prior_preservation"))
         if value is not None and not prior.with_prior_preservation:
             problems.append(Problem(name, value, "has no effect without --with_prior_preservation"))
+    if config.early_stopping is not None and not (config.validation_split or config.validation_dataset):
+        remedy = "Give --validation_split or --validation_dataset."
+        problems.append(Problem("early_stopping", config.early_stopping, "there is no held-out loss", remedy))
+    if config.ema_only_final and config.ema_decay is None:
+        problems.append(Problem("ema_only_final", None, "has no effect without --ema_decay"))
     instruction = data.complex_human_instruction
     _, found = _found(lambda: parse_instruction(instruction), "complex_human_instruction", instruction)
     problems += found

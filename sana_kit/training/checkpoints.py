@@ -5,6 +5,7 @@ A `checkpoint-N` folder holds
     pytorch_lora_weights.safetensors   LoRA: the adapter, as patch_sana.py writes it
     transformer/                       full fine-tuning: the model's weights in the dtype of the run
     optimizer.safetensors              per trainable parameter: float32 master, and the optimizer's tensors
+    ema.safetensors                    with --ema_decay: the average of each master
     (optimizer-00001-of-00020....)     the same in several files where they are large
     trainer_state.json                 TrainState, and the optimizer's and the loss scale's numbers
     random_states.pt                   every rank's generator states, the device's too (plain tensors and numbers)
@@ -65,6 +66,7 @@ logger = logging.getLogger("sana")
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 OPTIMIZER_STEM = "optimizer"
+AVERAGE_STEM = "ema"
 TRANSFORMER_STEM = "transformer/diffusion_pytorch_model"
 RANDOM_FILE = "random_states.pt"
 # Below this one rank writes alone: agreeing on the shares would take longer.
@@ -132,8 +134,11 @@ def _check_kind(settings, folder: Path, state: dict) -> None:
         raise UserError(problems, f"{folder} does not fit this run:")
 
 
-def is_finished(resume: Resume, steps: int, result: Path) -> bool:
+def is_finished(resume: Resume, steps: int, early_stopping: int | None, result: Path) -> bool:
     """Whether the run that `resume` goes on from has made all its updates and written its result; asked on rank 0."""
+    state = resume.state
+    if early_stopping is not None and state.get("since_best", 0) >= early_stopping:
+        steps = state["global_step"]
     try:
         summary = json.loads((result.parent / "summary.json").read_text(encoding="utf-8"))
         ended = summary["global_step"], summary["interrupted_by_signal"]
@@ -152,7 +157,7 @@ class Checkpointer:
         last_step: global step of the newest checkpoint that this run wrote or went on from, None before.
     """
 
-    def __init__(self, settings, engine: Engine, state: TrainState, schedule=None):
+    def __init__(self, settings, engine: Engine, state: TrainState, schedule=None, average=None):
         """
         Args:
             settings: output_dir, checkpointing_steps, checkpoints_total_limit, and for full fine-tuning
@@ -160,7 +165,9 @@ class Checkpointer:
             engine: after `prepare`.
             state: of the run; `load` fills it, `save` reads it.
             schedule: the learning rate's, stepped once an update; `load` replays it.
+            average: the `ema.WeightAverage` of the run; None or a false one where it keeps none.
         """
+        self._average = average
         self._settings, self._engine, self.state, self._schedule = settings, engine, state, schedule
         self._output_dir = expand(settings.output_dir)
         self.last_step: int | None = None
@@ -222,11 +229,20 @@ class Checkpointer:
         writers = self._writers(partial, files + model_files)
         random_states = ranks.gather(pack_random_state(devices.random_state(engine.device)))
         self._written, written_problem = write_shares(partial, share_out(files + model_files, writers), ranks.rank)
-        problem = problem or written_problem
+        problem = problem or written_problem or self._write_average(partial, writers)
         if engine.train_mode == "lora":
             problem = _attempt(lambda: engine.write_adapter(partial)) or problem
         if ranks.is_main and problem is None:
             problem = _attempt(lambda: self._write_small_files(partial, random_states, model_files))
+        return problem
+
+    def _write_average(self, partial: Path, writers: list[int]) -> str | None:
+        if not self._average:
+            return None
+        with self._average.in_masters():
+            files = split_files(AVERAGE_STEM, self._engine.master_entries(AVERAGE_STEM))
+            written, problem = write_shares(partial, share_out(files, writers), self._engine.ranks.rank)
+        self._written |= written
         return problem
 
     def _writers(self, partial: Path, files: list[TensorFile]) -> list[int]:
@@ -297,17 +313,22 @@ class Checkpointer:
         with ExitStack() as open_files:
             reader = _Reader(resume.folder, engine, open_files)
             engine.ranks.run_on_all(lambda: self._check_adapter(resume.folder, same_weights=False))
+            notes = self._load_average(resume.folder, open_files)
             reader.check(engine.named_parameters)
             engine.restore_optimizer(saved["optimizer"], list(reader.tensors), reader.read)
+            if notes:
+                self._average.begin_at_masters()
             engine.ranks.run_on_all(lambda: self._check_adapter(resume.folder, same_weights=True))
             random_states = engine.ranks.agree(reader.random_states())
         state.global_step, state.samples_seen = saved["global_step"], saved["samples_seen"]
         state.run_id, state.epoch = saved["run_id"], saved["epoch"]
+        for name in ("best_loss", "best_step", "since_best"):
+            setattr(state, name, saved.get(name, getattr(state, name)))
         state.sequence = max(state.sequence, saved["sequence"])
         self.last_step = state.global_step
         if self._schedule is not None:
             _replay(self._schedule, state.global_step)
-        notes = differences(saved["run"], state.run)
+        notes += differences(saved["run"], state.run)
         if not engine.restore_loss_scale(saved["loss_scale"]):
             notes.append("the checkpoint holds no loss scale of this engine: fp16 starts with its own")
         if random_states["world_size"] == engine.ranks.world_size:
@@ -319,6 +340,18 @@ class Checkpointer:
         if aside is not None:
             notes.append(f"checkpoints that were written after {resume.folder.name} were set aside in {aside}")
         return notes
+
+    def _load_average(self, folder: Path, open_files: ExitStack) -> list[str]:
+        """Before the masters get their own values: they hold the average for a moment. Returns what to tell."""
+        if not self._average:
+            return []
+        reader = _Reader(folder, self._engine, open_files, AVERAGE_STEM)
+        if not reader.tensors:
+            return [f"{folder.name} holds no average of the weights: it begins anew, at the weights of {folder.name}"]
+        reader.check(self._engine.named_parameters)
+        self._engine.set_masters(lambda name: reader.read(f"{name}|{AVERAGE_STEM}"))
+        self._average.begin_at_masters()
+        return []
 
     def _seed(self) -> None:
         """Dropout differs between ranks, and goes on differently after a change of world size."""
@@ -370,13 +403,14 @@ def write_model_facts(folder: Path, engine: Engine, settings, files: list[Tensor
 class _Reader:
     """A checkpoint's tensors, read by the main rank and passed on to all, one at a time."""
 
-    def __init__(self, folder: Path, engine: Engine, open_files: ExitStack):
+    def __init__(self, folder: Path, engine: Engine, open_files: ExitStack, stem: str = OPTIMIZER_STEM):
         from safetensors import safe_open
 
+        self._kind = "master" if stem == OPTIMIZER_STEM else stem
         self._folder, self._engine, self._handles = folder, engine, {}
         described = {}
         if engine.ranks.is_main:
-            for path in sorted(folder.glob(f"{OPTIMIZER_STEM}*.safetensors")):
+            for path in sorted(folder.glob(f"{stem}*.safetensors")):
                 handle = open_files.enter_context(safe_open(path, framework="pt"))
                 self._handles.update(dict.fromkeys(handle.keys(), handle))
                 described.update({key: (shape, DTYPES[name]) for key, (name, shape) in read_header(path)[0].items()})
@@ -384,9 +418,9 @@ class _Reader:
         self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = engine.ranks.agree(described)
 
     def check(self, named_parameters: list[tuple[str, torch.nn.Parameter]]) -> None:
-        """CheckpointError unless the file's masters are those of these parameters."""
-        expected = {f"{name}|master": whole_shape(p) for name, p in named_parameters}
-        found = {key: shape for key, (shape, _) in self.tensors.items() if key.endswith("|master")}
+        """CheckpointError unless the file's masters (or averages) are those of these parameters."""
+        expected = {f"{name}|{self._kind}": whole_shape(p) for name, p in named_parameters}
+        found = {key: shape for key, (shape, _) in self.tensors.items() if key.endswith(f"|{self._kind}")}
         if expected == found:
             return
         missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))

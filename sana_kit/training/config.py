@@ -80,6 +80,11 @@ class DataConfig:
     image_column: str = flag("image", "Column of the images.")
     caption_column: str | None = flag(None, "Column of the captions; without it every image gets --instance_prompt.")
     instance_prompt: str | None = flag(None, "Caption of images that have none, e.g. 'a photo of TOK dog'.")
+    caption_prefix: str = flag("", "Put before every caption as it is, e.g. 'TOK style, '.")
+    caption_suffix: str = flag("", "Put behind every caption as it is.")
+    caption_dropout: float = flag(
+        0.0, "Share of the samples that train with the empty caption; SANA itself was trained with 0.1.", low=0, high=1
+    )
     repeats: int = flag(1, "Use each image this often per epoch, each time with its own crop.", low=1)
     resolution: int = flag(512, "Side of the square training images, in pixels.", low=1)
     center_crop: bool = flag(False, "Crop the centre instead of a random place.")
@@ -176,6 +181,10 @@ class OptimizerConfig:
     prodigy_use_bias_correction: bool = flag(True, "Bias correction in Prodigy.")
     prodigy_safeguard_warmup: bool = flag(True, "Prodigy's safeguard during warm-up.")
     max_grad_norm: float = flag(1.0, "Clip gradients to this norm; 0: do not clip.", low=0)
+    ema_decay: float | None = flag(
+        None, "Average the trained weights with this decay, e.g. 0.999; the average is the result.", low=0, below=1
+    )
+    ema_only_final: bool = flag(False, "Write the average alone, not the raw weights in raw/ too.")
     on_nan: str = flag(
         "stop", "A loss or gradient that is not finite: stop, or skip the update.", choices=("stop", "skip")
     )
@@ -206,6 +215,15 @@ class ValidationConfig:
     validation_resolution: int | None = flag(None, "Side of the validation images; default --resolution.", low=1)
     validation_inference_steps: int = flag(20, "Denoising steps of the validation images.", low=1)
     validation_guidance_scale: float = flag(4.5, "Guidance scale of the validation images.")
+    validation_split: float = flag(
+        0, "Images kept from training for a held-out loss: a share below 1, or how many.", low=0
+    )
+    validation_dataset: str | None = flag(
+        None, "Other images for the held-out loss, in the layout and columns of --dataset_name.", path=True
+    )
+    early_stopping: int | None = flag(
+        None, "End after so many held-out losses in a row that were not the lowest.", low=1
+    )
     enable_vae_tiling: bool = flag(False, "Accepted; decoding is tiled where the size needs it.")
 
     @property

@@ -190,6 +190,11 @@ class Engine:
         return self._transformer
 
     @property
+    def partitioned(self) -> bool:
+        """Whether each forward pass is a collective of all ranks: ZeRO-3, where each holds a part of every weight."""
+        return self.kind == "zero3"
+
+    @property
     def base_optimizer(self) -> torch.optim.Optimizer:
         """The torch optimizer below the wrappers."""
         return base_optimizer(self._optimizer)
@@ -268,6 +273,34 @@ class Engine:
                 dtype = torch.bfloat16
             found.append(Entry(name, dtype, zero.whole_shape(tensor), _bound(_whole, tensor, dtype)))
         return found
+
+    def masters(self) -> list[torch.Tensor]:
+        """The float32 tensors of this rank that the optimizer steps: whole parameters, or ZeRO's flat partitions."""
+        if self.launch.deepspeed:
+            return zero.flat_partitions(self._zero, self.base_optimizer)
+        return [parameter for _, parameter in self.named_parameters]
+
+    def master_entries(self, kind: str) -> list[Entry]:
+        """The masters as "<name>|kind", fetched as they are then; see `optimizer_entries`."""
+        masters = [entry for entry in self.optimizer_entries() if entry.key.endswith("|master")]
+        return [dataclasses.replace(entry, key=f"{entry.key.removesuffix('|master')}|{kind}") for entry in masters]
+
+    def set_masters(self, read: Callable[[str], torch.Tensor]) -> None:
+        """Give every master a new value; `read(name)` is the whole tensor, the same on every rank."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters:
+                if self.launch.deepspeed:
+                    zero.set_master(self._zero, self.base_optimizer, parameter, read(name))
+                else:
+                    parameter.copy_(read(name).to(parameter.device))
+
+    def weights_from_masters(self) -> None:
+        """Round the masters into the weights that the model computes with; every rank calls it."""
+        if not self.launch.deepspeed:
+            return
+        with torch.no_grad():
+            for _, parameter in self.named_parameters:
+                parameter.copy_(zero.fetch_master(parameter, keep=True).to(parameter.device))
 
     def optimizer_numbers(self) -> dict:
         """What the optimizer keeps beside tensors, as JSON values; `restore_optimizer` takes it back."""

@@ -18,6 +18,7 @@ from sana_kit.models.about import LoraAbout, about_metadata
 from sana_kit.models.folder import Model
 from sana_kit.training import checkpoints
 from sana_kit.training.config import TrainConfig
+from sana_kit.training.ema import WeightAverage
 from sana_kit.training.engine import Engine, collect_masters
 from sana_kit.training.shares import MODEL_FILE_BYTES, share_out, split_files, write_shares
 from sana_kit.training.state import TrainState
@@ -47,10 +48,19 @@ def upcast_adapter(folder: Path, masters: dict) -> None:
     write_atomic(path, lambda handle: handle.write(safetensors.torch.save(tensors, metadata=metadata)))
 
 
-def write_final_weights(config: TrainConfig, engine: Engine, output_dir: Path) -> None:
-    """The adapter (or transformer/) in the output folder, written beside and renamed; every rank calls it."""
-    main = engine.ranks.is_main
+def write_final_weights(config: TrainConfig, engine: Engine, average: WeightAverage) -> None:
+    """The result in the output folder; with an average that one, and the raw weights in raw/ beside it."""
+    output_dir = Path(config.output_dir)
     engine.check_weights("the result")
+    if average and not config.ema_only_final:
+        write_weights(config, engine, output_dir / "raw")
+    with average.in_model():
+        write_weights(config, engine, output_dir)
+
+
+def write_weights(config: TrainConfig, engine: Engine, output_dir: Path) -> None:
+    """The adapter (or transformer/) in a folder, written beside and renamed; every rank calls it."""
+    main = engine.ranks.is_main
     masters = {}
     if config.upcast_before_saving and config.train_mode == "lora":
         masters = {name: master for name, master in collect_masters(engine, keep=main) if main}
@@ -93,6 +103,12 @@ def shared_words(captions: Sequence[str]) -> str | None:
     return found if any(letter.isalnum() for letter in found) else None
 
 
+def _trigger(config: TrainConfig, images: ImageSet) -> str | None:
+    """What the user put before or behind every caption, else what the captions share by themselves."""
+    given = (config.caption_prefix or config.caption_suffix).strip(" ,.;:")
+    return given or shared_words(images.captions)
+
+
 def final_weights(config: TrainConfig) -> Path:
     """Where the result of a finished run lies."""
     return Path(config.output_dir, checkpoints.ADAPTER_FILE if config.train_mode == "lora" else "transformer")
@@ -102,13 +118,12 @@ def adapter_metadata(
     config: TrainConfig, base_model: Model, instruction: list[str] | None, images: ImageSet, state: TrainState
 ) -> Callable[[], dict[str, str]]:
     """What each adapter file of this run says of its training, as the hook of patch_sana.py asks for it."""
-    captions = list(dict.fromkeys(images.captions))
     about = LoraAbout(
         rank=config.rank,
         alpha=config.lora_alpha,
         base_model=model_card.hub_id(base_model.name) or Path(base_model.name).name,
         instruction=None if instruction is None else tuple(instruction),
-        trigger=shared_words(captions),
+        trigger=_trigger(config, images),
         resolution=config.resolution,
         images=len(images),
     )
@@ -122,7 +137,7 @@ def write_card(config: TrainConfig, images: ImageSet) -> None:
         output_dir,
         base_model=config.pretrained_model_name_or_path,
         dataset=config.dataset_name or config.instance_data_dir,
-        trigger=shared_words(images.captions),
+        trigger=_trigger(config, images),
         validation_prompts=config.validation.prompts,
         command=model_card.this_command(),
         train_mode=config.train_mode,

@@ -101,6 +101,17 @@ class FlowMatching:
     def loss(self, model: Callable, batch: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         """The loss of one micro-batch, a float32 scalar: mean over instance samples, plus the weighted prior loss.
 
+        Arguments as those of `losses`.
+        """
+        losses = self.losses(model, batch, dtype)
+        if self.prior_loss_weight is None:
+            return losses.mean()
+        instance, prior = losses.chunk(2)
+        return instance.mean() + self.prior_loss_weight * prior.mean()
+
+    def losses(self, model: Callable, batch: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """The loss of each sample, float32 (B,).
+
         Args:
             model: what computes the velocity.
             batch: see `stream.collate`.
@@ -115,11 +126,7 @@ class FlowMatching:
             timestep=sigma * NUM_TRAIN_TIMESTEPS,
             return_dict=False,
         )[0]
-        losses = loss_per_sample(prediction, target, sigma, self.weighting_scheme)  # (B,)
-        if self.prior_loss_weight is None:
-            return losses.mean()
-        instance, prior = losses.chunk(2)
-        return instance.mean() + self.prior_loss_weight * prior.mean()
+        return loss_per_sample(prediction, target, sigma, self.weighting_scheme)
 
 
 # Pipeline class -> recipe. Another member of the family is one more entry, and its sampler in generation/.

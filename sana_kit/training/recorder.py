@@ -25,6 +25,7 @@ from sana_kit.reports.report import refresh_report
 from sana_kit.runlog import JsonLinesLog, PhaseClock, ThroughputMeter, console_bar
 from sana_kit.training.config import RUN_FILE, TrainConfig
 from sana_kit.training.engine import Engine
+from sana_kit.training.held_out import Measurement
 from sana_kit.training.plan import Plan, flops_per_image
 from sana_kit.training.state import TrainState
 from sana_kit.training.stream import SampleStream
@@ -242,6 +243,16 @@ class Recorder:
         self.last_good = folder.name
         self._log.write("checkpoint", step=self.state.global_step, path=folder.name, seconds=round(seconds, 3))
         self.refresh_page()
+
+    def held_out(self, measured: dict[str, Measurement]) -> None:
+        """The held-out loss was measured: {"raw": ..., "ema": ...}."""
+        step, raw = self.state.global_step, measured["raw"]
+        self._log.write("held_out", step=step, **{name: found.figures() for name, found in measured.items()})
+        figures = {f"held_out_loss_{name}": found.loss for name, found in measured.items()}
+        figures |= {f"held_out_loss_band_{number}": loss for number, loss in enumerate(raw.bands)}
+        self.engine.accelerator.log(figures, step=step)
+        told = ", ".join(f"{name} {found.loss:.4f} ± {found.half_width:.4f}" for name, found in measured.items())
+        logger.info("held-out loss at step %d: %s (lowest at step %d)", step, told, self.state.best_step)
 
     def validation(self, images: list[dict]) -> None:
         """Validation images were drawn: [{"file", "prompt", "seed"}, ...]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 
 from sana_kit import devices
@@ -12,7 +13,7 @@ from sana_kit.distributed import Ranks, StopSignal
 from sana_kit.encodings.dataset import EncodedImages
 from sana_kit.encodings.encode import encode
 from sana_kit.encodings.prompts import parse_instruction
-from sana_kit.errors import InputError
+from sana_kit.errors import InputError, Problem, UserError
 from sana_kit.models.folder import Model
 from sana_kit.training.check import image_source
 from sana_kit.training.config import TrainConfig
@@ -29,15 +30,22 @@ class Samples:
     """What a run trains on.
 
     Attributes:
-        encoded: latents and prompt embeddings by sample; class images follow the instance images.
-        num_instance, num_class: how many there are of each.
+        encoded: latents and prompt embeddings by sample; class images follow the instance images, held-out ones these.
+        num_instance, num_class, num_held_out: how many there are of each.
         instruction: the lines before each caption, None for none.
     """
 
     encoded: EncodedImages
     num_instance: int
     num_class: int
+    num_held_out: int
     instruction: list[str] | None
+
+    @property
+    def held_out(self) -> range:
+        """Indices of the held-out images."""
+        first = self.num_instance + self.num_class
+        return range(first, first + self.num_held_out)
 
 
 def load_samples(
@@ -61,15 +69,59 @@ def load_samples(
     check_same_images(images, ranks)
     for note in images.notes:
         recorder.warn(f"data: {note}")
-    everything, num_instance = images, len(images)
+    images.captions = [f"{config.caption_prefix}{text}{config.caption_suffix}" for text in images.captions]
+    images, held_out = _hold_out(config, images)
+    parts = [images]
     if config.with_prior_preservation:
-        classes = _class_images(config, base_model, instruction, images, ranks, stop)
-        everything = concat(images, classes)
-    encoded = _encode(everything, config, engine, instruction, stop, recorder)
-    if len(encoded) != len(everything):  # bad images were left out; class rows follow all instance rows
-        last_instance_row = max(images.row(i) for i in range(num_instance))
-        num_instance = sum(encoded.images.row(i) <= last_instance_row for i in range(len(encoded)))
-    return Samples(encoded, num_instance, len(encoded) - num_instance, instruction)
+        parts.append(_class_images(config, base_model, instruction, images, ranks, stop))
+    parts += [held_out] if held_out is not None else []
+    encoded = _encode(functools.reduce(concat, parts), config, engine, instruction, stop, recorder)
+    counts = _counts(parts, encoded.images)
+    num_class = counts[1] if config.with_prior_preservation else 0
+    num_held_out = counts[-1] if held_out is not None else 0
+    return Samples(encoded, counts[0], num_class, num_held_out, instruction)
+
+
+def _hold_out(config: TrainConfig, images: ImageSet) -> tuple[ImageSet, ImageSet | None]:
+    """(the images to train on, those that are held out or None).
+
+    Chosen by the images' own digests, so that a set that grows keeps what was held out, and every copy and repeat of an
+    image is on one side.
+
+    Raises:
+        UserError: nothing would be left.
+    """
+    if config.validation_dataset is not None:
+        source = {**image_source(config), "dataset_name": config.validation_dataset, "instance_data_dir": None}
+        return images, load_images(**{**source, "repeats": 1}, instance_prompt=config.instance_prompt)
+    if not config.validation_split:
+        return images, None
+    digests = sorted({images.source_hash(i) for i in range(len(images))})
+    share = config.validation_split
+    count = round(share * len(digests)) if share < 1 else round(share)
+    if not 0 < count < len(digests):
+        reason = f"it would hold out {count} of {len(digests)} images"
+        raise UserError(Problem("validation_split", share, reason, "Keep some of both."))
+    chosen = set(digests[:count])
+    held = [i for i in range(len(images)) if images.source_hash(i) in chosen]
+    kept = [i for i in range(len(images)) if images.source_hash(i) not in chosen]
+    trained, aside = images.without(held), images.without(kept)
+    trained.report, aside.report = images.report, {}
+    logger.info("held out: %d of %d images", count, len(digests))
+    return trained, aside
+
+
+def _counts(parts: list[ImageSet], left: ImageSet) -> list[int]:
+    """How many samples of each part are left in their concatenation after bad images were left out."""
+    if len(left) == sum(map(len, parts)):
+        return [len(part) for part in parts]
+    whole = functools.reduce(concat, parts)
+    rows, begin, counts = [left.row(i) for i in range(len(left))], 0, []
+    for part in parts:
+        own = {whole.row(i) for i in range(begin, begin + len(part))}
+        counts.append(sum(row in own for row in rows))
+        begin += len(part)
+    return counts
 
 
 def _class_images(
@@ -95,6 +147,7 @@ def _encode(
     recorder: Recorder,
 ) -> EncodedImages:
     prompts = [(prompt, instruction) for prompt in config.validation.prompts]
+    prompts += [("", None)] if prompts or config.caption_dropout else []
     encoded = encode(
         images,
         accelerator=engine.accelerator,
@@ -111,7 +164,7 @@ def _encode(
         complex_human_instruction=instruction,
         vae_dtype=devices.DTYPES[config.vae_dtype],
         vae_batch_size=config.vae_batch_size,
-        extra_prompts=[*prompts, ("", None)] if prompts else [],
+        extra_prompts=prompts,
         skip_bad_images=config.skip_bad_images,
         should_stop=lambda: stop.requested,
         log=logger.warning,

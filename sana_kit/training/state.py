@@ -40,6 +40,8 @@ IDENTITY = (
     "with_prior_preservation",
     "class_prompt",
     "prior_loss_weight",
+    "caption_dropout",
+    "ema_decay",
 )
 # Without these the checkpoint's tensors do not fit the run at all.
 DECISIVE = ("train_mode", "rank", "lora_alpha", "lora_layers", "optimizer")
@@ -56,6 +58,7 @@ class TrainState:
         global_step: updates made.
         samples_seen: position in the stream of samples.
         sequence: number of the newest checkpoint of the output folder, in the order of writing.
+        best_loss, best_step, since_best: lowest held-out loss, its update, measurements since; None, 0, 0 without any.
         epoch, learning_rate: for people who read the file.
     """
 
@@ -65,6 +68,9 @@ class TrainState:
     global_step: int = 0
     samples_seen: int = 0
     sequence: int = 0
+    best_loss: float | None = None
+    best_step: int = 0
+    since_best: int = 0
     epoch: float = 0.0
     learning_rate: float = 0.0
 

@@ -16,6 +16,8 @@ from sana_kit.workers import prepare_worker
 # need.
 CAPTION_PAD_MULTIPLE = 16
 
+_DROPOUT_SALT = 0xD20
+
 
 class SampleStream(torch.utils.data.Dataset):
     """Training samples by their position in an endless stream: epoch after epoch, each a permutation of all images.
@@ -25,8 +27,23 @@ class SampleStream(torch.utils.data.Dataset):
     the samples that an undisturbed one would: none twice and none left out within an epoch.
     """
 
-    def __init__(self, encoded, num_instance: int, num_class: int, *, seed: int, recipe: FlowMatching):
-        """`encoded[i]`: latents (C, h, w) and prompt_embeds (T, D); class images follow the instance images."""
+    def __init__(
+        self,
+        encoded,
+        num_instance: int,
+        num_class: int,
+        *,
+        seed: int,
+        recipe: FlowMatching,
+        caption_dropout: float = 0,
+    ):
+        """
+        Args:
+            encoded: `encoded[i]` is {"latents" (C, h, w), "prompt_embeds" (T, D)}; class images follow the instance
+                images. `encoded.prompt("", None)` is the empty caption's, where captions are dropped.
+            caption_dropout: share of the positions that get it.
+        """
+        self.caption_dropout = caption_dropout
         self.encoded, self.num_instance, self.num_class = encoded, num_instance, num_class
         self.seed, self.recipe = seed, recipe
         self._orders: dict[tuple[int, int], np.ndarray] = {}
@@ -44,8 +61,15 @@ class SampleStream(torch.utils.data.Dataset):
 
     def _sample(self, index: int, position: int) -> dict[str, torch.Tensor]:
         item = self.encoded[index]
+        if self.caption_dropout and self._drops(position):
+            item = {**item, "prompt_embeds": self.encoded.prompt("", None)}
         noise, u = self.recipe.draw(tuple(item["latents"].shape), self.seed, position)
         return {**item, "noise": noise, "u": u}
+
+    def _drops(self, position: int) -> bool:
+        """Whether the sample at a position trains with the empty caption; drawn apart from its noise."""
+        key = [self.seed & 0xFFFFFFFF, self.seed >> 32, position, _DROPOUT_SALT]
+        return bool(np.random.default_rng(key).random() < self.caption_dropout)
 
     def __getitem__(self, position: int) -> list[dict[str, torch.Tensor]]:
         """The sample at a position, followed by its class sample under prior preservation."""

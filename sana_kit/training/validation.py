@@ -22,11 +22,20 @@ from sana_kit.models.folder import Model
 from sana_kit.models.loading import load_scheduler, load_vae
 from sana_kit.runlog import console_bar
 from sana_kit.training.config import TrainConfig
+from sana_kit.training.ema import WeightAverage
 from sana_kit.training.engine import Engine
 from sana_kit.training.plan import Plan
 from sana_kit.training.state import TrainState
 
 logger = logging.getLogger("sana")
+
+
+def is_due(config: TrainConfig, plan: Plan, state: TrainState) -> bool:
+    """Whether a validation belongs after this update: every --validation_steps, else as --validation_epochs pass."""
+    if config.validation_steps is not None:
+        return state.global_step % config.validation_steps == 0
+    period = config.validation_epochs * plan.epoch_samples
+    return state.samples_seen // period > (state.samples_seen - plan.samples_per_step) // period
 
 
 class Validator:
@@ -43,10 +52,12 @@ class Validator:
         engine: Engine,
         encoded: EncodedImages,
         instruction: list[str] | None,
+        average: WeightAverage,
         stop: StopSignal,
     ):
         """`encoded` holds the embeddings of the prompts with `instruction`, and of the empty prompt without."""
-        self.config, self.plan, self.base_model, self.engine, self.stop = config, plan, base_model, engine, stop
+        self.config, self.plan, self.base_model, self.engine = config, plan, base_model, engine
+        self.average, self.stop = average, stop
         prompts = config.validation.prompts
         self.embeddings = {prompt: encoded.prompt(prompt, instruction) for prompt in prompts}
         self.negative_embeddings = {"": encoded.prompt("", None)} if prompts else {}
@@ -77,32 +88,25 @@ class Validator:
 
         Not after the last one, which the run's final images follow.
         """
-        if not self.jobs or state.global_step >= self.plan.steps:
-            return False
-        if self.config.validation_steps is not None:
-            return state.global_step % self.config.validation_steps == 0
-        period = self.config.validation_epochs * self.plan.epoch_samples
-        return state.samples_seen // period > (state.samples_seen - self.plan.samples_per_step) // period
+        return bool(self.jobs) and state.global_step < self.plan.steps and is_due(self.config, self.plan, state)
 
-    def draw(self, transformer: torch.nn.Module, step: int) -> list[dict]:
+    def draw(self, step: int) -> list[dict]:
         """Draw, save as PNG below validation/, hand to the trackers; every rank calls it.
 
         A stop that is asked for meanwhile ends it after the image at hand.
-
-        Args:
-            transformer: the live one, without the engine's wrappers.
 
         Returns: [{"file", "prompt", "seed"}, ...] of the drawn images, file relative to the output folder.
         """
         self._fetch_vae()
         bar = console_bar(
-            len(self._mine(transformer)) * self.config.validation_inference_steps,
+            len(self._mine()) * self.config.validation_inference_steps,
             "validation",
             main_process=self.engine.ranks.is_main,
             leave=False,
         )
         try:
-            drawn = self._draw_mine(transformer, bar)
+            with self.average.in_model():
+                drawn = self._draw_mine(bar)
         finally:
             bar.close()
             self._vae.to("cpu")
@@ -116,20 +120,17 @@ class Validator:
             self._vae = load_vae(self.base_model, device=device, dtype=devices.DTYPES[self.config.vae_dtype])
         self._vae.to(device)
 
-    def _partitioned(self, transformer: torch.nn.Module) -> bool:
-        """ZeRO-3: each forward pass is a collective, so all ranks draw all images, and the first keeps them."""
-        return any(hasattr(parameter, "ds_id") for parameter in transformer.parameters())
-
-    def _mine(self, transformer: torch.nn.Module) -> list[Job]:
+    def _mine(self) -> list[Job]:
+        """This rank's images; of partitioned weights all ranks draw all, and the first keeps them."""
         ranks = self.engine.ranks
-        return self.jobs if self._partitioned(transformer) else self.jobs[ranks.rank :: ranks.world_size]
+        return self.jobs if self.engine.partitioned else self.jobs[ranks.rank :: ranks.world_size]
 
-    def _draw_mine(self, transformer: torch.nn.Module, bar) -> list[tuple[dict, bytes]]:
+    def _draw_mine(self, bar) -> list[tuple[dict, bytes]]:
         """(entry, PNG) of this rank's images."""
-        together, engine, done = self._partitioned(transformer), self.engine, []
+        together, engine, done = self.engine.partitioned, self.engine, []
         images = generate(
-            [[job] for job in self._mine(transformer)],
-            transformer=transformer,
+            [[job] for job in self._mine()],
+            transformer=engine.transformer,
             vae=self._vae,
             scheduler=load_scheduler(self.base_model),
             prompt_embeds=self.embeddings,

@@ -132,6 +132,13 @@ def fetch_master(parameter: torch.nn.Parameter, keep: bool) -> torch.Tensor | No
     return master.cpu() if keep else None
 
 
+def set_master(zero, base: torch.optim.Optimizer, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+    """Give a parameter's float32 master a new value, each rank its own part of it."""
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    safe_set_full_fp32_param(parameter, value.to(flat_partitions(zero, base)[0].device))
+
+
 def fetch_state(parameter: torch.nn.Parameter, key: str, keep: bool) -> torch.Tensor | None:
     """One optimizer tensor of a parameter, put together by all ranks; on the CPU where `keep`, else None."""
     from deepspeed.utils import safe_get_full_optimizer_state
