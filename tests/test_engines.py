@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from helpers import KIT, launch, script_environment
+from helpers import KIT, events, launch, script_environment
 from safetensors.torch import load_file
 
 from sana_kit.training import checkpoints
@@ -59,6 +59,10 @@ def flags(tiny_model, parquet_dataset):
         "--learning_rate=1e-2",
         "--complex_human_instruction=none",
         "--report_to=none",
+        "--ema_decay=0.9",
+        "--caption_dropout=0.3",
+        "--validation_split=1",
+        "--validation_steps=3",
     ]
 
 
@@ -98,7 +102,14 @@ def test_zero2_resumes_to_the_bit(zero2, flags, tmp_path):
     copy = as_it_was_at(zero2, 3, tmp_path)
     more = ["--lora_dropout=0.2", "--train_batch_size=1", "--resume_from_checkpoint=latest"]
     train(copy, flags, *more, processes=2, engine="zero")
-    assert same(weights(zero2), weights(copy))
+    for part in ("", "raw", "best"):
+        assert same(weights(zero2 / part), weights(copy / part)), part
+    averages = [load_file(folder / "checkpoint-6" / "ema.safetensors") for folder in (zero2, copy)]
+    assert same(*averages) and {value.dtype for value in averages[0].values()} == {torch.float32}
+    losses = [
+        [(line["step"], line["raw"], line["ema"]) for line in events(folder, "held_out")] for folder in (zero2, copy)
+    ]
+    assert [step for step, _, _ in losses[0]] == [0, 3, 6] and losses[0] == losses[1]
     before, after = (load_file(folder / "checkpoint-6" / "optimizer.safetensors") for folder in (zero2, copy))
     assert same(before, after)
     assert {key.split("|")[1] for key in before} == {"master", "exp_avg", "exp_avg_sq"}
@@ -187,6 +198,8 @@ def test_zero3_and_cpu_offload_by_the_config_resume_to_the_bit(flags, tmp_path, 
     text = (KIT / "bf16_accelerate_config.yaml").read_text()
     text = text.replace("zero_stage: 2", f"zero_stage: {stage}")
     config.write_text(text.replace("offload_optimizer_device: none", f"offload_optimizer_device: {offload}"))
+    if stage == 3:
+        flags = [flag for flag in flags if "ema" not in flag]
     more = ["--train_batch_size=1", f"--train_mode={mode}", "--learning_rate=1e-3"]
     how = {"processes": 2, "engine": "zero", "config": config}
     train(tmp_path / "whole", flags, *more, **how)

@@ -85,8 +85,8 @@ def load_samples(
 def _hold_out(config: TrainConfig, images: ImageSet) -> tuple[ImageSet, ImageSet | None]:
     """(the images to train on, those that are held out or None).
 
-    Chosen by the images' own digests, so that a set that grows keeps what was held out, and every copy and repeat of an
-    image is on one side.
+    Chosen by the images' own digests, so that a set that grows keeps what was held out, and every copy and repeat of
+    an image is on one side.
 
     Raises:
         UserError: nothing would be left.
