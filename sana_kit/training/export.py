@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import safetensors.torch
@@ -14,7 +14,7 @@ from sana_kit import model_card
 from sana_kit.data.image_set import ImageSet
 from sana_kit.errors import CheckpointError
 from sana_kit.files import apply_umask, remove_tree, unique_name, write_atomic
-from sana_kit.models.about import LoraAbout, about_metadata
+from sana_kit.models.about import LoraAbout, about_metadata, shared_words
 from sana_kit.models.folder import Model
 from sana_kit.training import checkpoints
 from sana_kit.training.config import TrainConfig
@@ -90,17 +90,6 @@ def _put_in_place(partial: Path, output_dir: Path) -> None:
         os.replace(path, target)
         remove_tree(old)
     partial.rmdir()
-
-
-def shared_words(captions: Sequence[str]) -> str | None:
-    """The words that all captions end with, or begin with, whichever are more: a run's trigger; None without any."""
-    words = [caption.split() for caption in dict.fromkeys(captions)]
-    if not words:
-        return None
-    beginning = os.path.commonprefix(words)
-    ending = os.path.commonprefix([caption[::-1] for caption in words])[::-1]
-    found = " ".join(max(ending, beginning, key=len)).strip(" ,.;:")
-    return found if any(letter.isalnum() for letter in found) else None
 
 
 def _trigger(config: TrainConfig, images: ImageSet) -> str | None:
