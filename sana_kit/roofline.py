@@ -99,6 +99,16 @@ class Row:
             self.seconds[chip] += seconds
 
 
+def read_by(name: str, args: tuple, kwargs: dict) -> tuple:
+    """What an operator ('aten.mul.out') reads: all arguments but the memory that it only writes (out=, copy_)."""
+    base, overload = name.split(".")[1:3]
+    if base in ("copy_", "fill_", "zero_"):
+        return args[1:], kwargs
+    if overload.endswith(("out", "grad_input")):
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("out", "grad_input")}
+    return args, kwargs
+
+
 def _attention_flops(name: str, args: tuple) -> float:
     """FLOPs of the CPU's fused attention kernel, which torch's own counter does not know: 2 products, 5 backward."""
     query, key = (args[1], args[2]) if "backward" in name else (args[0], args[1])
@@ -141,7 +151,7 @@ class StepCounter(TorchDispatchMode):
             flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
         elif kind_of(name) == "attention":
             flops = _attention_flops(name, args)
-        leaves = [*tree_leaves((args, kwargs)), *tree_leaves(out)]
+        leaves = [*tree_leaves(read_by(name, args, kwargs)), *tree_leaves(out)]
         moved = sum(tensor_bytes(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor))
         seconds = {key: max(flops / chip.flops, moved / chip.bandwidth) for key, chip in CHIPS.items()}
         self.rows.setdefault(name, Row()).add(Row(1, moved, flops, seconds))

@@ -94,15 +94,21 @@ class LoraProjection(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, low, weight, bias, parts: Sequence[Part], passes: bool, *matrices):
-        ups = [up.to(x.dtype) for up in matrices[-len(parts) :]]
+        ups = list(matrices[-len(parts) :])
         down = None
         if low is None:
             downs = matrices[: len(parts)]
             down = (downs[0] if len(downs) == 1 else torch.cat(downs)).to(x.dtype)
             low = x @ down.t()
         y = F.linear(x, weight, bias)
-        for part, up, own in zip(parts, ups, low.split([up.shape[1] for up in ups], 1), strict=True):
-            y[:, part.start : part.stop].addmm_(own, up.t(), alpha=part.scale)
+        ctx.alike = _alike(parts, [up.shape[1] for up in ups], y.shape[1])
+        if ctx.alike:  # (n, O / n, r): all updates are one batched product
+            ups = [torch.stack(ups).to(x.dtype)]
+            _per_part(y, parts).baddbmm_(_per_part(low, parts), ups[0].transpose(1, 2), alpha=parts[0].scale)
+        else:
+            ups = [up.to(x.dtype) for up in ups]
+            for part, up, own in zip(parts, ups, low.split([up.shape[1] for up in ups], 1), strict=True):
+                y[:, part.start : part.stop].addmm_(own, up.t(), alpha=part.scale)
         ctx.save_for_backward(x if down is not None else None, weight, down, low, *ups)
         ctx.parts, ctx.dtypes = parts, [matrix.dtype for matrix in matrices]
         ctx.set_materialize_grads(False)
@@ -114,13 +120,10 @@ class LoraProjection(torch.autograd.Function):
         if grad is None:
             return (passed, *[None] * (5 + len(ctx.dtypes)))
         x, weight, down, low, *ups = ctx.saved_tensors
+        ups = ups[0] if ctx.alike else ups
         ranks = [up.shape[1] for up in ups]
         columns = [grad[:, part.start : part.stop] for part in ctx.parts]
-        grad_low = torch.empty_like(low)
-        for part, own, up, out in zip(ctx.parts, columns, ups, grad_low.split(ranks, 1), strict=True):
-            torch.mm(own, up, out=out)
-            if part.scale != 1:
-                out.mul_(part.scale)
+        grad_low = LoraProjection._gradient_of_low(ctx.parts, grad, low, ups)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ weight if passed is None else torch.addmm(passed, grad, weight)
@@ -133,6 +136,36 @@ class LoraProjection(torch.autograd.Function):
         grads = [] if down is None else (grad_low.t() @ x).split(ranks)
         grads = [one.to(dtype) for one, dtype in zip([*grads, *grad_ups], ctx.dtypes, strict=True)]
         return (grad_x, grad_low if down is None else None, None, None, None, None, *grads)
+
+    @staticmethod
+    def _gradient_of_low(parts, grad, low, ups):
+        """(M, R), from the output's gradient (M, O); ups are one tensor if the updates are alike."""
+        grad_low = torch.empty_like(low)
+        if isinstance(ups, torch.Tensor):
+            torch.bmm(_per_part(grad, parts), ups, out=_per_part(grad_low, parts))
+            return grad_low.mul_(parts[0].scale) if parts[0].scale != 1 else grad_low
+        for part, up, out in zip(parts, ups, grad_low.split([up.shape[1] for up in ups], 1), strict=True):
+            torch.mm(grad[:, part.start : part.stop], up, out=out)
+            if part.scale != 1:
+                out.mul_(part.scale)
+        return grad_low
+
+
+def _alike(parts: Sequence[Part], ranks: Sequence[int], columns: int) -> bool:
+    """Whether several updates of one rank and one scale cut the output into equal shares, in its order."""
+    share = columns // len(parts)
+    places = [(index * share, (index + 1) * share) for index in range(len(parts))]
+    scales = {part.scale for part in parts}
+    return (
+        len(parts) > 1
+        and len(set(ranks)) == len(scales) == 1
+        and [(part.start, part.stop) for part in parts] == places
+    )
+
+
+def _per_part(tensor: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+    """(M, n k) as (n, M, k), a view."""
+    return tensor.unflatten(1, (len(parts), -1)).transpose(0, 1)
 
 
 class LinearAttention(torch.autograd.Function):
@@ -162,14 +195,15 @@ class LinearAttention(torch.autograd.Function):
             torch.clamp_min(key, 0, out=relus[1])
         values = torch.empty(batch, heads, length, width + EXTRA_COLUMNS, **like)
         values[..., :width].copy_(value)
-        values[..., width:].copy_(LinearAttention._first_column(query))
+        ones = torch.eye(1, EXTRA_COLUMNS, **like)  # a row of the extra columns: one, then zeros
+        values[..., width:].copy_(ones)
         query, key = relus
         state = key.transpose(-1, -2) @ values  # (B, H, d, d + extra): K^T V, then the sum of K
         product = query @ state
         total = product[..., width : width + 1] + DENOMINATOR_EPSILON
         out = torch.empty(batch, length, heads, width, **like)
         torch.div(product[..., :width], total, out=out.transpose(1, 2))
-        ctx.save_for_backward(relus, values, state, total)
+        ctx.save_for_backward(relus, values, state, total, ones)
         return out.view(batch, length, heads * width)
 
     @staticmethod
@@ -179,14 +213,9 @@ class LinearAttention(torch.autograd.Function):
         return [part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts]
 
     @staticmethod
-    def _first_column(like):
-        """A row of the extra columns: one, then zeros."""
-        return torch.eye(1, EXTRA_COLUMNS, dtype=like.dtype, device=like.device)
-
-    @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        relus, values, state, total = ctx.saved_tensors
+        relus, values, state, total, ones = ctx.saved_tensors
         query, key = relus
         batch, heads, length, width = query.shape
         # gradient of product: of its d columns first; of the denominator, -(out . grad) / total, then, with
@@ -195,7 +224,7 @@ class LinearAttention(torch.autograd.Function):
         torch.div(grad.unflatten(-1, (heads, width)).transpose(1, 2), total, out=ahead[..., :width])
         grad_query = ahead[..., :width] @ state[..., :width].transpose(-1, -2)
         of_total = (query * grad_query).sum(-1, keepdim=True).div_(total).neg_()
-        torch.mul(of_total, LinearAttention._first_column(query), out=ahead[..., width:])
+        torch.mul(of_total, ones, out=ahead[..., width:])
         grad_state = query.transpose(-1, -2) @ ahead
         grads = torch.empty_like(relus)
         torch.addcmul(grad_query, of_total, state[..., width].unsqueeze(-2), out=grads[0])
@@ -221,7 +250,8 @@ class GatedConvolution(torch.autograd.Function):
         size: height and width of the N tokens.
 
     Returns:
-        (B, N, h) or (B, h, height, width). Keeps its input and the convolution's output; the rest is made again.
+        (B, N, h) or (B, h, height, width). Keeps its input, and in place of the convolution's output the output's two
+        derivatives by it, silu(gate) and a * silu'(gate): as many bytes, and the backward pass is one product.
     """
 
     @staticmethod
@@ -233,21 +263,25 @@ class GatedConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, size, channels_last):
-        ctx.size, ctx.channels_last, ctx.axis = size, channels_last, -1 if channels_last else 1
+        axis = -1 if channels_last else 1
         y = GatedConvolution._convolve(F.silu(x), weight, bias, size, channels_last)
-        ctx.save_for_backward(x, weight, y)
-        a, gate = y.chunk(2, ctx.axis)
-        return F.silu(gate).mul_(a)
+        a, gate = y.chunk(2, axis)
+        if not any(ctx.needs_input_grad):
+            return F.silu(gate).mul_(a)
+        by_y = torch.empty_like(y)
+        by_a, by_gate = by_y.chunk(2, axis)
+        aten.silu.out(gate, out=by_a)
+        aten.silu_backward.grad_input(a, gate, grad_input=by_gate)
+        ctx.size, ctx.channels_last, ctx.axis = size, channels_last, axis
+        ctx.save_for_backward(x, weight, by_y)
+        return a * by_a
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, weight, y = ctx.saved_tensors
-        a, gate = y.chunk(2, ctx.axis)
-        grad_y = torch.empty_like(y)
-        grad_a, grad_gate = grad_y.chunk(2, ctx.axis)
-        torch.mul(grad, F.silu(gate), out=grad_a)
-        aten.silu_backward.grad_input(grad * a, gate, grad_input=grad_gate)
+        x, weight, by_y = ctx.saved_tensors
+        halves = by_y.unflatten(ctx.axis, (2, -1))  # the axis of the halves stands before the one of their channels
+        grad_y = (halves * grad.unsqueeze(-2 if ctx.channels_last else 1)).view_as(by_y)
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             # of a 3 x 3 convolution with padding 1: the same with the kernel turned by 180 degrees

@@ -104,6 +104,7 @@ CASES = {
     "two layers": {"target_modules": ["to_q", "to_v"]},
     "every linear layer": {"target_modules": ["to_q", "to_k", "to_v", "to_out.0"]},
     "rank pattern": {"rank_pattern": {"attn1.to_k": 5, "attn2.to_q": 1}, "alpha_pattern": {"attn1.to_v": 9}},
+    "one scale of several": {"alpha_pattern": {"attn1": 9, "attn2": 3}},
     "qk-norm": {"qk_norm": "rms_norm_across_heads"},
     "qk-norm, guidance embedding": {"qk_norm": "rms_norm_across_heads", "guidance": True},
     "full": {"train": "full"},
@@ -240,6 +241,9 @@ def test_gradcheck_projection():
     for passes in (False, True):
         function = lambda x, *ms, p=passes: LoraProjection.apply(x, None, weight, bias, parts, p, *ms)  # noqa: E731
         assert gradcheck(function, (x, *downs, *ups))
+    alike, same = [Part(0, 4, 0.5), Part(4, 8, 0.5)], [doubles(3, 5, seed=3), downs[1]]  # one batched product
+    function = lambda x, *ms: LoraProjection.apply(x, None, weight, bias, alike, True, *ms)  # noqa: E731
+    assert gradcheck(function, (x, *same, doubles(4, 3, seed=5), ups[1]))
     low = doubles(6, 5, seed=7)
     function = lambda x, low, *ms: LoraProjection.apply(x, low, weight, None, parts, False, *ms)  # noqa: E731
     assert gradcheck(function, (x, low, *ups))
