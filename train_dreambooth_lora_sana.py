@@ -40,7 +40,7 @@ from sana_kit.training import checkpoints
 from sana_kit.training.check import check, tell_all_ranks
 from sana_kit.training.ema import WeightAverage
 from sana_kit.training.engine import Engine
-from sana_kit.training.export import adapter_metadata, final_weights, write_card, write_final_weights
+from sana_kit.training.export import adapter_metadata, final_weights, upload, write_card, write_final_weights
 from sana_kit.training.held_out import HeldOut
 from sana_kit.training.optim import build_optimizer, build_schedule
 from sana_kit.training.plan import Plan, describe, make_plan, print_plan
@@ -165,9 +165,11 @@ def run(config: TrainConfig, base_model, engine: Engine, stop: StopSignal, recor
         write_final_weights(config, engine, average)
         if validator.jobs:
             validate(validator, state, recorder)
-    summary = recorder.end(stop.signal if stopped else None)
     if ranks.is_main and not stopped:
         write_card(config, encoded.images)
+    summary = recorder.end(stop.signal if stopped else None)
+    if ranks.is_main and not stopped:
+        upload(config)
     engine.close()
     if ranks.is_main:
         print("\n".join(closing_lines(config, summary, final_weights(config))), flush=True)

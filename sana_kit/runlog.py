@@ -258,6 +258,7 @@ class RunLog:
     steps: list[dict]  # step lines, in order of step
     validations: list[dict]
     checkpoints: list[dict]
+    held_out: list[dict]
     warnings: list[dict]
     resumes: list[dict]
     configs: list[dict]  # one per start or resume of the run as it stands
@@ -283,7 +284,8 @@ def load_run(path: str | os.PathLike) -> RunLog:
     lines, damaged = read_log(path)
     if not lines:
         raise ValueError(f"{path}: holds no event.")
-    kinds: dict[str, list[dict]] = {"validation": [], "checkpoint": [], "warning": [], "resume": []}
+    repeatable = ("validation", "held_out", "checkpoint")
+    kinds: dict[str, list[dict]] = {kind: [] for kind in (*repeatable, "warning", "resume")}
     steps: dict[int, dict] = {}
     configs, end, world_size, repeated = [], None, None, 0
     duration, begin, last = 0.0, None, None
@@ -301,7 +303,7 @@ def load_run(path: str | os.PathLike) -> RunLog:
             else:
                 repeated += sum(1 for number in steps if number > step)
                 steps = {number: item for number, item in steps.items() if number <= step}
-                for kind in ("validation", "checkpoint"):
+                for kind in repeatable:
                     kinds[kind] = [item for item in kinds[kind] if item.get("step", 0) <= step]
                 kinds["resume"].append({**line, "step": step})
             end, world_size = None, line.get("world_size", world_size)
@@ -322,6 +324,7 @@ def load_run(path: str | os.PathLike) -> RunLog:
         steps=[steps[number] for number in sorted(steps)],
         validations=kinds["validation"],
         checkpoints=kinds["checkpoint"],
+        held_out=kinds["held_out"],
         warnings=kinds["warning"],
         resumes=kinds["resume"],
         configs=configs,

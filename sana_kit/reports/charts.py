@@ -140,12 +140,69 @@ def chart_series(run: RunLog) -> tuple[list[dict], list[dict], list[str]]:
             series, note = [raw, line], "raw, and a moving average"
         headings.append({"id": chart.key, "title": chart.title, "note": note})
         charts.append(thin_series(chart, steps, series))
+    for heading, chart in held_out_charts(run):
+        headings.append(heading)
+        charts.append(chart)
     shown = {chart["id"] for chart in charts}
     if charts and len(steps) > _CHART_POINTS:
         notes.append(f"Drawn: about {_CHART_POINTS} of {len(steps)} logged points, highest and lowest kept.")
     if charts and "mfu" not in shown:
         notes.append("Model FLOPs utilisation is not shown: the peak of this device is not known and none was given.")
     return headings, charts, notes
+
+
+_BAND_COLORS = ("--red", "--amber", "--green", "--blue")  # the noisiest time steps first
+
+
+def held_out_charts(run: RunLog) -> list[tuple[dict, dict]]:
+    """(heading, data) of the held-out loss, whole and by band of time steps; none for a run without one."""
+    if not run.held_out:
+        return []
+    steps = [line["step"] for line in run.held_out]
+
+    def column(part: str, band: int | None = None) -> list[float | None]:
+        found = [line.get(part) or {} for line in run.held_out]
+        values = [part.get("loss") if band is None else (part.get("bands") or [])[band : band + 1] for part in found]
+        return [finite_number(value[0] if isinstance(value, list) and value else value) for value in values]
+
+    def series(label: str, values: list[float | None], color: str) -> dict:
+        return {"label": label, "y": values, "color": color, "width": 2, "span": True}
+
+    unit, found = "mean squared error", []
+    lines = [series("weights", column("raw"), "--accent")]
+    if any("ema" in line for line in run.held_out):
+        lines.append(series("their average", column("ema"), "--blue"))
+    note = "images that are not trained on, the same noise each time"
+    for key, title, note, shown in (
+        ("held_out", "Held-out loss", note, lines),
+        (
+            "held_out_bands",
+            "Held-out loss by time steps",
+            "a quarter of them each, the noisiest first",
+            [series(f"quarter {band + 1}", column("raw", band), color) for band, color in enumerate(_BAND_COLORS)],
+        ),
+    ):
+        if any(value is not None for line in shown for value in line["y"]):
+            chart = Chart(key, title, note, unit, "--accent", zero=False)
+            found.append(({"id": key, "title": title, "note": note}, thin_series(chart, steps, shown)))
+    return found
+
+
+def over_fitting(run: RunLog) -> str | None:
+    """A sentence where the held-out loss has risen beyond chance since its lowest value; None otherwise."""
+    part = "ema" if run.held_out and "ema" in run.held_out[-1] else "raw"
+    found = [(line["step"], line.get(part) or {}) for line in run.held_out]
+    losses = [(loss, step) for step, entry in found if (loss := finite_number(entry.get("loss"))) is not None]
+    if len(losses) < 3:
+        return None
+    (best, step), (last, _) = min(losses), losses[-1]
+    margin = finite_number(found[-1][1].get("half_width"))
+    if margin is None or last - best <= margin:
+        return None
+    return (
+        f"The held-out loss was lowest at step {step} ({shorten(best)}) and is {shorten(last)} now, more than chance"
+        " explains: the run learns its images by heart. The weights of that step are in best/."
+    )
 
 
 def _event_text(kind: str, line: dict) -> str:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from sana_kit.files import write_atomic
-from sana_kit.reports.charts import chart_series, format_seconds, marks_and_events, shorten, smooth
+from sana_kit.reports.charts import chart_series, format_seconds, marks_and_events, over_fitting, shorten, smooth
 from sana_kit.reports.pages import folder_images, render, spread, unreadable_alert
 from sana_kit.reports.thumbnails import Thumbnails
 from sana_kit.runlog import JsonLinesLog, RunLog, finite_number, load_run
@@ -172,6 +172,8 @@ def _alerts(run: RunLog, unreadable: list[Path]) -> list[dict]:
     if run.warnings:
         latest = run.warnings[-1]
         text = f"{len(run.warnings)} warning(s); the latest, at step {latest['step']}: {latest.get('message', '')}"
+        alerts.append({"kind": "", "text": text})
+    if (text := over_fitting(run)) is not None:
         alerts.append({"kind": "", "text": text})
     if run.damaged_lines:
         alerts.append({"kind": "", "text": f"{run.damaged_lines} line(s) of the log cannot be read and are left out."})

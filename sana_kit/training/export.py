@@ -120,7 +120,7 @@ def adapter_metadata(
 
 
 def write_card(config: TrainConfig, images: ImageSet) -> None:
-    """The model card, and the upload where it was asked for."""
+    """The model card."""
     lora, output_dir = config.train_mode == "lora", Path(config.output_dir)
     model_card.write_model_card(
         output_dir,
@@ -133,5 +133,10 @@ def write_card(config: TrainConfig, images: ImageSet) -> None:
         rank=config.rank if lora else None,
         lora_alpha=config.lora_alpha if lora else None,
     )
+
+
+def upload(config: TrainConfig) -> None:
+    """Everything that a user of the weights needs goes to the hub, where that was asked for."""
+    output_dir = Path(config.output_dir)
     if config.push_to_hub:
         model_card.push(output_dir, config.hub_model_id or output_dir.name, config.hub_token)
