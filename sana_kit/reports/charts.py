@@ -172,9 +172,8 @@ def held_out_charts(run: RunLog) -> list[tuple[dict, dict]]:
     lines = [series("weights", column("raw"), "--accent")]
     if any("ema" in line for line in run.held_out):
         lines.append(series("their average", column("ema"), "--blue"))
-    note = "images that are not trained on, the same noise each time"
     for key, title, note, shown in (
-        ("held_out", "Held-out loss", note, lines),
+        ("held_out", "Held-out loss", "images that are not trained on, the same noise each time", lines),
         (
             "held_out_bands",
             "Held-out loss by time steps",
