@@ -99,7 +99,7 @@ class StoreError(KitError, RuntimeError):
 
 
 class EncodingStopped(KitError, RuntimeError):
-    """`should_stop` asked for an end; what was encoded is kept and the next start goes on from there."""
+    """The run was asked to stop; what was encoded is kept and the next start goes on from there."""
 
 
 class InputError(KitError, ValueError):

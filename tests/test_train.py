@@ -664,8 +664,8 @@ def test_a_second_start_loads_neither_vae_nor_text_encoder(six_steps, tmp_path, 
     def refuse(*args, **kwargs):
         raise AssertionError("loaded again")
 
-    monkeypatch.setattr("sana_kit.encodings.missing.open_vae", refuse)
-    monkeypatch.setattr("sana_kit.encodings.missing.open_text_encoder", refuse)
+    monkeypatch.setattr("sana_kit.encodings.encode_images.load_vae", refuse)
+    monkeypatch.setattr("sana_kit.encodings.encode_prompts.load_text_encoder", refuse)
     warm = [flag for flag in flags if not flag.startswith("--validation")]
     assert run(*warm, f"--output_dir={tmp_path}", f"--encodings_dir={output / 'encodings'}") == 0
     assert same(weights(output), weights(tmp_path))  # and validation changed nothing about the training
@@ -800,8 +800,8 @@ def test_one_clear_error_before_weights_load_and_nothing_written(
 
     for name in (
         "training.transformer.load_transformer",
-        "encodings.missing.open_vae",
-        "encodings.missing.open_text_encoder",
+        "encodings.encode_images.load_vae",
+        "encodings.encode_prompts.load_text_encoder",
     ):
         monkeypatch.setattr(f"sana_kit.{name}", refuse)
     extra, message = ERRORS[case]

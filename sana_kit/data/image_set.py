@@ -72,6 +72,18 @@ class ImageSet:
         """The index for `plan_transform`: it stays when other samples are skipped."""
         return int(self._positions[i])
 
+    def source_digests(self) -> np.ndarray:
+        """(N, 32) uint8: `source_hash` of all samples."""
+        return self._digests[self._rows]
+
+    def sizes(self) -> np.ndarray:
+        """(N, 2) int32: `size` of all samples."""
+        return self._sizes[self._rows]
+
+    def positions(self) -> np.ndarray:
+        """(N,) int64: `position` of all samples."""
+        return self._positions
+
     def row(self, i: int) -> int:
         """The source's row number: equal for repeats of one image."""
         return int(self._rows[i])

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 
+from sana_kit.encodings.plan import EncodingPlan
+from sana_kit.encodings.usage import Claim
 
-class EncodedImages(torch.utils.data.Dataset):
-    """Latents and prompt embeddings of a ImageSet, read from disk per sample; safe with forked and spawned workers.
 
-    Memory holds the captions' keys and a few dozen bytes per sample; the tensors stay on disk.
+@dataclasses.dataclass(frozen=True)
+class EncodingFacts:
+    """What an encoding did and gave.
 
     Attributes:
-        images: the ImageSet after bad images were skipped; sample i here is sample i there.
         seconds: wall-clock time of the whole `encode` call on this rank.
         encoded_images, encoded_prompts: newly encoded by all ranks.
         reused_images, reused_prompts: distinct ones found on disk.
@@ -22,15 +25,36 @@ class EncodedImages(torch.utils.data.Dataset):
         messages: warnings for the log (damaged shards, skipped images).
     """
 
-    def __init__(self, plan, make_key, facts):
-        self.images = plan.images
-        self._latents, self._prompts = plan.latents, plan.texts
-        self._latent_rows, self._caption_rows = plan.latent_rows, plan.caption_rows
-        self._prompt_rows, self._make_key = plan.prompt_keys, make_key
-        self.__dict__.update(facts)
+    seconds: float
+    encoded_images: int
+    encoded_prompts: int
+    reused_images: int
+    reused_prompts: int
+    image_seconds: float
+    prompt_seconds: float
+    bytes: dict[str, int]
+    scaling_factor: float
+    vae_factor: int
+    latent_channels: int
+    messages: tuple[str, ...]
+
+
+class EncodedDataset(torch.utils.data.Dataset):
+    """Latents and prompt embeddings of an ImageSet, read from disk per sample; safe with forked and spawned workers.
+
+    Memory holds about 50 bytes per sample beside the ImageSet; the tensors stay on disk.
+
+    Attributes:
+        images: the ImageSet after bad images were skipped; sample i here is sample i there.
+        facts: what the encoding did.
+    """
+
+    def __init__(self, plan: EncodingPlan, facts: EncodingFacts, claim: Claim | None = None):
+        self.images, self.facts = plan.images, facts
+        self._plan, self._claim = plan, claim
 
     def __len__(self) -> int:
-        return len(self._latent_rows)
+        return len(self._plan.latent_rows)
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         """{"latents": (C, h, w), "prompt_embeds": (T, D)} of sample i, on the CPU."""
@@ -38,19 +62,21 @@ class EncodedImages(torch.utils.data.Dataset):
 
     def latents(self, i: int) -> torch.Tensor:
         """(C, h, w) in the VAE's dtype, multiplied by the VAE's scaling factor."""
-        return self._latents.read(int(self._latent_rows[i]))
+        if self._claim is not None:
+            self._claim.renew()
+        return self._plan.latents.read(int(self._plan.latent_rows[i]))
 
     def prompt_embeds(self, i: int) -> torch.Tensor:
         """(T, D) of sample i's caption."""
-        return self._prompts.read(int(self._caption_rows[i]))
+        return self._plan.texts.read(int(self._plan.caption_rows[i]))
 
     def prompt_tokens(self) -> np.ndarray:
         """(N,) int32: valid tokens of each sample's caption, for statistics and length-aware batches."""
-        return self._prompts.tokens[self._caption_rows]
+        return self._plan.texts.tokens(self._plan.caption_rows)
 
     def prompt(self, prompt: str, instruction: list[str] | None = None) -> torch.Tensor:
         """(T, D) of a prompt that was among the captions or `extra_prompts`. Raises KeyError for any other."""
-        row = self._prompt_rows.get(self._make_key(prompt, instruction))
+        row = self._plan.find_prompt(prompt, instruction)
         if row is None:
             raise KeyError(f"this prompt was not encoded with this instruction: {prompt[:80]!r}")
-        return self._prompts.read(row)
+        return self._plan.texts.read(row)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from sana_kit import devices
-from sana_kit.encodings.dataset import EncodedImages
+from sana_kit.encodings.dataset import EncodedDataset
 from sana_kit.files import write_atomic
 from sana_kit.model_card import this_command
 from sana_kit.reports.report import refresh_report
@@ -82,7 +82,7 @@ class Recorder:
     # ---------------------------------------------------------------------------------------------------------- start
 
     def begin(
-        self, config: TrainConfig, plan: Plan, state: TrainState, stream: SampleStream, encoded: EncodedImages, lines
+        self, config: TrainConfig, plan: Plan, state: TrainState, stream: SampleStream, encoded: EncodedDataset, lines
     ) -> None:
         """Open the log and the trackers and start the clock; the run is whole and stands at `state`.
 
@@ -115,7 +115,7 @@ class Recorder:
         config_of_model, latent_hw = dict(engine.transformer.config), tuple(encoded[0]["latents"].shape[1:])
         tokens = float(encoded.prompt_tokens().mean())
         self.flops_per_image = flops_per_image(config, plan, config_of_model, latent_hw, tokens)
-        self.encode_seconds = encoded.seconds
+        self.encode_seconds = encoded.facts.seconds
         self.meter = ThroughputMeter(plan.samples_per_step)
         self.meter.start()
         self._first_step = state.global_step + 1

@@ -10,9 +10,10 @@ from sana_kit import devices
 from sana_kit.data.discover import load_class_images, load_images
 from sana_kit.data.image_set import ImageSet, bad_image_problems, check_images, concat
 from sana_kit.distributed import Ranks, StopSignal
-from sana_kit.encodings.dataset import EncodedImages
+from sana_kit.encodings.dataset import EncodedDataset
 from sana_kit.encodings.encode import encode
 from sana_kit.encodings.prompts import parse_instruction
+from sana_kit.encodings.settings import EncodingSettings
 from sana_kit.errors import InputError, Problem, UserError
 from sana_kit.models.folder import Model
 from sana_kit.training.check import image_source
@@ -35,7 +36,7 @@ class Samples:
         instruction: the lines before each caption, None for none.
     """
 
-    encoded: EncodedImages
+    encoded: EncodedDataset
     num_instance: int
     num_class: int
     num_held_out: int
@@ -75,7 +76,7 @@ def load_samples(
     if config.with_prior_preservation:
         parts.append(_class_images(config, base_model, instruction, images, ranks, stop))
     parts += [held_out] if held_out is not None else []
-    encoded = _encode(functools.reduce(concat, parts), config, engine, instruction, stop, recorder)
+    encoded = _encode(functools.reduce(concat, parts), config, base_model, engine, instruction, stop, recorder)
     counts = _counts(parts, encoded.images)
     num_class = counts[1] if config.with_prior_preservation else 0
     num_held_out = counts[-1] if held_out is not None else 0
@@ -141,40 +142,41 @@ def _class_images(
 def _encode(
     images: ImageSet,
     config: TrainConfig,
+    base_model: Model,
     engine: Engine,
     instruction: list[str] | None,
     stop: StopSignal,
     recorder: Recorder,
-) -> EncodedImages:
+) -> EncodedDataset:
     prompts = [(prompt, instruction) for prompt in config.validation.prompts]
     prompts += [("", None)] if prompts or config.caption_dropout else []
     encoded = encode(
         images,
-        accelerator=engine.accelerator,
-        pretrained_model_name_or_path=config.pretrained_model_name_or_path,
-        revision=config.revision,
-        variant=config.variant,
-        cache_dir=config.cache_dir,
-        store_dir=config.encodings_dir or f"{config.output_dir}/encodings",
-        resolution=config.resolution,
-        center_crop=config.center_crop,
-        random_flip=config.random_flip,
+        base_model,
+        EncodingSettings(
+            encodings_dir=config.encodings_dir or f"{config.output_dir}/encodings",
+            resolution=config.resolution,
+            center_crop=config.center_crop,
+            random_flip=config.random_flip,
+            max_sequence_length=config.max_sequence_length,
+            complex_human_instruction=None if instruction is None else tuple(instruction),
+            vae_dtype=devices.DTYPES[config.vae_dtype],
+            vae_batch_size=config.vae_batch_size,
+            skip_bad_images=config.skip_bad_images,
+        ),
         seed=config.seed,
-        max_sequence_length=config.max_sequence_length,
-        complex_human_instruction=instruction,
-        vae_dtype=devices.DTYPES[config.vae_dtype],
-        vae_batch_size=config.vae_batch_size,
+        ranks=engine.ranks,
         extra_prompts=prompts,
-        skip_bad_images=config.skip_bad_images,
-        should_stop=lambda: stop.requested,
+        stop=stop,
         log=logger.warning,
     )
-    for message in encoded.messages:
+    facts = encoded.facts
+    for message in facts.messages:
         recorder.note(message)
-    size = encoded.bytes
+    size = facts.bytes
     logger.info(
-        f"encodings: {encoded.encoded_images} images, {encoded.encoded_prompts} captions new;"
-        f" {encoded.reused_images}, {encoded.reused_prompts} reused; {encoded.seconds:.1f} s;"
+        f"encodings: {facts.encoded_images} images, {facts.encoded_prompts} captions new;"
+        f" {facts.reused_images}, {facts.reused_prompts} reused; {facts.seconds:.1f} s;"
         f" {size['latents'] / 1e6:.1f} MB of latents, {size['prompts'] / 1e6:.1f} MB of embeddings"
     )
     return encoded

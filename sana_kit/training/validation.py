@@ -14,7 +14,7 @@ from PIL import Image
 
 from sana_kit import devices
 from sana_kit.distributed import StopSignal
-from sana_kit.encodings.dataset import EncodedImages
+from sana_kit.encodings.dataset import EncodedDataset
 from sana_kit.files import write_atomic
 from sana_kit.generation.generate import generate
 from sana_kit.generation.jobs import Job, slug
@@ -50,7 +50,7 @@ class Validator:
         plan: Plan,
         base_model: Model,
         engine: Engine,
-        encoded: EncodedImages,
+        encoded: EncodedDataset,
         instruction: list[str] | None,
         average: WeightAverage,
         stop: StopSignal,

@@ -59,7 +59,7 @@ print(f"Python {platform.python_version()},", ", ".join(f"{name} {metadata.versi
 PY
 
 core=(
-  tests/test_flow_matching.py tests/test_dataset.py tests/test_encodings.py tests/test_train.py
+  tests/test_flow_matching.py tests/test_dataset.py tests/unit/encodings tests/test_train.py
   tests/test_generation.py tests/test_inference.py tests/test_patch_sana.py
   tests/test_engines.py::test_zero2_resumes_to_the_bit
   tests/test_engines.py::test_zero2_keeps_float32_masters_of_its_bf16_adapter

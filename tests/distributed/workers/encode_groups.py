@@ -1,6 +1,6 @@
 """Groups of ranks that encode together, one group a scenario; imports once, then forks.
 
-Started by test_encodings.py: python encode_groups.py MODEL WORK KILLS. The last line is RESULT and a JSON object.
+Started by test_encoding_ranks.py: python encode_groups.py MODEL WORK KILLS. The last line is RESULT and a JSON object.
 """
 
 import hashlib
@@ -17,9 +17,12 @@ import torch
 from accelerate import PartialState
 
 from sana_kit.data.discover import load_images
+from sana_kit.distributed import Ranks
 from sana_kit.encodings import encode as encode_module
-from sana_kit.encodings import missing, ranks
+from sana_kit.encodings import encode_images, peers
 from sana_kit.encodings import store as store_module
+from sana_kit.encodings.settings import EncodingSettings
+from sana_kit.models.folder import find_model
 
 torch.set_num_threads(1)
 MODEL, WORK, KILLS = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -80,18 +83,19 @@ def digest(encoded):
 def encode(folder, store, **changes):
     state = PartialState(cpu=True)
     assert state.num_processes == int(os.environ.get("WORLD_SIZE", 1))
+    ranks = Ranks.of(state)
+    settings = {"resolution": 64, "vae_batch_size": 2, "text_batch_size": 2, "num_workers": 1}
     encoded = encode_module.encode(
         load_images(instance_data_dir=folder, instance_prompt="x"),
-        accelerator=state,
-        pretrained_model_name_or_path=MODEL,
-        store_dir=store,
-        num_workers=1,
-        **{"resolution": 64, "vae_batch_size": 2, "text_batch_size": 2, **changes},
+        find_model(MODEL)[0],
+        EncodingSettings(encodings_dir=store, **{**settings, **changes}),
+        ranks=ranks,
     )
+    ranks.close()
     return {
         "digest": digest(encoded),
-        "images": encoded.encoded_images,
-        "prompts": encoded.encoded_prompts,
+        "images": encoded.facts.encoded_images,
+        "prompts": encoded.facts.encoded_prompts,
         "samples": len(encoded),
     }
 
@@ -111,7 +115,7 @@ out["skipped"] = group(3, lambda rank: encode(WORK + "/corrupt", WORK + "/store5
 
 def alone_on_its_machine(rank):
     os.environ["LOCAL_WORLD_SIZE"] = "1"
-    ranks.SHARED_SECONDS = 1.0
+    peers.SHARED_SECONDS = 1.0
     return encode(folder, f"{WORK}/own{rank}")
 
 
@@ -119,7 +123,7 @@ out["separate"] = group(2, alone_on_its_machine)
 
 
 def fails_in_the_model(rank):
-    real = missing.encode_pixels
+    real = encode_images.encode_pixels
 
     def broken(vae, pixels):
         if rank == 1:
@@ -127,7 +131,7 @@ def fails_in_the_model(rank):
         time.sleep(0.2)
         return real(vae, pixels)
 
-    missing.encode_pixels = broken
+    encode_images.encode_pixels = broken
     return encode(folder, WORK + "/store6")
 
 
@@ -142,7 +146,15 @@ def disagrees(rank):
 out["flag error on one rank"] = group(2, disagrees)
 
 
-def slow(vae, pixels, real=missing.encode_pixels):
+def other_images(rank):
+    return encode(WORK + ("/lacking" if rank else "/images"), WORK + "/store7")
+
+
+out["other images on one rank"] = group(2, other_images)
+out["other images left"] = os.path.exists(WORK + "/store7")
+
+
+def slow(vae, pixels, real=encode_images.encode_pixels):
     time.sleep(0.1)
     return real(vae, pixels)
 
@@ -153,7 +165,7 @@ store_module.SHARD_ITEMS = 1
 
 
 def killable(rank):
-    missing.encode_pixels = slow
+    encode_images.encode_pixels = slow
     return encode(WORK + "/many", WORK + "/store8", vae_batch_size=1)
 
 
