@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from sana_kit.data.decode import decode_image
 from sana_kit.data.transform import to_unit_range
-from sana_kit.encodings.missing import ENCODE_STRIDE, ENCODE_TILE, WHOLE_ENCODE_SIDE
+from sana_kit.encodings.encode_images import ENCODE_STRIDE, ENCODE_TILE, WHOLE_ENCODE_SIDE
 
 
 @dataclasses.dataclass(frozen=True)
