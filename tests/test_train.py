@@ -277,7 +277,7 @@ def test_prior_preservation_generates_class_images_and_adds_their_loss(base_flag
 
 
 class _Encoded:
-    """Stands for EncodedImages: sample i is a constant i."""
+    """Stands for EncodedDataset: sample i is a constant i."""
 
     def __getitem__(self, i):
         return {"latents": torch.full((4, 2, 2), float(i)), "prompt_embeds": torch.full((3 + i % 2, 8), float(i))}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from sana_kit.encodings.dataset import EncodedImages
+from sana_kit.encodings.dataset import EncodedDataset
 from sana_kit.training.config import TrainConfig
 from sana_kit.training.ema import WeightAverage
 from sana_kit.training.engine import Engine
@@ -71,7 +71,7 @@ class HeldOut:
         config: TrainConfig,
         plan: Plan,
         engine: Engine,
-        encoded: EncodedImages,
+        encoded: EncodedDataset,
         indices: Sequence[int],
         recipe: FlowMatching,
         average: WeightAverage,
