@@ -23,12 +23,13 @@ from sana_kit.models.attention import resolve_attention
 from sana_kit.models.folder import Model, ModelFields, find_model
 from sana_kit.models.loading import load_scheduler
 from sana_kit.models.weights import meta_transformer
-from sana_kit.training.accounts import tracker_problems, upload_problems
+from sana_kit.training.accounts import upload_problems
 from sana_kit.training.checkpoint_folders import find_checkpoint, folder_problems
 from sana_kit.training.config import TrainConfig
 from sana_kit.training.launch_config import LaunchConfig, settle
 from sana_kit.training.optim import optimizer_problems
 from sana_kit.training.recipes import read_flow_shift
+from sana_kit.training.trackers import tracker_problems
 
 T = TypeVar("T")
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import logging
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
-from PIL import Image
 
 from sana_kit import devices
 from sana_kit.distributed import StopSignal
@@ -26,6 +23,7 @@ from sana_kit.training.ema import WeightAverage
 from sana_kit.training.engine import Engine
 from sana_kit.training.plan import Plan
 from sana_kit.training.state import TrainState
+from sana_kit.training.trackers import log_images
 
 logger = logging.getLogger("sana")
 
@@ -159,19 +157,6 @@ class Validator:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(path, lambda handle, png=png: handle.write(png), durable=False)
         if self.engine.ranks.is_main and images:
-            self._track(images, step)
+            for tracker in self.engine.accelerator.trackers:
+                log_images(tracker, images, Path(self.config.output_dir), step)
         return images
-
-    def _track(self, images: list[dict], step: int) -> None:
-        paths = [Path(self.config.output_dir, entry["file"]) for entry in images]
-        for tracker in self.engine.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                stacked = np.stack([np.asarray(Image.open(path)) for path in paths])
-                tracker.writer.add_images("validation", stacked, step, dataformats="NHWC")
-            elif tracker.name == "wandb":
-                picture = importlib.import_module("wandb").Image
-                shown = [picture(str(p), caption=e["prompt"]) for p, e in zip(paths, images, strict=True)]
-                tracker.log({"validation": shown}, step=step)
-            elif tracker.name == "comet_ml":
-                for path in paths:
-                    tracker.writer.log_image(str(path), name=path.name, step=step)

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from sana_kit.training import accounts
+from sana_kit.training import accounts, trackers
 from sana_kit.training.config import parse_args
 
 
@@ -28,9 +28,9 @@ def test_an_upload_needs_a_login_and_a_name(monkeypatch, tmp_path):
 def test_a_token_is_not_given_to_trackers_that_publish(monkeypatch, report_to):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setenv("WANDB_API_KEY", "x")
-    (told,) = texts(accounts.tracker_problems(report_to, "hf_secret"))
+    (told,) = texts(trackers.tracker_problems(report_to, "hf_secret"))
     assert f"must not be given with --report_to={report_to}" in told and "hf_secret" not in told
-    assert accounts.tracker_problems(report_to, None) == []
+    assert trackers.tracker_problems(report_to, None) == []
 
 
 def test_wandb_needs_a_login_unless_it_stays_offline(monkeypatch, tmp_path):
@@ -38,9 +38,9 @@ def test_wandb_needs_a_login_unless_it_stays_offline(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
-    assert "no login for wandb" in texts(accounts.tracker_problems("wandb", None))[0]
+    assert "no login for wandb" in texts(trackers.tracker_problems("wandb", None))[0]
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert accounts.tracker_problems("wandb", None) == []
+    assert trackers.tracker_problems("wandb", None) == []
 
 
 def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch, tmp_path):
