@@ -39,19 +39,24 @@ def plan_transform(
     return TransformPlan(scaled, crop, bool(random_flip and digest[16] & 1), resolution)
 
 
+def crop_box(size: tuple[int, int], plan: TransformPlan) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of the plan's crop in pixels of the image of `size` (width, height), unscaled."""
+    x_step, y_step = size[0] / plan.scaled[0], size[1] / plan.scaled[1]
+    left, top = plan.crop
+    return (
+        left * x_step,
+        top * y_step,
+        min((left + plan.resolution) * x_step, size[0]),
+        min((top + plan.resolution) * y_step, size[1]),
+    )
+
+
 def apply_transform(image: Image.Image, plan: TransformPlan) -> np.ndarray:
     """Scale (bilinear, antialiased), crop and flip an RGB image: uint8 (resolution, resolution, 3).
 
     Only the part inside the crop is computed, so a 1 x 10000 image costs no more than a square one.
     """
-    x_step, y_step = image.width / plan.scaled[0], image.height / plan.scaled[1]
-    left, top = plan.crop
-    box = (
-        left * x_step,
-        top * y_step,
-        min((left + plan.resolution) * x_step, image.width),
-        min((top + plan.resolution) * y_step, image.height),
-    )
+    box = crop_box(image.size, plan)
     image = image.resize((plan.resolution, plan.resolution), Image.Resampling.BILINEAR, box=box)
     if plan.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

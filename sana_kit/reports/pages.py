@@ -32,7 +32,7 @@ def spread(items: Sequence, limit: int) -> list:
     """At most `limit` items, evenly spread, first and last among them."""
     if len(items) <= limit:
         return list(items)
-    return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]
+    return [items[round(i * (len(items) - 1) / max(1, limit - 1))] for i in range(limit)]
 
 
 def folder_images(folder: Path) -> dict[tuple, dict]:

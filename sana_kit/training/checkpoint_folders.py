@@ -40,6 +40,7 @@ RUN_FILES = (
     "transformer",
     "sana_kit_base.json",
     "validation",
+    "training_images",
     "model_card",
     "logs",
 )

@@ -22,6 +22,7 @@ from sana_kit.encodings.dataset import EncodedDataset
 from sana_kit.files import write_atomic
 from sana_kit.model_card import this_command
 from sana_kit.reports.report import refresh_report
+from sana_kit.reports.training_images import CroppedImages, write_training_images
 from sana_kit.runlog import JsonLinesLog, PhaseClock, ThroughputMeter, console_bar
 from sana_kit.training.config import RUN_FILE, TrainConfig
 from sana_kit.training.engine import Engine
@@ -112,6 +113,8 @@ class Recorder:
             engine.accelerator.init_trackers(PROJECT, config=shown, init_kwargs=kwargs)
         for line in lines:
             logger.info(line)
+        if main:
+            self._show_training_images(encoded)
         config_of_model, latent_hw = dict(engine.transformer.config), tuple(encoded[0]["latents"].shape[1:])
         tokens = float(encoded.prompt_tokens().mean())
         self.flops_per_image = flops_per_image(config, plan, config_of_model, latent_hw, tokens)
@@ -119,6 +122,20 @@ class Recorder:
         self.meter = ThroughputMeter(plan.samples_per_step)
         self.meter.start()
         self._first_step = state.global_step + 1
+
+    def _show_training_images(self, encoded: EncodedImages) -> None:
+        """Some images with captions and crops beside the log, for the report; a run does not die of them."""
+        config = self.config
+        transform = {
+            "resolution": config.resolution,
+            "center_crop": config.center_crop,
+            "random_flip": config.random_flip,
+            "seed": config.seed,
+        }
+        try:
+            write_training_images(CroppedImages(encoded.images, **transform), self.output_dir)
+        except Exception as error:  # whatever it is, the training matters more
+            self.warn(f"training_images could not be written: {type(error).__name__}: {error}", self.state.global_step)
 
     def start_clock(self) -> None:
         """From here on it is training: the bar appears, and throughput and peak memory are measured."""
