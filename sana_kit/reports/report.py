@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from sana_kit.files import write_atomic
-from sana_kit.reports.charts import chart_series, format_seconds, marks_and_events, over_fitting, shorten, smooth
+from sana_kit.reports.charts import chart_series, format_seconds, marks_and_events, over_fitting, shorten
 from sana_kit.reports.pages import folder_images, render, spread, unreadable_alert
 from sana_kit.reports.thumbnails import Thumbnails
 from sana_kit.runlog import JsonLinesLog, RunLog, finite_number, load_run
@@ -84,6 +84,22 @@ def _pairs(output_dir: Path, rows: dict, before: Path | None, after: Path | None
     return spread(pairs, _PAIRS), "The first (left) and the last (right) validation of each prompt."
 
 
+# What a run says of itself beside its settings: (key in its configuration, what the page calls it).
+_CIRCUMSTANCES = (("command", "command"), ("device", "device"), ("host", "host"), ("versions", "versions"))
+
+
+def circumstances(config: dict) -> list[dict]:
+    """Rows of how the run was started and on what, as far as its log says so: [{"name", "value", "changed"}]."""
+    rows = []
+    for key, name in _CIRCUMSTANCES:
+        value = config.get(key)
+        if isinstance(value, dict):
+            value = ", ".join(f"{package} {number}" for package, number in value.items())
+        if value:
+            rows.append({"name": name, "value": str(value), "changed": ""})
+    return rows
+
+
 def config_items(configs: list[dict]) -> tuple[list[dict], list[dict]]:
     """Rows of the configuration table: (those given by the user or changed by a resume, those left at their default).
 
@@ -100,7 +116,7 @@ def config_items(configs: list[dict]) -> tuple[list[dict], list[dict]]:
     first, last = configs[0], configs[-1]
     given = last.get("given")
     chosen, defaults = [], []
-    for name in sorted(set(last) - {"given"}):
+    for name in sorted(set(last) - {"given", "world_size", *(key for key, _ in _CIRCUMSTANCES)}):
         if last[name] is None and first.get(name) is None:
             continue
         changed = name in first and name != "resume_from_checkpoint" and first[name] != last[name]
@@ -135,11 +151,16 @@ def _speed(run: RunLog, summary: dict) -> tuple[str, str]:
     return "–", str(summary.get("steady_state_note") or "not known yet")
 
 
+def _recently(losses: list[float]) -> str:
+    """The mean of the latest logged losses in words: one value alone says little."""
+    return f"{shorten(sum(losses) / len(losses))} on average of the last {len(losses)}" if len(losses) > 1 else ""
+
+
 def figures(run: RunLog, config: dict) -> list[dict]:
     """The key figures at the top of the page: [{"name", "value", "note"}]."""
     summary = (run.end or {}).get("summary") or {}
     losses = [finite_number(line.get("loss")) for line in run.steps]
-    smoothed = [value for value in smooth(losses) if value is not None]
+    recent = [value for value in losses[-max(5, len(losses) // 20) :] if value is not None]
     peaks = [value for line in run.steps if (value := finite_number(line.get("peak_memory_bytes")))]
     mfus = sorted(value for line in run.steps[1:] if (value := finite_number(line.get("mfu"))) is not None)
     step, total = (run.steps[-1] if run.steps else {}).get("step", 0), config.get("max_train_steps")
@@ -147,7 +168,7 @@ def figures(run: RunLog, config: dict) -> list[dict]:
     left = _time_left(run, total)
     rows = [
         ("Step", f"{step:,}", f"of {total:,}" if isinstance(total, int) else ""),
-        ("Loss", shorten(losses[-1]), f"smoothed {shorten(smoothed[-1])}") if smoothed else ("Loss", "–", ""),
+        ("Loss", shorten(losses[-1]), _recently(recent)) if recent else ("Loss", "–", ""),
         ("Images per second", speed, speed_note),
         ("Peak memory", f"{max(peaks) / 2**30:.2f} GiB", "per process") if peaks else ("Peak memory", "–", ""),
     ]
@@ -258,6 +279,7 @@ def write_report(
         ended=run.end is not None,
         figures=figures(run, config),
         alerts=_alerts(run, unreadable),
+        circumstances=circumstances(config),
         config=chosen,
         config_defaults=defaults,
         unset=", ".join(sorted(name for name, value in config.items() if value is None)),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import platform
 import shlex
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ import torch
 from sana_kit import devices
 from sana_kit.encodings.dataset import EncodedDataset
 from sana_kit.files import write_atomic
-from sana_kit.model_card import this_command
+from sana_kit.model_card import package_versions, this_command
 from sana_kit.reports.report import refresh_report
 from sana_kit.reports.training_images import CroppedImages, write_training_images
 from sana_kit.runlog import JsonLinesLog, PhaseClock, ThroughputMeter, console_bar
@@ -100,6 +101,8 @@ class Recorder:
             "command": this_command(),
             "device": devices.device_name(engine.device),
             "world_size": engine.ranks.world_size,
+            "host": platform.node(),
+            "versions": package_versions(),
         }
         event = "resume" if state.global_step else "start"
         self._log.write(event, step=state.global_step, world_size=engine.ranks.world_size, config=told, plan=lines)
