@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from sana_kit.encodings.plan import EncodingPlan
+from sana_kit.encodings.settings import Transform
 from sana_kit.encodings.usage import Claim
 
 
@@ -69,6 +70,11 @@ class EncodedDataset(torch.utils.data.Dataset):
     def prompt_embeds(self, i: int) -> torch.Tensor:
         """(T, D) of sample i's caption."""
         return self._plan.texts.read(int(self._plan.caption_rows[i]))
+
+    @property
+    def transform(self) -> Transform:
+        """The decision of scale, crop and flip for each sample."""
+        return Transform(self._plan.images, self._plan.settings, self._plan.seed)
 
     def prompt_tokens(self) -> np.ndarray:
         """(N,) int32: valid tokens of each sample's caption, for statistics and length-aware batches."""

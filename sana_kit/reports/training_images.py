@@ -7,14 +7,14 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
 
 from sana_kit.data.image_set import ImageSet
-from sana_kit.data.transform import crop_box, plan_transform
+from sana_kit.data.transform import TransformPlan, crop_box
 from sana_kit.reports.pages import spread
 
 FOLDER = "training_images"
@@ -45,8 +45,8 @@ class TrainingImage:
 class CroppedImages(Sequence[TrainingImage]):
     """The samples of an `ImageSet` with the crops that a run trains on, each opened when it is asked for."""
 
-    def __init__(self, images: ImageSet, **transform: Any):
-        """`transform`: resolution, center_crop, random_flip and seed, as `encode` takes them."""
+    def __init__(self, images: ImageSet, transform: Callable[[int], TransformPlan]):
+        """`transform(i)` is the decision for sample i (`encodings.settings.Transform`)."""
         self.images, self.transform = images, transform
 
     def __len__(self) -> int:
@@ -55,7 +55,7 @@ class CroppedImages(Sequence[TrainingImage]):
     def __getitem__(self, index: Any) -> TrainingImage:
         images = self.images
         image = images.load(index)
-        plan = plan_transform(image.size, index=images.position(index), **self.transform)
+        plan = self.transform(index)
         return TrainingImage(image, crop_box(image.size, plan), images.captions[index], images.name(index), plan.flip)
 
 

@@ -126,17 +126,10 @@ class Recorder:
         self.meter.start()
         self._first_step = state.global_step + 1
 
-    def _show_training_images(self, encoded: EncodedImages) -> None:
+    def _show_training_images(self, encoded: EncodedDataset) -> None:
         """Some images with captions and crops beside the log, for the report; a run does not die of them."""
-        config = self.config
-        transform = {
-            "resolution": config.resolution,
-            "center_crop": config.center_crop,
-            "random_flip": config.random_flip,
-            "seed": config.seed,
-        }
         try:
-            write_training_images(CroppedImages(encoded.images, **transform), self.output_dir)
+            write_training_images(CroppedImages(encoded.images, encoded.transform), self.output_dir)
         except Exception as error:  # whatever it is, the training matters more
             self.warn(f"training_images could not be written: {type(error).__name__}: {error}", self.state.global_step)
 
