@@ -42,6 +42,12 @@ class ModelSettings:
         " or a hub name",
         path=True,
     )
+    quantize: str | None = flag(
+        None,
+        "how weights of the transformer and the text encoder are kept: int8, fp8 (torchao) or nf4 (bitsandbytes);"
+        " products stay in --dtype",
+        choices=("int8", "fp8", "nf4"),
+    )
     device: str = flag("auto", "auto, cpu, cuda, cuda:N, npu or npu:N")
     attention: str = flag("auto", "cross-attention kernel", choices=("auto", "sdpa", "npu_fusion"))
 

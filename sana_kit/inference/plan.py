@@ -26,6 +26,7 @@ from sana_kit.models.folder import Model, find_model
 from sana_kit.models.loading import SCHEDULERS, check_scheduler, default_vae_dtype
 from sana_kit.models.members import MEMBERS
 from sana_kit.models.parts import OwnPart, find_vae, with_vae
+from sana_kit.models.quantize import QUANTIZATIONS, quantize_problems
 
 T = TypeVar("T")
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -93,6 +94,9 @@ def check(config: InferConfig, device: torch.device, device_problem: Problem | N
     prompts = _prompts(images, checks)
     checks.add(check_output_folder(config.run.output_path, "output_path"))
     model = _find_model(config.model, dtype, checks)
+    if config.model.quantize in QUANTIZATIONS:  # an unknown one is told with the ranges
+        shapes = model.transformer_config if model is not None else None
+        checks.add(quantize_problems(config.model.quantize, device, shapes))
     lora = _find_lora(config.lora, model, checks)
     instruction, size = _as_trained(images, lora, model, checks, notes)
     if model is not None:
@@ -263,6 +267,8 @@ def _fingerprint(
     }
     if config.images.scheduler != "checkpoint":
         identity["scheduler"] = config.images.scheduler
+    if config.model.quantize is not None:
+        identity["quantize"] = config.model.quantize
     if inputs.controlnet is not None:
         identity["controlnet"] = inputs.controlnet.identity
     if inputs.pag_layers:

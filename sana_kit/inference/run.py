@@ -173,7 +173,9 @@ def _encode(this: _Run, pending: list[list[Job]]) -> tuple[dict, dict, dict[tupl
         if ranks.rank >= encoders:
             return {}
         start = time.perf_counter()
-        tokenizer, encoder = load_text_encoder(plan.model, device=ranks.device, dtype=text_dtype(plan.dtype))
+        tokenizer, encoder = load_text_encoder(
+            plan.model, device=ranks.device, dtype=text_dtype(plan.dtype), quantize=this.config.model.quantize
+        )
         this.seconds["load"] += time.perf_counter() - start
         cut.extend(texts_cut(tokenizer, texts[ranks.rank :: encoders], length))
         return encode_texts(
@@ -223,6 +225,7 @@ def _generate(this: _Run, groups: list[list[Job]], embeds: tuple[dict, dict]) ->
             vae_dtype=plan.vae_dtype,
             attention=config.model.attention,
             scheduler=config.images.scheduler,
+            quantize=config.model.quantize,
             text_encoder=False,
         )
 
@@ -238,6 +241,8 @@ def _generate(this: _Run, groups: list[list[Job]], embeds: tuple[dict, dict]) ->
     }
     if plan.lora is not None:
         facts["lora_scale"] = config.lora.lora_scale
+    if config.model.quantize is not None:
+        facts["quantize"] = config.model.quantize
     if config.model.vae is not None:
         facts["vae"] = config.model.vae
     if plan.controlnet is not None:

@@ -15,6 +15,7 @@ from sana_kit.models.adapter import Lora, apply_lora, check_fusing, read_lora
 from sana_kit.models.attention import resolve_attention, set_attention
 from sana_kit.models.folder import Model, base_of, find_model
 from sana_kit.models.members import MEMBERS
+from sana_kit.models.quantize import quantize_problems, quantize_weights
 from sana_kit.models.weights import TEXT_ENCODER_STEM, TRANSFORMER_STEM, VAE_STEM, has_variant
 
 # The first versions whose from_pretrained knows `dtype`; they and later ones warn of `torch_dtype`.
@@ -119,9 +120,15 @@ def load_vae(model: Model, *, device: torch.device, dtype: torch.dtype) -> torch
     return open_vae(_arguments(model), dtype, device)
 
 
-def load_text_encoder(model: Model, *, device: torch.device, dtype: torch.dtype) -> tuple[Any, torch.nn.Module]:
-    """(tokenizer, text encoder on `device` in eval mode)."""
-    return open_text_encoder(_arguments(model), dtype, device)
+def load_text_encoder(
+    model: Model, *, device: torch.device, dtype: torch.dtype, quantize: str | None = None
+) -> tuple[Any, torch.nn.Module]:
+    """(tokenizer, text encoder on `device` in eval mode); `quantize` as in `load_pipeline`."""
+    if quantize is None:
+        return open_text_encoder(_arguments(model), dtype, device)
+    tokenizer, encoder = open_text_encoder(_arguments(model), dtype, torch.device("cpu"))
+    quantize_weights(encoder, quantize, dtype)
+    return tokenizer, encoder.to(device)
 
 
 SCHEDULERS = ("checkpoint", "flow-dpm", "flow-euler")
@@ -205,6 +212,7 @@ def load_pipeline(
     revision: str | None = None,
     variant: str | None = None,
     cache_dir: str | None = None,
+    quantize: str | None = None,
     text_encoder: bool = True,
 ) -> Any:
     """A SanaPipeline or SanaSprintPipeline on `device`; everything is checked before the first weights are read.
@@ -214,6 +222,8 @@ def load_pipeline(
         lora_weights: adapter file, folder with LORA_FILE, or what `read_lora` returned.
         dtype: of the transformer; vae_dtype defaults to `default_vae_dtype`, the text encoder has `text_dtype`.
         scheduler: see `load_scheduler`.
+        quantize: a name of QUANTIZATIONS: how the weights of the transformer's blocks and of the text encoder are
+            kept. They are turned on the CPU, after the adapter was merged, so the device never holds them whole.
         text_encoder: False leaves tokenizer and text encoder out (None), for prompts that are encoded already.
 
     Raises:
@@ -237,14 +247,20 @@ def load_pipeline(
         resolve_attention(attention, device)
     except UserError as error:
         problems += error.problems
+    if quantize is not None:
+        problems += quantize_problems(quantize, device, model.transformer_config if model is not None else None)
     if problems:
         raise UserError(problems)
     tokenizer = encoder = None
     if text_encoder:
-        tokenizer, encoder = load_text_encoder(model, device=device, dtype=text_dtype(dtype))
-    transformer = load_transformer(model, device=device, dtype=dtype)
+        tokenizer, encoder = load_text_encoder(model, device=device, dtype=text_dtype(dtype), quantize=quantize)
+    first = device if quantize is None else torch.device("cpu")
+    transformer = load_transformer(model, device=first, dtype=dtype)
     if lora is not None:
         apply_lora(transformer, lora, lora_scale, fuse=fuse_lora)
+    if quantize is not None:
+        quantize_weights(transformer.transformer_blocks, quantize, dtype)
+        transformer.to(device)
     set_attention(transformer, attention, device)
     pipeline_class = diffusers.SanaSprintPipeline if model.member.sprint else diffusers.SanaPipeline
     return pipeline_class(
