@@ -50,6 +50,12 @@ class ModelSettings:
     )
     device: str = flag("auto", "auto, cpu, cuda, cuda:N, npu or npu:N")
     attention: str = flag("auto", "cross-attention kernel", choices=("auto", "sdpa", "npu_fusion"))
+    fused_blocks: str = flag(
+        "off",
+        "auto: hand-written SANA blocks with fewer passes over memory, where they fit; images are equal but for"
+        " rounding, so off keeps the bits of earlier ones",
+        choices=("off", "auto"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -265,6 +265,8 @@ def _fingerprint(
         "max_sequence_length": config.images.max_sequence_length,
         "binning": config.images.resolution_binning,
     }
+    if config.model.fused_blocks != "off":
+        identity["fused_blocks"] = config.model.fused_blocks
     if config.images.scheduler != "checkpoint":
         identity["scheduler"] = config.images.scheduler
     if config.model.quantize is not None:

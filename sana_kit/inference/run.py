@@ -27,6 +27,7 @@ from sana_kit.inference.output import MANIFEST, OutputFolder, Writer, make_conta
 from sana_kit.inference.plan import Plan, check
 from sana_kit.locks import lock_folder
 from sana_kit.models.attention import set_attention
+from sana_kit.models.fused import fuse_blocks
 from sana_kit.models.loading import load_pipeline, load_text_encoder, text_dtype
 from sana_kit.models.parts import load_controlnet
 from sana_kit.reports.gallery import write_gallery
@@ -215,7 +216,7 @@ def _generate(this: _Run, groups: list[list[Job]], embeds: tuple[dict, dict]) ->
         if plan.controlnet is not None:
             controlnet = load_controlnet(plan.controlnet, device=ranks.device, dtype=plan.dtype)
             set_attention(controlnet, config.model.attention, ranks.device)
-        return controlnet, load_pipeline(
+        pipeline = load_pipeline(
             plan.model,
             lora_weights=plan.lora,
             lora_scale=config.lora.lora_scale,
@@ -228,6 +229,10 @@ def _generate(this: _Run, groups: list[list[Job]], embeds: tuple[dict, dict]) ->
             quantize=config.model.quantize,
             text_encoder=False,
         )
+        if config.model.fused_blocks != "off":
+            pipeline.transformer.requires_grad_(False)
+            this.say(f"Blocks: {fuse_blocks(pipeline.transformer, config.model.fused_blocks)}")
+        return controlnet, pipeline
 
     start = time.perf_counter()
     controlnet, pipeline = ranks.run_on_all(load)

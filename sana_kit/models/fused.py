@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
 from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
 from peft.tuners import lora
 from torch import nn
 
 from sana_kit.devices import kind_of
-from sana_kit.models.attention import attend
+from sana_kit.models.attention import LinearAttentionProcessor, attend
 from sana_kit.models.fused_ops import (
     GatedConvolution,
     GatedResidual,
@@ -86,6 +87,8 @@ class FusedSanaBlock(SanaTransformerBlock):
     def _self_attention(self, x: torch.Tensor) -> torch.Tensor:
         """Linear attention: (B, N, D) -> (B, N, D)."""
         attn = self.attn1
+        if not isinstance(attn.processor, (LinearAttentionProcessor, SanaLinearAttnProcessor2_0)):
+            return attn(x)  # perturbed for a while, for guidance
         qkv = project([attn.to_q, attn.to_k, attn.to_v], x)
         key = value = None
         if attn.norm_q is not None or len(qkv) > 1:

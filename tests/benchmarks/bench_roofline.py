@@ -78,8 +78,8 @@ def count(options: argparse.Namespace) -> None:
 
 def scaled_models(step: str, blocks: list[str], dtype: torch.dtype) -> dict:
     """The scaled model of the benchmarks on the CPU, once for each block, with equal weights."""
-    import tiny
     from diffusers import SanaTransformer2DModel
+    from helpers import tiny
 
     torch.manual_seed(0)
     base = SanaTransformer2DModel(**tiny.SCALED_TRANSFORMER).to(dtype)

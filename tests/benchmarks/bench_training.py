@@ -4,6 +4,7 @@
     OMP_NUM_THREADS=1 python tests/benchmarks/bench_training.py --diffusers PATH --processes 2      with ZeRO-2
     OMP_NUM_THREADS=1 python tests/benchmarks/bench_training.py --train_mode full --processes 2    no diffusers' side
     python tests/benchmarks/bench_training.py --config 1600M --resolution 1024 --batch_size 8      on a GPU or an NPU
+    OMP_NUM_THREADS=1 python tests/benchmarks/bench_training.py --baseline CHECKOUT --fused_blocks auto  against an older kit
 
 `bare` is the least that a step can be: the same transformer with the same LoRA and engine, forward, backward and
 optimizer step on tensors that stay on the device, of the shapes that the kit's batches have. `diffusers` is its own
@@ -114,8 +115,8 @@ def command_prefix(processes: int, engine: bool = False) -> list[str]:
     return [*launch, "--num_processes", str(processes), "--config_file", str(KIT / "bf16_accelerate_config.yaml")]
 
 
-def run(command, environment=None) -> str:
-    path = os.pathsep.join([str(KIT), *filter(None, [os.environ.get("PYTHONPATH")])])  # an emulated host is made by it
+def run(command, environment=None, kit: Path = KIT) -> str:
+    path = os.pathsep.join([str(kit), *filter(None, [os.environ.get("PYTHONPATH")])])  # an emulated host is made by it
     done = subprocess.run(
         [str(part) for part in command],
         capture_output=True,
@@ -143,13 +144,16 @@ def trainer_flags(options, model: Path, data: Path, output: Path) -> list[str]:
     ]
 
 
-def measure_kit(options, model, data, work) -> float:
+def measure_kit(options, model, data, work, kit: Path = KIT) -> float:
     """Steady-state images/s from the trainer's own summary; encodings are made in the first round and then found."""
-    output = work / "kit"
+    place = work / ("kit" if kit == KIT else "baseline")
+    output = Path(tempfile.mkdtemp(dir=place)) / "run"  # a fresh run each round
     flags = trainer_flags(options, model, data, output)
     flags += ["--complex_human_instruction=none", "--report_to=none", "--logging_steps=2"]
-    flags += [f"--train_mode={options.train_mode}"]
-    run([*command_prefix(options.processes), KIT / "train_dreambooth_lora_sana.py", *flags])
+    flags += [f"--train_mode={options.train_mode}", f"--encodings_dir={place / 'encodings'}"]
+    if kit == KIT:
+        flags += [f"--fused_blocks={options.fused_blocks}"]
+    run([*command_prefix(options.processes), kit / "train_dreambooth_lora_sana.py", *flags], kit=kit)
     return json.loads((output / "summary.json").read_text())["images_per_second"]
 
 
@@ -157,7 +161,7 @@ def measure_bare(options, model, data, work) -> float:
     """Images/s of the bare loop, as its rank 0 prints it."""
     arguments = ["--role=bare", f"--model={model}", f"--batch_size={options.batch_size}", f"--steps={options.steps}"]
     arguments += [f"--resolution={options.resolution}", f"--tokens={options.tokens}"]
-    arguments += [f"--train_mode={options.train_mode}"]
+    arguments += [f"--train_mode={options.train_mode}", f"--fused_blocks={options.fused_blocks}"]
     out = run([*command_prefix(options.processes), Path(__file__).resolve(), *arguments])
     return float(out.strip().splitlines()[-1].split()[-1])
 
@@ -170,7 +174,7 @@ def build_engine(options, *flags: str):
 
     args = parse_args(
         [f"--pretrained_model_name_or_path={options.model}", "--mixed_precision=bf16", "--report_to=none"]
-        + [f"--train_mode={options.train_mode}", *flags]
+        + [f"--train_mode={options.train_mode}", f"--fused_blocks={getattr(options, 'fused_blocks', 'off')}", *flags]
     )
     found, problems = find_model(str(options.model))
     assert not problems, problems
@@ -268,6 +272,8 @@ def measure_upstream(options, model, data, work, script) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--diffusers", help="a checkout (or bare git folder) of diffusers")
+    parser.add_argument("--baseline", type=Path, help="a checkout of an older commit of the kit, its trainer as it is")
+    parser.add_argument("--fused_blocks", choices=("off", "auto"), default="off", help="of the kit and the bare loop")
     parser.add_argument("--unpatched", action="store_true", help="diffusers' trainer as it is: float32 VAE")
     parser.add_argument("--config", choices=("scaled", "1600M", "600M"), default="scaled")
     parser.add_argument("--resolution", type=int, default=256)
@@ -295,10 +301,14 @@ def main() -> None:
             write_real_model(model, options.config, options.resolution)
         data = write_images(work / "data", 16, options.resolution)
         upstream = prepare_upstream(options, work) if options.diffusers else None
-        figures = {"bare": [], "kit": [], "diffusers": []}
+        figures = {"bare": [], "kit": [], "baseline": [], "diffusers": []}
+        for name in ("kit", "baseline"):
+            (work / name).mkdir()
         for number in range(options.rounds):
             figures["bare"].append(measure_bare(options, model, data, work))
             figures["kit"].append(measure_kit(options, model, data, work))
+            if options.baseline:
+                figures["baseline"].append(measure_kit(options, model, data, work, options.baseline.resolve()))
             if upstream:
                 figures["diffusers"].append(measure_upstream(options, model, data, work, upstream))
             print(f"round {number + 1}: " + ", ".join(f"{k} {v[-1]:.3f}" for k, v in figures.items() if v), flush=True)
@@ -306,6 +316,7 @@ def main() -> None:
         print(
             f"\n{options.config} model, {options.train_mode}, {options.resolution} px, batch {options.batch_size} per"
             f" process, bf16, {engine},"
+            f" fused blocks {options.fused_blocks},"
             f" {os.environ.get('OMP_NUM_THREADS', 'all')} thread(s) per process, median of {options.rounds} rounds"
         )
         kit = statistics.median(figures["kit"])

@@ -72,6 +72,12 @@ def test_a_run_writes_images_manifest_sheet_gallery_and_summary(reference, tiny_
     assert not list(reference.glob("*.tmp")) and not list(reference.glob(".manifest-rank*"))
 
 
+def test_fused_blocks_are_chosen_said_and_part_of_the_file_names(tiny_model, reference, tmp_path, capsys):
+    assert infer(tiny_model, tmp_path, "--prompt", "a dog", "--seeds", "8", "--fused_blocks", "auto") == 0
+    assert "Blocks: fused block" in capsys.readouterr().out
+    assert not set(images(tmp_path)) & set(images(reference))  # other bits, so no finished image of theirs is kept
+
+
 def test_the_rates_are_printed_with_loading_apart(tiny_model, tmp_path, capsys):
     assert infer(tiny_model, tmp_path, "--prompt", "a dog", "--seeds", "8") == 0
     said = capsys.readouterr().out

@@ -7,11 +7,13 @@ import weakref
 
 import pytest
 import torch
-from helpers.drawing import CPU, draw, encode_few, levels, load_plain, plan, reference_image
+from helpers.drawing import CPU, draw, encode_few, levels, load_plain, plan, reference_image, write_lora
 
 from sana_kit.generation.generate import generate
+from sana_kit.generation.inputs import Inputs
 from sana_kit.generation.jobs import Prompt
 from sana_kit.generation.texts import encode_job_prompts, job_texts
+from sana_kit.models.fused import fuse_blocks
 from sana_kit.models.loading import load_pipeline
 
 
@@ -147,3 +149,18 @@ def test_images_come_one_by_one(pipeline, embeds):
     assert pipeline.transformer.training  # between two groups the model is as it was
     drawn.close()
     pipeline.transformer.eval()
+
+
+@pytest.mark.parametrize("kind", ["plain", "LoRA merged", "LoRA beside", "perturbed"])
+def test_fused_blocks_draw_the_same_images(tiny_model, tmp_path, embeds, kind):
+    """Within one 8-bit step in float32, in every way to draw."""
+    lora = str(write_lora(tiny_model, tmp_path)) if "LoRA" in kind else None
+    inputs = Inputs(pag_scale=3.0) if kind == "perturbed" else Inputs()
+    layers = [1] if kind == "perturbed" else []
+    jobs = plan(["a red square"], [8, 23], inputs=lambda entry: inputs, negative_prompt="blue")
+    settings = {"device": CPU, "dtype": torch.float32, "lora_weights": lora, "fuse_lora": kind != "LoRA beside"}
+    own = load_pipeline(str(tiny_model), **settings)
+    expected = draw(own, embeds, jobs, pag_layers=layers)
+    assert fuse_blocks(own.transformer.requires_grad_(False)).startswith("fused")
+    images = draw(own, embeds, jobs, pag_layers=layers)
+    assert all(levels(a, b) <= 1 for a, b in zip(expected, images, strict=True))
