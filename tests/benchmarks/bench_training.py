@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python tests/benchmarks/bench_training.py --diffusers PATH --processes 2      with ZeRO-2
     OMP_NUM_THREADS=1 python tests/benchmarks/bench_training.py --train_mode full --processes 2    no diffusers' side
     python tests/benchmarks/bench_training.py --config 1600M --resolution 1024 --batch_size 8      on a GPU or an NPU
-    OMP_NUM_THREADS=1 python tests/benchmarks/bench_training.py --baseline CHECKOUT --fused_blocks auto  against an older kit
+    OMP_NUM_THREADS=1 python tests/benchmarks/bench_training.py --baseline CHECKOUT --fused_blocks auto    an older kit
 
 `bare` is the least that a step can be: the same transformer with the same LoRA and engine, forward, backward and
 optimizer step on tensors that stay on the device, of the shapes that the kit's batches have. `diffusers` is its own
