@@ -62,10 +62,15 @@ class ModelSettings:
 class LoraSettings:
     """Which adapter, and how strong."""
 
-    lora_weights: str | None = flag(
-        None, "adapter: a safetensors file, or a folder that holds pytorch_lora_weights.safetensors", path=True
+    lora_weights: tuple[str, ...] = flag(
+        (),
+        "adapter: a safetensors file of any layout (diffusers, PEFT, kohya, ComfyUI, LyCORIS), or a folder that holds"
+        " pytorch_lora_weights.safetensors; PATH:0.8 gives it a strength, and several are separated by commas or"
+        " given one by one",
+        repeat=True,
+        path=True,
     )
-    lora_scale: float = flag(1.0, "strength of the adapter", low=-1e6, high=1e6)
+    lora_scale: float = flag(1.0, "strength of all adapters together", low=-1e6, high=1e6)
     fuse_lora: bool = flag(
         True,
         "keep the adapter beside the weights instead of merging it into them for the run",
@@ -180,5 +185,8 @@ def parse_config(description: str, argv: Sequence[str] | None = None, lora_defau
 
     `lora_default`: an adapter that the script takes if none is named.
     """
-    defaults = {"lora_weights": lora_default}
-    return flags.parse(InferConfig, description, argv, defaults)[0]
+    epilog = f"Without --lora_weights this script takes {lora_default}." if lora_default else None
+    config, given = flags.parse(InferConfig, description, argv, epilog=epilog)
+    if lora_default is None or "lora_weights" in given:
+        return config
+    return dataclasses.replace(config, lora=dataclasses.replace(config.lora, lora_weights=(lora_default,)))

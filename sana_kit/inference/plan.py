@@ -20,7 +20,7 @@ from sana_kit.generation.sizes import generation_size, nearest_bin
 from sana_kit.inference.config import DEFAULT_PROMPTS, ImageSettings, InferConfig, LoraSettings, ModelSettings
 from sana_kit.inference.inputs import InputPlan, plan_inputs
 from sana_kit.inference.prompts import read_prompts
-from sana_kit.models.adapter import Lora, check_fusing, lora_file, read_lora
+from sana_kit.models.adapter import Lora, adapter_file, check_fusing, parse_adapters, read_lora
 from sana_kit.models.attention import resolve_attention
 from sana_kit.models.folder import Model, find_model
 from sana_kit.models.loading import SCHEDULERS, check_scheduler, default_vae_dtype
@@ -34,10 +34,15 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 @dataclasses.dataclass
 class Plan:
-    """Everything that is known before weights are loaded; `notes` are lines for the user."""
+    """Everything that is known before weights are loaded.
+
+    Attributes:
+        loras: the adapters, each with its strength.
+        notes: lines for the user.
+    """
 
     model: Model
-    lora: Lora | None
+    loras: list[tuple[Lora, float]]
     dtype: torch.dtype
     vae_dtype: torch.dtype
     instruction: list[str] | None
@@ -97,11 +102,15 @@ def check(config: InferConfig, device: torch.device, device_problem: Problem | N
     if config.model.quantize in QUANTIZATIONS:  # an unknown one is told with the ranges
         shapes = model.transformer_config if model is not None else None
         checks.add(quantize_problems(config.model.quantize, device, shapes))
-    lora = _find_lora(config.lora, model, checks)
-    instruction, size = _as_trained(images, lora, model, checks, notes)
+    loras = _find_loras(config.lora, model, checks)
+    instruction, size = _as_trained(images, loras, model, checks, notes)
+    notes += [
+        f"Adapter {lora.path.name}: {lora.kind}, {lora.layout} layout, {len(lora.rank)} layers, strength {factor:g}."
+        for lora, factor in loras
+    ]
     if model is not None:
         notes[:0] = model.notes
-        _check_member(images, lora, model, prompts, checks, notes)
+        _check_member(images, loras, model, prompts, checks, notes)
         model = _find_vae(config.model, model, checks, notes)
         steps = images.num_inference_steps or model.member.num_inference_steps
         inputs, found = plan_inputs(
@@ -122,13 +131,13 @@ def check(config: InferConfig, device: torch.device, device_problem: Problem | N
         negative_prompt=images.negative_prompt,
         takes_negative=not model.member.sprint,
         inputs=inputs.of,
-        fingerprint=_fingerprint(config, model, lora, vae_dtype, instruction, inputs),
+        fingerprint=_fingerprint(config, model, loras, vae_dtype, instruction, inputs),
     )
     asked = sum(len(entry.seeds or images.seeds) for entry in prompts)
     if asked != len(jobs):
         notes.append(f"{asked - len(jobs)} of {asked} images were asked for twice and are made once.")
     groups = group_jobs(jobs, batch_size, device=device, pixels_per_token=model.pixel_multiple**2)
-    return Plan(model, lora, dtype, vae_dtype, instruction, jobs, groups, notes, inputs.controlnet, inputs.pag_layers)
+    return Plan(model, loras, dtype, vae_dtype, instruction, jobs, groups, notes, inputs.controlnet, inputs.pag_layers)
 
 
 def _batch_size(text: str, checks: _Checks) -> int | str:
@@ -176,25 +185,45 @@ def _find_vae(settings: ModelSettings, model: Model, checks: _Checks, notes: lis
     return model if part is None else with_vae(model, part)
 
 
-def _find_lora(settings: LoraSettings, model: Model | None, checks: _Checks) -> Lora | None:
-    path = settings.lora_weights
-    if path is None:
+def _find_loras(settings: LoraSettings, model: Model | None, checks: _Checks) -> list[tuple[Lora, float]]:
+    """The adapters with their strengths."""
+    if not settings.lora_weights:
         if settings.lora_scale != 1.0 or not settings.fuse_lora:
             reason = "they have no effect without lora_weights"
             checks.say("lora_scale and no_fuse_lora", None, reason, "Name an adapter, or leave them out.")
-        return None
-    if model is None:
-        checks.run(lambda: lora_file(path))
-        return None
-    lora, found = read_lora(path, model.transformer_config)
-    checks.add(found)
-    if lora is not None:
-        checks.add(check_fusing(lora, settings.fuse_lora))
-    return lora
+        return []
+    loras = []
+    for path, factor in checks.run(lambda: parse_adapters(settings.lora_weights)) or []:
+        if model is None:
+            checks.run(lambda path=path: adapter_file(path))
+            continue
+        lora, found = read_lora(path, model.transformer_config)
+        checks.add(found)
+        if lora is not None:
+            checks.add(check_fusing(lora, settings.fuse_lora))
+            loras.append((lora, factor * settings.lora_scale))
+    return loras
+
+
+def _agreed(loras: list[tuple[Lora, float]]) -> tuple[dict[str, Any], list[str]]:
+    """(what the adapters say of their training, where those that say it agree; names of what they differ in)."""
+    about, apart = {}, []
+    for key in ("instruction", "resolution"):
+        told = [lora.about[key] for lora, _ in loras if key in lora.about]
+        if told and all(value == told[0] for value in told):
+            about[key] = told[0]
+        elif told:
+            apart.append(key)
+    return about, apart
 
 
 def _check_member(
-    images: ImageSettings, lora: Lora | None, model: Model, prompts: list[Prompt], checks: _Checks, notes: list[str]
+    images: ImageSettings,
+    loras: list[tuple[Lora, float]],
+    model: Model,
+    prompts: list[Prompt],
+    checks: _Checks,
+    notes: list[str],
 ) -> None:
     """What only some members of the family can do, and what the user should know of this one."""
     if images.scheduler in SCHEDULERS:  # an unknown one is told with the ranges
@@ -206,7 +235,7 @@ def _check_member(
         checks.say("negative_prompt", images.negative_prompt, reason, "Leave it out.")
     elif any(prompt.negative_prompt for prompt in prompts):
         notes.append(f"{model.member.name} takes no negative prompt: those of the prompts file are left out.")
-    if lora is not None:
+    for lora, _ in loras:
         notes.append(
             f"The LoRA was not trained on {model.member.name}, which kits do not train, but on"
             f" {lora.about.get('base_model') or 'a model that its file does not name'}: its layers fit and are used as"
@@ -216,10 +245,14 @@ def _check_member(
 
 
 def _as_trained(
-    images: ImageSettings, lora: Lora | None, model: Model | None, checks: _Checks, notes: list[str]
+    images: ImageSettings,
+    loras: list[tuple[Lora, float]],
+    model: Model | None,
+    checks: _Checks,
+    notes: list[str],
 ) -> tuple[list[str] | None, tuple[int, int]]:
     """(instruction, (height, width)): what flags say, else what the adapter's file says of its training, and told."""
-    about = lora.about if lora is not None else {}
+    about, apart = _agreed(loras)
     chosen, told = images.complex_human_instruction, []
     if chosen is not None:
         instruction = checks.run(lambda: parse_instruction(chosen))
@@ -241,6 +274,8 @@ def _as_trained(
         told.append(f"at {side} px")
     height = images.height or images.width or side
     width = images.width or images.height or side
+    if apart:
+        notes.append(f"The adapters were trained with different {' and '.join(apart)}: the usual one is taken.")
     if told:
         changes = "--complex_human_instruction, --height and --width change that"
         notes.append(f"The LoRA was trained {' '.join(told)}, and is drawn so; {changes}.")
@@ -250,15 +285,16 @@ def _as_trained(
 def _fingerprint(
     config: InferConfig,
     model: Model,
-    lora: Lora | None,
+    loras: list[tuple[Lora, float]],
     vae_dtype: torch.dtype,
     instruction: list[str] | None,
     inputs: InputPlan,
 ) -> str:
     """Hex SHA-256 of everything besides a job itself that makes its image."""
+    adapters = [[lora.sha256, factor, config.lora.fuse_lora] for lora, factor in loras]
     identity: dict[str, Any] = {
         "model": model.fingerprint,
-        "lora": None if lora is None else [lora.sha256, config.lora.lora_scale, config.lora.fuse_lora],
+        "lora": adapters[0] if len(adapters) == 1 else adapters or None,
         "dtype": config.model.dtype,
         "vae_dtype": str(vae_dtype),
         "instruction": instruction,

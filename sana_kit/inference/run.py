@@ -218,8 +218,7 @@ def _generate(this: _Run, groups: list[list[Job]], embeds: tuple[dict, dict]) ->
             set_attention(controlnet, config.model.attention, ranks.device)
         pipeline = load_pipeline(
             plan.model,
-            lora_weights=plan.lora,
-            lora_scale=config.lora.lora_scale,
+            lora_weights=plan.loras,
             fuse_lora=config.lora.fuse_lora,
             device=ranks.device,
             dtype=plan.dtype,
@@ -241,10 +240,10 @@ def _generate(this: _Run, groups: list[list[Job]], embeds: tuple[dict, dict]) ->
     writer = Writer(this.folder, this.fail)
     facts = {
         "model": config.model.model_path,
-        "lora_weights": config.lora.lora_weights,
+        "lora_weights": ",".join(config.lora.lora_weights) or None,
         "dtype": config.model.dtype,
     }
-    if plan.lora is not None:
+    if plan.loras:
         facts["lora_scale"] = config.lora.lora_scale
     if config.model.quantize is not None:
         facts["quantize"] = config.model.quantize

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import patch_sana
 from sana_kit.errors import Problem, UserError
-from sana_kit.files import expand, file_sha256, read_header
+from sana_kit.files import expand, file_sha256
 from sana_kit.models.about import read_about
+from sana_kit.models.factors import check_factors, factor_delta, factor_rank
+from sana_kit.models.layouts import FIELD, LORA_FILE, OpenAdapter, adapter_file, for_module, open_any_adapter
 from sana_kit.models.weights import meta_transformer, some_of
 
-LORA_FILE = patch_sana.ADAPTER_FILE  # diffusers' name, which the trainer writes
-FIELD = "lora_weights"
-_PREFIX = patch_sana.KEY_PREFIX
-_MAGNITUDES = ("lora_magnitude_vector", "dora_scale")  # peft's and kohya's names of DoRA's m
+__all__ = [
+    "LORA_FILE",
+    "Lora",
+    "adapter_file",
+    "apply_lora",
+    "apply_loras",
+    "check_fusing",
+    "parse_adapters",
+    "read_lora",
+]
 
 
 @dataclasses.dataclass
@@ -28,10 +34,12 @@ class Lora:
     """An adapter that was checked against a transformer's shapes.
 
     Attributes:
-        weights: as stored, by name without the prefix.
-        rank: module -> rank.
-        scaling: module -> alpha / rank (or / sqrt(rank) with rsLoRA).
-        magnitude: module -> DoRA's m, one value per output; empty for a plain LoRA.
+        layout: of its file, see `layouts.py`.
+        weights: as stored, by the names LAYER.lora_A.weight and LAYER.lora_B.weight.
+        rank: layer -> rank; of LoKr and LoHa the rank of their factors, 1 where these are whole.
+        scaling: layer -> alpha / rank (or / sqrt(rank) with rsLoRA).
+        magnitude: layer -> DoRA's m, one value per output; empty for a plain LoRA.
+        factors: layer -> factors of LoKr or LoHa, for the layers that are no LoRA.
         about: what the file says of its training (`about.read_about`).
     """
 
@@ -42,30 +50,51 @@ class Lora:
     scaling: dict[str, float]
     magnitude: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
+    factors: dict[str, dict[str, torch.Tensor]] = dataclasses.field(default_factory=dict)
+    layout: str = "diffusers"
+
+    @property
+    def kind(self) -> str:
+        """What it is: LoRA, DoRA, LoKr or LoHa."""
+        names = {name.split("_")[0] for factors in self.factors.values() for name in factors}
+        found = [shown for name, shown in (("lokr", "LoKr"), ("hada", "LoHa")) if name in names]
+        return " and ".join(found) or ("DoRA" if self.magnitude else "LoRA")
 
 
-def lora_file(path: str) -> Path:
-    """The adapter file that `path` names: itself, or LORA_FILE in that folder.
+def parse_adapters(values: Sequence[str]) -> list[tuple[str, float]]:
+    """(path, factor) of each adapter in texts such as "a.safetensors:0.8,folder"; the factor is 1 unless given.
+
+    A text that is a file or folder as it stands is one, whatever commas and colons its name has.
 
     Raises:
-        UserError: there is none.
+        UserError: an empty part, or a factor that is no finite number.
     """
-    found = expand(path)
-    if found.is_dir():
-        found = found / LORA_FILE
-        if not found.is_file():
-            remedy = "Give the adapter's file or its folder."
-            raise UserError(Problem(FIELD, path, f"the folder holds no {LORA_FILE}", remedy))
-    if not found.is_file():
-        remedy = f"Train an adapter first (its output folder holds {LORA_FILE}), or give the path of one."
-        raise UserError(Problem(FIELD, path, "no such file", remedy))
+    found, problems = [], []
+    for value in values:
+        for part in [value] if expand(value).exists() else value.split(","):
+            path, colon, text = part.strip().rpartition(":")
+            if expand(part.strip()).exists() or not colon:
+                path, text = part.strip(), "1"
+            try:
+                factor = float(text)
+            except ValueError:
+                factor = math.nan
+            if not path:
+                problems.append(Problem(FIELD, value, "holds an empty part", "Separate adapters by one comma each."))
+            elif not math.isfinite(factor):
+                reason = f"{part.strip()} is no file, and '{text}' behind its colon no number"
+                problems.append(Problem(FIELD, value, reason, "Give PATH or PATH:FACTOR, such as a.safetensors:0.8."))
+            else:
+                found.append((path, factor))
+    if problems:
+        raise UserError(problems)
     return found
 
 
 def read_lora(path: str, transformer_config: dict) -> tuple[Lora | None, list[Problem]]:
-    """(Lora, problems) of an adapter file in diffusers' format, checked against the transformer of that config.
+    """(Lora, problems) of an adapter file of any layout, checked against the transformer of that config.
 
-    Rank and alpha come from diffusers' `lora_adapter_metadata`, or from `.alpha` tensors; without either alpha is the
+    Rank and alpha come from the file's alphas, or from peft's settings in its metadata; without either alpha is the
     rank, as diffusers takes it. Every tensor must belong to a layer of the transformer and have its shape.
     """
     try:
@@ -75,102 +104,108 @@ def read_lora(path: str, transformer_config: dict) -> tuple[Lora | None, list[Pr
 
 
 def _read_lora(path: str, transformer_config: dict) -> Lora:
-    file = lora_file(path)
-    try:
-        read_header(file)  # tells a cut-off file from another kind of file
-        adapter = patch_sana.open_adapter(file)
-    except (OSError, ValueError) as error:
-        reason = f"{file} cannot be used: {error}"
-        raise UserError(Problem(FIELD, path, reason, "Adapters are read as safetensors only.")) from None
+    found = open_any_adapter(path, sprint=bool(transformer_config.get("guidance_embeds")))
     modules = dict(meta_transformer(transformer_config).named_modules())
-    sorted_out = _sort_out(adapter.tensors, modules)
-    problems = [Problem(FIELD, path, *told) for told in _misfits(sorted_out, modules, file)]
-    settings, fault = _settings(adapter.lora_config, sorted_out)
+    problems = [Problem(FIELD, path, *told) for told in _misfits(found, modules)]
+    settings, fault = _settings(found.config, found)
     if not problems and fault:
         problems.append(Problem(FIELD, path, fault))
     if problems:
         raise UserError(problems)
-    rank = {module: pair["lora_A"].shape[0] for module, pair in sorted_out.pairs.items()}
+    rank = {module: down.shape[0] for module, (down, _) in found.pairs.items()}
     scaling = {}
     for module, r in rank.items():
-        alpha, stated = _alpha(module, r, settings, sorted_out.alphas)
+        alpha, stated = _alpha(module, r, settings, found.alphas)
         if stated != r:
             reason = f"its metadata says rank {stated} for {module}, its tensors have rank {r}"
             raise UserError(Problem(FIELD, path, reason))
         scaling[module] = alpha / (math.sqrt(r) if settings.get("use_rslora") else r)
-    weights = {f"{m}.{half}.weight": t for m, pair in sorted_out.pairs.items() for half, t in pair.items()}
-    about = read_about(adapter.metadata)
-    return Lora(file, file_sha256(file), weights, rank, scaling, sorted_out.magnitudes, about)
+    for module, factors in found.factors.items():
+        r = factor_rank(factors)
+        rank[module] = r or 1
+        scaling[module] = found.alphas[module] / r if r and module in found.alphas else 1.0
+    halves = ("lora_A", "lora_B")
+    weights = {
+        f"{m}.{half}.weight": t for m, pair in found.pairs.items() for half, t in zip(halves, pair, strict=True)
+    }
+    return Lora(
+        found.path,
+        file_sha256(found.path),
+        weights,
+        rank,
+        scaling,
+        found.magnitudes,
+        read_about(found.metadata),
+        found.factors,
+        found.layout,
+    )
 
 
-@dataclasses.dataclass
-class _Sorted:
-    """The tensors of a file by what they are; `unknown` are the names of those that belong to no layer."""
-
-    pairs: dict[str, dict[str, torch.Tensor]] = dataclasses.field(default_factory=dict)
-    alphas: dict[str, float] = dataclasses.field(default_factory=dict)
-    magnitudes: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
-    unknown: list[str] = dataclasses.field(default_factory=list)
-    total: int = 0
-
-
-def _sort_out(tensors: Mapping[str, torch.Tensor], modules: Mapping[str, torch.nn.Module]) -> _Sorted:
-    result = _Sorted(total=len(tensors))
-    names = "|".join(("lora_A.weight", "lora_B.weight", "alpha", *_MAGNITUDES))
-    pattern = re.compile(rf"{re.escape(_PREFIX)}(.+)\.({names})(?:\.weight)?")
-    for name, tensor in tensors.items():
-        match = pattern.fullmatch(name)
-        module, what = match.groups() if match else ("", "")
-        if getattr(modules.get(module), "weight", None) is None:
-            result.unknown.append(name)
-        elif what == "alpha":
-            result.alphas[module] = float(tensor)
-        elif what in _MAGNITUDES:
-            result.magnitudes[module] = tensor
-        else:
-            result.pairs.setdefault(module, {})[what.removesuffix(".weight")] = tensor
-    return result
-
-
-def _misfits(found: _Sorted, modules: Mapping[str, torch.nn.Module], file: Path) -> list[tuple[str, str]]:
+def _misfits(found: OpenAdapter, modules: Mapping[str, torch.nn.Module]) -> list[tuple[str, str]]:
     """(reason, remedy) for everything that tells the file is not of this transformer."""
     told = []
-    if found.unknown:
-        reason = f"{len(found.unknown)} of {found.total} tensors belong to no layer of this model"
-        remedy = "It is of another model, or in another format than diffusers' (transformer.LAYER.lora_A.weight)."
-        told.append((f"{reason}: {some_of(found.unknown)}", remedy))
+    strange = {name for name in found.modules() if getattr(modules.get(name), "weight", None) is None}
+    unknown = sorted({*found.unknown, *strange})
+    if unknown:
+        reason = f"{len(unknown)} of its {found.total} tensors or layers belong to no layer of this model"
+        remedy = "It is of another model, or in a layout that is not read (docs/formats.md lists those that are)."
+        told.append((f"{reason}: {some_of(unknown)}", remedy))
     wrong = []
-    for module, pair in found.pairs.items():
-        if len(pair) != 2:
-            wrong.append(f"{module} has {next(iter(pair))} only")
+    for module, (down, up) in found.pairs.items():
+        if down is None or up is None:
+            wrong.append(f"{module} has {'lora_B' if down is None else 'lora_A'} only")
             continue
-        weight = modules[module].weight.shape
-        down, up = (tuple(pair[half].shape) for half in ("lora_A", "lora_B"))
+        if module in strange:
+            continue
+        weight, down, up = modules[module].weight.shape, tuple(down.shape), tuple(up.shape)
         if down != (down[0], *weight[1:]) or up != (weight[0], down[0], *(1 for _ in weight[2:])):
             wrong.append(f"{module} {tuple(weight)} has lora_A {down} and lora_B {up}")
-    for module, magnitude in found.magnitudes.items():
-        if module not in found.pairs or magnitude.numel() != modules[module].weight.shape[0]:
-            wrong.append(f"{module} has a DoRA magnitude of {tuple(magnitude.shape)}")
+    for module in set(found.factors) - strange:
+        fault = check_factors(found.factors[module])
+        try:
+            if fault is None:
+                factor_delta(found.factors[module], modules[module].weight.shape)
+        except (ValueError, RuntimeError) as error:
+            fault = str(error)
+        wrong += [f"{module}: {fault}"] if fault else []
+    wrong += [f"{module} has a DoRA magnitude of {shape}" for module, shape in _odd_magnitudes(found, modules)]
     if wrong:
         remedy = "Give the adapter of this model, or the model that it was trained on."
         told.append((f"made for a transformer of other shapes: {some_of(wrong)}", remedy))
-    if not found.pairs and not found.unknown:
-        told.append((f"{file} holds no adapter weights", ""))
-    tensors = {f"{m}.{half}": t for m, pair in found.pairs.items() for half, t in pair.items()}
-    tensors |= {f"{m}.{_MAGNITUDES[0]}": t for m, t in found.magnitudes.items()}
-    bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if not found.modules() and not found.unknown:
+        told.append((f"{found.path} holds no adapter weights", ""))
+    bad = [name for name, tensor in _tensors(found) if not bool(torch.isfinite(tensor).all())]
     if bad:
         told.append((f"holds NaN or infinite values in {some_of(bad)}", "Take an earlier checkpoint's adapter."))
     return told
 
 
-def _settings(config: Mapping[str, Any] | None, found: _Sorted) -> tuple[Mapping[str, Any], str | None]:
+def _odd_magnitudes(found: OpenAdapter, modules: Mapping[str, torch.nn.Module]) -> list[tuple[str, tuple]]:
+    """The layers whose magnitude is not one value per output (LyCORIS' older files have one per input)."""
+    odd = []
+    for module, magnitude in found.magnitudes.items():
+        outputs = getattr(getattr(modules.get(module), "weight", None), "shape", [None])[0]
+        per_input = found.spelling.magnitude == "dora_scale" and magnitude.shape[:1] != (outputs,)
+        if magnitude.numel() != outputs or per_input:
+            odd.append((module, tuple(magnitude.shape)))
+    return odd
+
+
+def _tensors(found: OpenAdapter) -> list[tuple[str, torch.Tensor]]:
+    """(name, tensor) of all that an adapter holds."""
+    listed = [(f"{m}.{half}", t) for m, pair in found.pairs.items() for half, t in zip("AB", pair, strict=True)]
+    listed += [(f"{m}.magnitude", t) for m, t in found.magnitudes.items()]
+    listed += [(f"{m}.{name}", t) for m, factors in found.factors.items() for name, t in factors.items()]
+    return [(name, tensor) for name, tensor in listed if tensor is not None]
+
+
+def _settings(config: Mapping[str, Any] | None, found: OpenAdapter) -> tuple[Mapping[str, Any], str | None]:
     """(peft settings of the adapter, what of them is not supported)."""
     settings = config or {}
     if settings.get("lora_bias"):
         return settings, "adapters with biases (lora_bias) are not supported"
-    if settings.get("use_dora") and set(found.magnitudes) != set(found.pairs):
-        lacking = sorted(set(found.pairs) - set(found.magnitudes))
+    lacking = sorted({*found.pairs} - {*found.magnitudes})
+    if settings.get("use_dora") and lacking:
         return settings, f"its metadata says DoRA, and it holds no magnitude for {some_of(lacking)}"
     return settings, None
 
@@ -179,43 +214,61 @@ def _alpha(module: str, rank: int, settings: Mapping[str, Any], alphas: Mapping[
     """(alpha, the rank that the metadata says) of a module."""
     if module in alphas:
         return alphas[module], rank
-    alpha = _for_module(settings.get("alpha_pattern"), module, settings.get("lora_alpha", rank))
-    return alpha, _for_module(settings.get("rank_pattern"), module, settings.get("r", rank))
-
-
-def _for_module(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """peft's rank_pattern and alpha_pattern: keys are module names or their ends, or regular expressions."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+    alpha = for_module(settings.get("alpha_pattern"), module, settings.get("lora_alpha", rank))
+    return alpha, for_module(settings.get("rank_pattern"), module, settings.get("r", rank))
 
 
 def check_fusing(lora: Lora, fuse: bool) -> list[Problem]:
     """Problems of keeping an adapter beside the weights."""
-    if fuse or not lora.magnitude:
+    if fuse or lora.kind == "LoRA":
         return []
-    return [Problem("no_fuse_lora", None, "a DoRA adapter can only be merged into the weights", "Leave it out.")]
+    reason = f"a {lora.kind} adapter can only be merged into the weights"
+    return [Problem("no_fuse_lora", None, reason, "Leave it out.")]
 
 
 def apply_lora(transformer: torch.nn.Module, lora: Lora, lora_scale: float = 1.0, fuse: bool = True) -> None:
-    """Put an adapter on a loaded SanaTransformer2DModel, scaled by alpha / rank and `lora_scale`.
+    """Put one adapter on a loaded SanaTransformer2DModel; see `apply_loras`."""
+    apply_loras(transformer, [(lora, lora_scale)], fuse)
 
-    Fused: W + scaling * B @ A, computed in float32 and rounded once to W's dtype; no adapter stays, so a forward costs
-    what the base model's costs. Apart: peft layers beside the base weights, in the transformer's dtype.
+
+def apply_loras(transformer: torch.nn.Module, loras: Sequence[tuple[Lora, float]], fuse: bool = True) -> None:
+    """Put adapters on a loaded SanaTransformer2DModel, each scaled by alpha / rank and its own factor.
+
+    Fused: W + the sum of factor * scaling * B @ A, computed in float32 and rounded once to W's dtype; no adapter
+    stays, so a forward costs what the base model's costs. Apart: peft layers beside the base weights, in the
+    transformer's dtype.
 
     A DoRA adapter (arXiv 2402.09353) gives W' = m * V / |V| with V = W + alpha / rank * B @ A and |V| the norm over
-    an output's inputs; `lora_scale` goes from W (0) to W' (1) along a straight line.
+    an output's inputs; its factor goes from W (0) to W' (1) along a straight line. Of several adapters each adds what
+    it would add alone, so their order does not matter but for the rounding of float32.
+
+    Raises:
+        UserError: not fused, and one of them is no plain LoRA.
     """
-    modules = dict(transformer.named_modules())
     if fuse:
+        modules = dict(transformer.named_modules())
         with torch.no_grad():
-            for name in lora.scaling:
+            for name in sorted({name for lora, _ in loras for name in lora.scaling}):
                 weight = modules[name].weight
-                weight.copy_(_merged(weight, name, lora, lora_scale))
+                merged = weight.float()
+                for lora, factor in loras:
+                    if name in lora.scaling:
+                        merged = merged + _addition(weight, name, lora, factor)
+                weight.copy_(merged)
         return
-    if lora.magnitude:
-        raise UserError(check_fusing(lora, fuse))
+    problems = [problem for lora, _ in loras for problem in check_fusing(lora, fuse)]
+    if problems:
+        raise UserError(problems)
+    names = ["default", *(f"adapter_{index}" for index in range(1, len(loras)))]
+    for name, (lora, factor) in zip(names, loras, strict=True):
+        _put_beside(transformer, name, lora, factor)
+    if len(loras) > 1:
+        transformer.set_adapter(names)
+    transformer.eval()
+
+
+def _put_beside(transformer: torch.nn.Module, adapter_name: str, lora: Lora, factor: float) -> None:
+    """peft layers of an adapter beside the weights."""
     from peft import LoraConfig
     from peft.utils import set_peft_model_state_dict
 
@@ -227,25 +280,28 @@ def apply_lora(transformer: torch.nn.Module, lora: Lora, lora_scale: float = 1.0
         alpha_pattern=dict(lora.rank),
         init_lora_weights=False,
     )
-    transformer.add_adapter(config, adapter_name="default")
-    result = set_peft_model_state_dict(transformer, dict(lora.weights), adapter_name="default")
+    transformer.add_adapter(config, adapter_name=adapter_name)
+    result = set_peft_model_state_dict(transformer, dict(lora.weights), adapter_name=adapter_name)
     assert not result.unexpected_keys, result.unexpected_keys
     modules = dict(transformer.named_modules())
     for name, scaling in lora.scaling.items():
-        modules[name].scaling["default"] = scaling * lora_scale
+        modules[name].scaling[adapter_name] = scaling * factor
         modules[name].to(transformer.dtype)
-    transformer.eval()
 
 
-def _merged(weight: torch.Tensor, name: str, lora: Lora, lora_scale: float) -> torch.Tensor:
-    """The weight of a layer with its adapter, in float32."""
-    down = lora.weights[f"{name}.lora_A.weight"].to(weight.device, torch.float32)
-    up = lora.weights[f"{name}.lora_B.weight"].to(weight.device, torch.float32)
-    # a convolution's A is (r, in, kh, kw) and its B (out, r, 1, 1)
-    delta = (up.flatten(1) @ down.flatten(1)).view(weight.shape)
+def _addition(weight: torch.Tensor, name: str, lora: Lora, factor: float) -> torch.Tensor:
+    """What an adapter adds to the weight of a layer, float32."""
+    if name in lora.factors:
+        factors = {key: tensor.to(weight.device) for key, tensor in lora.factors[name].items()}
+        delta = factor_delta(factors, weight.shape)
+    else:
+        down = lora.weights[f"{name}.lora_A.weight"].to(weight.device, torch.float32)
+        up = lora.weights[f"{name}.lora_B.weight"].to(weight.device, torch.float32)
+        # a convolution's A is (r, in, kh, kw) and its B (out, r, 1, 1)
+        delta = (up.flatten(1) @ down.flatten(1)).view(weight.shape)
     if name not in lora.magnitude:
-        return weight.float() + (lora.scaling[name] * lora_scale) * delta
+        return (lora.scaling[name] * factor) * delta
     magnitude = lora.magnitude[name].to(weight.device, torch.float32).flatten()
     directed = (weight.float() + lora.scaling[name] * delta).flatten(1)
     directed = directed * (magnitude / directed.norm(dim=1))[:, None]
-    return weight.float() + lora_scale * (directed.view(weight.shape) - weight.float())
+    return factor * (directed.view(weight.shape) - weight.float())

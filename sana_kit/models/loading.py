@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from packaging.version import Version
 
 from sana_kit.errors import Problem, UserError
-from sana_kit.models.adapter import Lora, apply_lora, check_fusing, read_lora
+from sana_kit.models.adapter import Lora, apply_loras, check_fusing, read_lora
 from sana_kit.models.attention import resolve_attention, set_attention
 from sana_kit.models.folder import Model, base_of, find_model
 from sana_kit.models.members import MEMBERS
@@ -200,7 +201,7 @@ def default_vae_dtype(dtype: torch.dtype) -> torch.dtype:
 def load_pipeline(
     model_path: str | Model,
     *,
-    lora_weights: str | Lora | None = None,
+    lora_weights: str | Lora | Sequence[tuple[Lora, float]] | None = None,
     lora_scale: float = 1.0,
     fuse_lora: bool = True,
     device: torch.device,
@@ -219,7 +220,9 @@ def load_pipeline(
 
     Args:
         model_path: diffusers folder, hub name, output folder of a full fine-tuning, or what `find_model` returned.
-        lora_weights: adapter file, folder with LORA_FILE, or what `read_lora` returned.
+        lora_weights: adapter file, folder with LORA_FILE, what `read_lora` returned, or several of these last, each
+            with its strength.
+        lora_scale: strength of an adapter that is given without one.
         dtype: of the transformer; vae_dtype defaults to `default_vae_dtype`, the text encoder has `text_dtype`.
         scheduler: see `load_scheduler`.
         quantize: a name of QUANTIZATIONS: how the weights of the transformer's blocks and of the text encoder are
@@ -238,11 +241,11 @@ def load_pipeline(
         model, problems = find_model(model, dtype=dtype, members=MEMBERS, **where)
     if model is not None:
         problems += check_scheduler(model, scheduler)
-    if model is not None and lora is not None and not isinstance(lora, Lora):
+    if model is not None and isinstance(lora, str):
         lora, found = read_lora(lora, model.transformer_config)
         problems += found
-    if isinstance(lora, Lora):
-        problems += check_fusing(lora, fuse_lora)
+    loras = [(lora, lora_scale)] if isinstance(lora, Lora) else list(lora or ()) if not isinstance(lora, str) else []
+    problems += [problem for one, _ in loras for problem in check_fusing(one, fuse_lora)]
     try:
         resolve_attention(attention, device)
     except UserError as error:
@@ -256,8 +259,8 @@ def load_pipeline(
         tokenizer, encoder = load_text_encoder(model, device=device, dtype=text_dtype(dtype), quantize=quantize)
     first = device if quantize is None else torch.device("cpu")
     transformer = load_transformer(model, device=first, dtype=dtype)
-    if lora is not None:
-        apply_lora(transformer, lora, lora_scale, fuse=fuse_lora)
+    if loras:
+        apply_loras(transformer, loras, fuse=fuse_lora)
     if quantize is not None:
         quantize_weights(transformer.transformer_blocks, quantize, dtype)
         transformer.to(device)

@@ -17,7 +17,10 @@ class AdapterSettings:
     """Which adapter the page offers; how strong it is, is set on the page."""
 
     lora_weights: str | None = flag(
-        None, "adapter: a safetensors file, or a folder that holds pytorch_lora_weights.safetensors", path=True
+        None,
+        "adapter: a safetensors file, or a folder that holds pytorch_lora_weights.safetensors; several are separated"
+        " by commas, PATH:0.8 gives one a strength",
+        path=True,
     )
 
 
@@ -48,10 +51,11 @@ class PlaygroundConfig:
     def inference(self) -> InferConfig:
         """The same as the drawing scripts' settings; what the page asks for is put into its `images` and `lora`."""
         usual, _ = flags.parse(InferConfig, "", [])
+        adapter = self.lora.lora_weights
         return dataclasses.replace(
             usual,
             model=self.model,
-            lora=dataclasses.replace(usual.lora, lora_weights=self.lora.lora_weights),
+            lora=dataclasses.replace(usual.lora, lora_weights=() if adapter is None else (adapter,)),
             run=dataclasses.replace(usual.run, output_path=self.page.output_path),
         )
 

@@ -11,7 +11,7 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -26,7 +26,7 @@ from sana_kit.generation.texts import encode_texts, job_texts
 from sana_kit.inference.config import InferConfig, LoraSettings
 from sana_kit.inference.output import OutputFolder
 from sana_kit.inference.plan import Plan, check
-from sana_kit.models.adapter import Lora, apply_lora
+from sana_kit.models.adapter import Lora, apply_loras
 from sana_kit.models.loading import load_pipeline
 
 SIDES = {"base": ("base",), "lora": ("lora",), "both": ("base", "lora")}
@@ -46,10 +46,11 @@ class _Adapter:
     The layers' own weights are kept in host memory: 1.2 GB for attention layers of the 1.6B model.
     """
 
-    def __init__(self, transformer: torch.nn.Module, lora: Lora):
-        self.transformer, self.lora = transformer, lora
+    def __init__(self, transformer: torch.nn.Module, loras: Sequence[tuple[Lora, float]]):
+        self.transformer, self.loras = transformer, loras
         self.layers = dict(transformer.named_modules())
-        self.kept = {name: self.layers[name].weight.detach().to("cpu", copy=True) for name in lora.scaling}
+        names = dict.fromkeys(name for lora, _ in loras for name in lora.scaling)
+        self.kept = {name: self.layers[name].weight.detach().to("cpu", copy=True) for name in names}
         self.scale: float | None = None
 
     def set(self, scale: float | None) -> None:
@@ -61,7 +62,7 @@ class _Adapter:
                 self.layers[name].weight.copy_(weight)
         self.scale = None
         if scale is not None:
-            apply_lora(self.transformer, self.lora, scale, fuse=True)
+            apply_loras(self.transformer, [(lora, factor * scale) for lora, factor in self.loras], fuse=True)
             self.scale = scale
 
 
@@ -111,15 +112,15 @@ class Studio:
         self._pipeline = load_pipeline(
             plan.model, device=self.device, dtype=plan.dtype, vae_dtype=plan.vae_dtype, attention=model.attention
         )
-        if plan.lora is not None:
-            self._adapter = _Adapter(self._pipeline.transformer, plan.lora)
+        if plan.loras:
+            self._adapter = _Adapter(self._pipeline.transformer, plan.loras)
 
     def defaults(self) -> dict[str, Any]:
         """What the page shows at first: sizes, steps and guidance of the model, and what is loaded."""
         job, plan = self.plan.jobs[0], self.plan
         return {
             "model": self.config.model.model_path,
-            "lora": self.config.lora.lora_weights,
+            "lora": ",".join(self.config.lora.lora_weights) or None,
             "device": str(self.device),
             "width": job.width,
             "height": job.height,
@@ -142,7 +143,7 @@ class Studio:
         """
         problems, values = _read(request)
         side = values["side"]
-        if side != "base" and self.plan.lora is None:
+        if side != "base" and not self.plan.loras:
             problems.append(Problem("side", side, "the page was started without an adapter", "Choose the base model."))
         if problems:
             raise UserError(problems)
@@ -227,7 +228,7 @@ class Studio:
                 self._adapter.set(drawing.lora_scale if side == "lora" else None)
             facts = {"model": self.config.model.model_path, "dtype": self.config.model.dtype}
             if side == "lora":
-                facts |= {"lora_weights": self.config.lora.lora_weights, "lora_scale": drawing.lora_scale}
+                facts |= {"lora_weights": ",".join(self.config.lora.lora_weights), "lora_scale": drawing.lora_scale}
             drawn = generate(
                 todo[side],
                 transformer=self._pipeline.transformer,

@@ -25,9 +25,9 @@ def test_misspelt_flags_are_errors_that_name_the_nearest(flag, hint, capsys):
 
 
 def test_a_script_may_have_an_adapter_of_its_own():
-    assert settings_of(parse_config("test", []))["lora_weights"] is None
-    assert parse_config("test", [], "./a.safetensors").lora.lora_weights == "./a.safetensors"
-    assert parse_config("test", ["--lora_weights=b"], "./a.safetensors").lora.lora_weights == "b"
+    assert settings_of(parse_config("test", []))["lora_weights"] == ()
+    assert parse_config("test", [], "./a.safetensors").lora.lora_weights == ("./a.safetensors",)
+    assert parse_config("test", ["--lora_weights=b"], "./a.safetensors").lora.lora_weights == ("b",)
     assert isinstance(parse_config("test", []), InferConfig)
 
 

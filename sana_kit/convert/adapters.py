@@ -1,0 +1,300 @@
+"""Write an adapter in another layout (see `sana_kit/models/layouts.py`), so that the way back gives the same bytes.
+
+What a layout cannot hold is kept in the file's metadata: peft's settings stay there as they were, and under
+`sana_kit_converted` stand how the first file wrote its names, which entries were added to its metadata, and the ranks
+of what was stacked. The way back uses these only where they agree with the tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import patch_sana
+from sana_kit.convert.writing import write_tensors
+from sana_kit.errors import Problem, UserError
+from sana_kit.files import write_atomic
+from sana_kit.models.factors import as_pair, check_factors, factor_rank
+from sana_kit.models.keys import to_nvlabs
+from sana_kit.models.layouts import (
+    CONVERTED,
+    LORA_FILE,
+    PEFT_CONFIG,
+    PEFT_FILE,
+    SPELLINGS,
+    OpenAdapter,
+    Spelling,
+    for_module,
+    open_any_adapter,
+    peft_magnitude,
+    settings_of,
+)
+from sana_kit.models.weights import some_of
+
+_ADDED = "added"  # in CONVERTED: entries of the metadata that a conversion made
+Layer = dict[str, torch.Tensor]
+
+
+def convert_adapter(source: str, target: str, layout: str) -> list[str]:
+    """Write the adapter `source` to `target` in `layout`; returns lines for the user.
+
+    Args:
+        target: a file, or a folder, which then gets the name that the layout's readers expect; peft's is a folder.
+        layout: diffusers, peft, kohya, comfyui or lycoris.
+
+    Raises:
+        UserError: it cannot be read, or the layout cannot hold it; all that is wrong at once.
+    """
+    adapter = open_any_adapter(source)
+    notes = [f"{adapter.path}: {len(adapter.modules())} layers, {adapter.layout} layout"]
+    problems = _faults(adapter, source)
+    if not problems:
+        notes += _factors_to_pairs(adapter, layout, problems)
+        problems += _unsupported(adapter, source, layout)
+    if problems:
+        raise UserError(problems)
+    record = json.loads(adapter.metadata.get(CONVERTED, "{}"))
+    spelling = _spelling_for(layout, record)
+    stacked: dict[str, list[int]] = {}
+    tensors = _written(adapter, spelling, stacked)
+    metadata = _metadata(adapter, spelling, record, stacked)
+    path = _write(Path(target), layout, tensors, metadata, adapter)
+    return [*notes, f"{path}: {len(tensors)} tensors, {layout} layout"]
+
+
+def _faults(adapter: OpenAdapter, source: str) -> list[Problem]:
+    problems = []
+    if adapter.unknown:
+        reason = f"{len(adapter.unknown)} of {adapter.total} tensors belong to no layer: {', '.join(adapter.unknown)}"
+        problems.append(Problem("in", source, reason))
+    half = [module for module, pair in adapter.pairs.items() if None in pair]
+    if half:
+        problems.append(Problem("in", source, f"one of the two factors is missing for {', '.join(half)}"))
+    for module, factors in adapter.factors.items():
+        fault = check_factors(factors)
+        problems += [Problem("in", source, f"{module}: {fault}")] if fault else []
+    if not adapter.modules() and not adapter.unknown:
+        problems.append(Problem("in", source, "holds no adapter weights"))
+    if (adapter.config or {}).get("lora_bias"):
+        problems.append(Problem("in", source, "adapters with biases (lora_bias) are not supported"))
+    return problems
+
+
+def _factors_to_pairs(adapter: OpenAdapter, layout: str, problems: list[Problem]) -> list[str]:
+    """Make LoRA pairs of LoKr and LoHa factors where the target needs them and that is exact; lines about it."""
+    if not adapter.factors or layout == adapter.layout:
+        return []
+    apart, ranks = [], {}
+    for module, factors in list(adapter.factors.items()):
+        pair, rank = as_pair(factors), factor_rank(factors)
+        if pair is None:
+            apart.append(module)
+            continue
+        scale = adapter.alphas.get(module, rank or 1) / (rank or 1)
+        adapter.pairs[module] = pair
+        adapter.alphas[module] = scale * pair[0].shape[0]
+        ranks[module] = pair[0].shape[0]
+        del adapter.factors[module]
+    if apart:
+        reason = f"the LoKr or LoHa of {some_of(apart)} is no LoRA of a smaller rank than the layer"
+        remedy = "Draw with it as it is (--lora_weights reads it), or keep the lycoris layout."
+        problems.append(Problem("in", str(adapter.path), reason, remedy))
+    if not ranks:
+        return []
+    low, high = min(ranks.values()), max(ranks.values())
+    return [
+        f"LoKr or LoHa factors made a LoRA, exact but for float32's rounding: {len(ranks)} layers, rank {low}-{high}"
+    ]
+
+
+def _unsupported(adapter: OpenAdapter, source: str, layout: str) -> list[Problem]:
+    """What the target cannot hold."""
+    if not SPELLINGS[layout].nvlabs or not adapter.magnitudes:
+        return []
+    lacking = []
+    for stack, parts in _stacks(adapter.modules()).items():
+        have = [module for module in parts if module in adapter.magnitudes]
+        if have and len(have) < len(parts):
+            lacking.append(stack)
+    if not lacking:
+        return []
+    reason = f"DoRA's magnitudes of {some_of(lacking)} are needed for all stacked layers, and some have no adapter"
+    return [Problem("in", source, reason, "Take kohya's or LyCORIS' layout, whose layers are not stacked.")]
+
+
+def _stacks(modules: list[str]) -> dict[str, list[str | None]]:
+    """{NVlabs' layer: diffusers' layers in their order, None where the adapter has none} of a list of layers."""
+    stacks: dict[str, list[str | None]] = {}
+    for module in modules:
+        place = to_nvlabs(module)
+        if place is None:
+            raise UserError(Problem("in", module, "is no layer of SANA in NVlabs' layout"))
+        stacks.setdefault(place.name, [None] * place.parts)[place.part] = module
+    return stacks
+
+
+def _spelling_for(layout: str, record: Mapping[str, Any]) -> Spelling:
+    """How to write the names: as the first file did where this is the way back to it, else as is usual."""
+    first = record.get("first")
+    if first and first["layout"] == layout:
+        return Spelling(**first)
+    return SPELLINGS[layout]
+
+
+def _alphas(adapter: OpenAdapter) -> dict[str, float]:
+    """Layer -> alpha such that alpha / rank is the scaling, whatever the file's settings are."""
+    settings, found = settings_of(adapter), {}
+    for module, (down, _) in adapter.pairs.items():
+        rank = down.shape[0]
+        alpha = adapter.alphas.get(module)
+        if alpha is None:
+            alpha = for_module(settings.get("alpha_pattern"), module, settings.get("lora_alpha", rank))
+            alpha *= math.sqrt(rank) if settings.get("use_rslora") else 1
+        found[module] = float(alpha)
+    return found
+
+
+def _written(adapter: OpenAdapter, spelling: Spelling, stacked: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+    """{name: tensor} of the target; `stacked` gets the ranks of what was stacked."""
+    alphas = _alphas(adapter)
+    layers: dict[str, Layer] = {}
+    if spelling.nvlabs:
+        for name, parts in _stacks(sorted(adapter.pairs)).items():
+            present = [module for module in parts if module]
+            if len(parts) == 1:
+                layers[name] = _layer(adapter, present[0], alphas)
+            else:
+                layers[name], stacked[name] = _stack(adapter, parts, alphas)
+    else:
+        layers = {module: _layer(adapter, module, alphas) for module in adapter.pairs}
+    written = {}
+    for name, layer in layers.items():
+        stem = spelling.prefix + (name.replace(".", "_") if spelling.flat else name)
+        ends = {"down": spelling.down, "up": spelling.up, "magnitude": spelling.magnitude, "alpha": "alpha"}
+        for what, tensor in layer.items():
+            if what != "alpha" or spelling.alpha:
+                written[f"{stem}.{ends[what]}"] = _shaped(tensor, what, spelling, layer)
+    for module, factors in adapter.factors.items():
+        stem = spelling.prefix + (module.replace(".", "_") if spelling.flat else module)
+        written |= {f"{stem}.{name}": tensor for name, tensor in factors.items()}
+        if module in adapter.alphas:
+            like = next(iter(factors.values()))
+            written[f"{stem}.alpha"] = _alpha_tensor(adapter.alphas[module], like)
+        if module in adapter.magnitudes:
+            written[f"{stem}.{spelling.magnitude}"] = adapter.magnitudes[module]
+    return written
+
+
+def _layer(adapter: OpenAdapter, module: str, alphas: Mapping[str, float]) -> Layer:
+    down, up = adapter.pairs[module]
+    layer = {"down": down, "up": up, "alpha": _alpha_tensor(alphas[module], down)}
+    if module in adapter.magnitudes:
+        layer["magnitude"] = peft_magnitude(adapter, module)
+    return layer
+
+
+def _alpha_tensor(alpha: float, like: torch.Tensor) -> torch.Tensor:
+    """A scalar in the adapter's dtype, as kohya's tools write it; in float32 where that would round it."""
+    rounded = torch.tensor(alpha, dtype=like.dtype)
+    return rounded if float(rounded) == alpha else torch.tensor(alpha, dtype=torch.float32)
+
+
+def _shaped(tensor: torch.Tensor, what: str, spelling: Spelling, layer: Layer) -> torch.Tensor:
+    """DoRA's magnitude as the layout has it: (out, 1, ...) for LyCORIS' and kohya's readers."""
+    if what == "magnitude" and spelling.magnitude == "dora_scale":
+        return tensor.reshape(-1, *(1 for _ in layer["down"].shape[1:])).contiguous()
+    return tensor.contiguous()
+
+
+def _stack(adapter: OpenAdapter, parts: list[str | None], alphas: Mapping[str, float]) -> tuple[Layer, list[int]]:
+    """(one layer for stacked ones, ranks of the parts; [] where all of them share down).
+
+    The factors of different parts stand in blocks of their own, so the product of the stack holds each part's product.
+    One alpha serves all: where alpha / rank differs between parts, the differing parts' up is scaled.
+    """
+    present = [module for module in parts if module]
+    pairs = [adapter.pairs[module] for module in present]
+    scalings = [alphas[module] / pair[0].shape[0] for module, pair in zip(present, pairs, strict=True)]
+    downs = [pair[0] for pair in pairs]
+    outputs = {pair[1].shape[0] for pair in pairs}
+    height = outputs.pop()  # query, key and value have as many outputs as each other
+    same = len(pairs) == len(parts) and len(set(scalings)) == 1
+    if same and all(torch.equal(downs[0], down) for down in downs[1:]):
+        layer, ranks = {"down": downs[0], "up": torch.cat([pair[1] for pair in pairs])}, []
+        alpha = alphas[present[0]]
+    else:
+        down = torch.cat(downs)
+        up = down.new_zeros((height * len(parts), down.shape[0]))
+        column, ranks = 0, []
+        for index, module in enumerate(parts):
+            rank = adapter.pairs[module][0].shape[0] if module else 0
+            ranks.append(rank)
+            if module:
+                factor = (alphas[module] / rank) / scalings[0]
+                part = adapter.pairs[module][1]
+                block = part if factor == 1 else (part.float() * factor).to(part.dtype)
+                up[index * height : (index + 1) * height, column : column + rank] = block
+            column += rank
+        layer = {"down": down, "up": up}
+        alpha = sum(alphas[module] for module in present) if len(set(scalings)) == 1 else scalings[0] * down.shape[0]
+    layer["alpha"] = _alpha_tensor(alpha, layer["down"])
+    if present[0] in adapter.magnitudes:
+        layer["magnitude"] = torch.cat([adapter.magnitudes[module].flatten() for module in present])
+    return layer, ranks
+
+
+def _metadata(
+    adapter: OpenAdapter, spelling: Spelling, record: Mapping[str, Any], stacked: Mapping[str, list[int]]
+) -> dict[str, str]:
+    """The target's metadata: all of the source's, what the layout needs, and what the way back needs."""
+    first = Spelling(**record["first"]) if "first" in record else adapter.spelling
+    added = list(record.get(_ADDED, []))
+    kept = {key: value for key, value in adapter.metadata.items() if key != CONVERTED and key not in added}
+    added = []
+    if spelling.layout == "diffusers" and not spelling.alpha and not _settings_hold(adapter):
+        plain = dataclasses.replace(adapter, config=None, alphas=_alphas(adapter))
+        settings = {patch_sana.KEY_PREFIX + key: value for key, value in settings_of(plain).items()}
+        if patch_sana.LORA_METADATA_KEY not in kept:
+            added.append(patch_sana.LORA_METADATA_KEY)
+        kept[patch_sana.LORA_METADATA_KEY] = json.dumps(settings, indent=2, sort_keys=True)
+    if spelling == first:
+        return kept
+    note = {"first": first._asdict(), _ADDED: sorted(added), "stacked": dict(sorted(stacked.items()))}
+    return {**kept, CONVERTED: json.dumps(note, sort_keys=True)}
+
+
+def _settings_hold(adapter: OpenAdapter) -> bool:
+    """Whether peft's settings in the metadata give the ranks and scalings that the tensors and alphas give."""
+    settings = adapter.config or {}
+    if adapter.config is not None and bool(settings.get("use_dora")) != bool(adapter.magnitudes):
+        return False
+    for module, alpha in _alphas(adapter).items():
+        rank = adapter.pairs[module][0].shape[0]
+        stated = for_module(settings.get("rank_pattern"), module, settings.get("r", rank))
+        told = for_module(settings.get("alpha_pattern"), module, settings.get("lora_alpha", rank))
+        told *= math.sqrt(rank) if settings.get("use_rslora") else 1
+        if stated != rank or not math.isclose(told, alpha, rel_tol=1e-6):
+            return False
+    return True
+
+
+def _write(
+    target: Path, layout: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], adapter: OpenAdapter
+) -> Path:
+    if layout == "peft":
+        plain = dataclasses.replace(adapter, config=None, alphas=_alphas(adapter))
+        settings = settings_of(adapter) if _settings_hold(adapter) else settings_of(plain)
+        config = {"peft_type": "LORA", "base_model_name_or_path": None, **settings, "inference_mode": True}
+        text = json.dumps(config, indent=2, sort_keys=True)
+        path = write_tensors(target / PEFT_FILE, tensors, metadata)
+        write_atomic(target / PEFT_CONFIG, lambda file: file.write(text.encode()))
+        return path
+    if target.is_dir() or target.suffix != ".safetensors":
+        target = target / (LORA_FILE if layout == "diffusers" else f"{layout}_lora.safetensors")
+    return write_tensors(target, tensors, metadata)
