@@ -111,6 +111,11 @@ class OpenAdapter:
         return sorted({*self.pairs, *self.factors})
 
 
+def is_adapter_name(name: str) -> bool:
+    """Whether a tensor of that name is one of an adapter's, in any layout."""
+    return _ENDS.fullmatch(name) is not None
+
+
 def adapter_file(path: str) -> Path:
     """The adapter file that `path` names: itself, or the file of diffusers' or peft's name in that folder.
 
