@@ -244,7 +244,10 @@ def load_pipeline(
     if model is not None and isinstance(lora, str):
         lora, found = read_lora(lora, model.transformer_config)
         problems += found
-    loras = [(lora, lora_scale)] if isinstance(lora, Lora) else list(lora or ()) if not isinstance(lora, str) else []
+    if isinstance(lora, Lora):
+        loras = [(lora, lora_scale)]
+    else:
+        loras = [] if lora is None or isinstance(lora, str) else list(lora)  # a text here was refused
     problems += [problem for one, _ in loras for problem in check_fusing(one, fuse_lora)]
     try:
         resolve_attention(attention, device)
