@@ -15,6 +15,7 @@ the same subjects in midnight-blue ink on gold paper, which the model has never 
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import io
 import json
@@ -28,12 +29,12 @@ from PIL import Image
 from sana_kit.data.discover import load_images
 from sana_kit.errors import ImageError
 from sana_kit.files import file_sha256
-from sana_kit.reports.contact_sheet import contact_sheet
+from sana_kit.reports.before_after import Pair, before_after_sheet, read_images
 
 ASSETS = Path(__file__).resolve().parent / "quickstart_assets"
 SUMS = "SHA256SUMS"
 TRIGGER = "in midnight style"
-MAX_PROMPTS = 11  # columns of the before/after sheet
+MAX_PROMPTS = 11  # pairs on the before/after sheet
 SEEDS = (8, 23)
 PIXELS = 64
 REMEDY = "Unpack the kit again, or run `git checkout -- sana_kit/quickstart_assets`."
@@ -76,7 +77,7 @@ class QuickStart:
         dataset_path: folder in the pokemon-blip-captions layout, columns `image` (PNG, 128 x 128) and `text`; or the
             user's own folder of images.
         captions: of the data set, in its order.
-        trigger: the words that every caption of the set ends with, or its only caption.
+        trigger: the words that the captions of the set end with, or its only caption.
         prompts: of the before/after sheet.
         seen: the prompts among them that are captions of the set; the model never saw the style of the others.
         seeds: of the before/after sheet.
@@ -156,15 +157,34 @@ def _own_rows(images: str | Path, instance_prompt: str | None, skip_bad_images: 
     return rows
 
 
-def _common_ending(captions: list[str]) -> str:
-    """The words that all captions end with; of a single caption all of them."""
-    words = [caption.split() for caption in captions]
-    shared = []
-    for ending in zip(*(reversed(w) for w in words), strict=False):
-        if len(set(ending)) > 1:
+def _same_ending(captions: list[list[str]]) -> str:
+    """The words that all of these captions, each a list of words, end with; of a single one all of them."""
+    shared: list[str] = []
+    for ending in zip(*(reversed(words) for words in captions), strict=False):
+        if len({_bare(word) for word in ending}) > 1:
             break
         shared.insert(0, ending[0])
-    return " ".join(shared)
+    return " ".join(shared).rstrip(".,;:!?")
+
+
+def _bare(word: str) -> str:
+    return word.rstrip(".,;:!?").casefold()
+
+
+def _common_ending(captions: list[str]) -> str:
+    """The words that captions end with: all of them, else two words or more that most of them share.
+
+    Captions of one set are often mixed: "boat in my style", "a kite, in my style." and one that was forgotten.
+    """
+    words = [caption.split() for caption in captions if caption.split()]
+    ending = _same_ending(words)
+    if ending or not words:
+        return ending
+    tails = collections.Counter(tuple(map(_bare, caption[-2:])) for caption in words if len(caption) > 1)
+    tail, count = tails.most_common(1)[0] if tails else ((), 0)
+    if 2 * count <= len(words):
+        return ""
+    return _same_ending([caption for caption in words if tuple(map(_bare, caption[-2:])) == tail])
 
 
 def own_prompts(captions: list[str], subjects: list[str]) -> tuple[tuple[str, ...], str]:
@@ -174,7 +194,7 @@ def own_prompts(captions: list[str], subjects: list[str]) -> tuple[tuple[str, ..
     as far as the sheet has room: what the LoRA does to what it has not seen.
     """
     distinct = list(dict.fromkeys(captions))
-    trigger = _common_ending(distinct)
+    trigger = _common_ending(distinct if len(distinct) == 1 else captions)
     shown = min(5, len(distinct))
     chosen = [distinct[i * len(distinct) // shown] for i in range(shown)]
     others = [f"{subject} {trigger}".strip() for subject in subjects]
@@ -237,37 +257,6 @@ def prepare(
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
-def read_images(folder: str | Path) -> dict[tuple[str, int], Path]:
-    """(prompt, seed) -> image of an inference script's output folder, in the order of its manifest.jsonl.
-
-    Raises:
-        ValueError: no manifest, a line that is not JSON or lacks file, prompt or seed, an image that is not there, or
-            one prompt and seed twice (two runs in one folder): every problem is named.
-    """
-    folder = Path(folder)
-    manifest = folder / "manifest.jsonl"
-    if not manifest.is_file():
-        raise ValueError(f"{manifest}: not there. Name the output folder of an inference script.")
-    found, problems = {}, []
-    for number, line in enumerate(manifest.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            key, path = (row["prompt"], int(row["seed"])), folder / row["file"]
-        except (ValueError, KeyError, TypeError) as error:
-            problems.append(f"{manifest}, line {number}: {type(error).__name__}: {error}")
-            continue
-        if not path.is_file():
-            problems.append(f"{path}: listed in line {number} of the manifest, but not there")
-        elif key in found and found[key] != path:
-            problems.append(f"{manifest}, line {number}: prompt '{key[0]}' with seed {key[1]} is listed twice")
-        found[key] = path
-    if not found and not problems:
-        problems.append(f"{manifest}: lists no image")
-    if problems:
-        raise ValueError("\n".join(problems))
-    return found
-
-
 def _pixels(image: Image.Image) -> np.ndarray:
     """RGB of the image at 64 x 64: float32 (4096, 3), 0 to 255."""
     small = image.convert("RGB").resize((PIXELS, PIXELS), Image.Resampling.BOX)
@@ -303,25 +292,11 @@ def _distance(quantiles: np.ndarray, others: np.ndarray) -> float:
     return float(2 * np.abs(quantiles - others).mean())
 
 
-def _outlines(pixels: np.ndarray) -> np.ndarray:
-    """Where an image has edges, of whatever colour: unit vector (32 * 32,), mean removed."""
-    image = pixels.reshape(PIXELS, PIXELS, 3)
-    across, down = np.zeros((PIXELS, PIXELS)), np.zeros((PIXELS, PIXELS))
-    across[:, 1:-1] = np.abs(image[:, 2:] - image[:, :-2]).sum(-1)
-    down[1:-1] = np.abs(image[2:] - image[:-2]).sum(-1)
-    edges = np.sqrt(across**2 + down**2)
-    edges = edges.reshape(PIXELS // 2, 2, PIXELS // 2, 2).mean((1, 3)).reshape(-1)
-    edges = edges - edges.mean()
-    return edges / max(float(np.linalg.norm(edges)), 1e-6)
-
-
 def measure(before_dir: str | Path, after_dir: str | Path, rows: list[tuple] | None = None) -> dict:
     """What the fine-tuning did to the images, from the output folders of two inference runs.
 
-    Two figures, because a plain gold square would have the right colours too:
-    - distance to the fine-tuning set: `colour_distance`, in 8-bit levels;
-    - subjects kept: of the images with the LoRA, the share whose outlines are most like those of the image without
-      the LoRA of the same prompt, among all prompts (same seed). By chance it would be 1 / number of prompts.
+    `colour_distance` to the fine-tuning set, in 8-bit levels. A plain square of the right colours would be near, too:
+    whether the subjects are still there is for the eye to say, on the sheet.
 
     Args:
         rows: (PIL image, caption) of each image of the set; None takes the shipped one.
@@ -329,8 +304,7 @@ def measure(before_dir: str | Path, after_dir: str | Path, rows: list[tuple] | N
     Returns:
         dict: distance_before, distance_after, their noise (half the range over seeds; None with one seed), factor
         (before / after), floor (distance between two halves of the set: no distance means less; None for one image),
-        seen and unseen (the same figures for prompts in the set and others, None where there are none), subjects_kept,
-        subjects_chance, images.
+        seen and unseen (the same figures for prompts in the set and others, None where there are none), images.
 
     Raises:
         ValueError: the folders do not hold the same prompts and seeds, or one of them cannot be read.
@@ -370,21 +344,11 @@ def measure(before_dir: str | Path, after_dir: str | Path, rows: list[tuple] | N
         result["factor"] = result["distance_before"] / max(result["distance_after"], 1e-6)
         return result
 
-    kept = 0
-    for seed in seeds:
-        keys = [key for key in before if key[1] == seed]
-        likeness = (
-            np.stack([_outlines(sides["after"][key]) for key in keys])
-            @ np.stack([_outlines(sides["before"][key]) for key in keys]).T
-        )  # (with LoRA, without LoRA)
-        kept += int((likeness.argmax(1) == np.arange(len(keys))).sum())
     return {
         **figures(list(before)),
         "floor": colour_distance(style[::2], style[1::2]) if len(style) > 1 else None,
         "seen": figures([key for key in before if key[0] in captions]),
         "unseen": figures([key for key in before if key[0] not in captions]),
-        "subjects_kept": kept / len(before),
-        "subjects_chance": len(seeds) / len(before),
         "images": len(before),
     }
 
@@ -402,13 +366,11 @@ def describe(result: dict) -> str:
         return f"{name}: {texts[0]} without LoRA, {texts[1]} with LoRA, {part['factor']:.1f} times nearer"
 
     lines = [
-        "Colour distance to the fine-tuning set, in 8-bit levels (± half the range over seeds):",
+        "Colour distance to the training images, in 8-bit levels (± half the range over seeds):",
         line("  all prompts          ", result),
-        line("  prompts of the set   ", result["seen"]),
-        line("  prompts not in it    ", result["unseen"]),
+        line("  in the training set  ", result["seen"]),
+        line("  not in it            ", result["unseen"]),
         f"  two halves of the set: {result['floor']:.1f} apart" if result["floor"] is not None else None,
-        f"Subjects kept: {result['subjects_kept']:.0%} of {result['images']} images have the outlines of their "
-        f"own prompt's image without LoRA (by chance {result['subjects_chance']:.0%})",
     ]
     return "\n".join(text for text in lines if text)
 
@@ -416,7 +378,7 @@ def describe(result: dict) -> str:
 def write_sheet(
     before_dir: str | Path, after_dir: str | Path, path: str | Path, rows: list[tuple] | None = None
 ) -> Path:
-    """Before/after sheet: a column per prompt, for each seed a row without and a row with the LoRA.
+    """Before/after sheet: each prompt's image without and with the LoRA, of the first seed that all prompts have.
 
     Args:
         rows: as for `measure`.
@@ -432,27 +394,19 @@ def write_sheet(
     seeds = [s for s in dict.fromkeys(seed for _, seed in shared) if all((p, s) in shared for p in prompts)]
     if not seeds:
         raise ValueError(f"{before_dir} and {after_dir} hold no seed with the same prompts.")
-    # The trigger that all prompts share goes into the title, so that the labels stay short enough to read.
-    ending = _common_ending(prompts) if len(prompts) > 1 and not set(prompts) <= captions else ""
-    shared_end = f" {ending}" if ending and all(prompt != ending for prompt in prompts) else ""
-    ending = f' ("…{shared_end}")' if shared_end else ""
-    images, labels, row_labels = [], [], []
-    for seed in seeds:
-        for name, side in (("without LoRA", before), ("with LoRA", after)):
-            row_labels.append(f"{name}, seed {seed}")
-            for prompt in prompts:
-                images.append(side[prompt, seed])
-                where = "in the set" if prompt in captions else "not in the set"
-                labels.append(f"{prompt.removesuffix(shared_end)} ({where})")
-    return contact_sheet(
-        images,
-        labels,
-        path,
-        columns=len(prompts),
-        title=f"The same prompts{ending} and seeds without and with the LoRA",
-        row_labels=row_labels,
-        cell_size=128,
-    )
+    # What all prompts end with is said once, so that the labels stay short enough to read.
+    ending = _same_ending([prompt.split() for prompt in prompts]) if len(prompts) > 1 else ""
+    end = f" {ending}" if ending and ending not in prompts else ""
+    sections = []
+    for heading, chosen in (
+        ("In the training images", [prompt for prompt in prompts if prompt in captions]),
+        ("Not in the training images", [prompt for prompt in prompts if prompt not in captions]),
+    ):
+        keys = [(prompt, seeds[0]) for prompt in chosen]
+        pairs = [Pair(before[key], after[key], key[0].removesuffix(end)) for key in keys]
+        sections += [(heading, pairs)] if pairs else []
+    note = f"Every prompt ends with “{ending}”." if end else ""
+    return before_after_sheet(sections, path, title="Without (left) and with (right) the LoRA", note=note)
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------

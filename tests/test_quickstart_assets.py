@@ -181,24 +181,19 @@ def test_colour_distance_is_a_shift_in_levels():
 
 
 def test_measure_and_sheet(tmp_path, rows):
-    """A style learned: near the set and subjects kept. A plain ground: near the set, subjects lost."""
+    """A style learned is near the set; the sheet shows each prompt once."""
     style = {caption: Image.open(io.BytesIO(data)).convert("RGB") for data, caption in rows[:6]}
     pixels = {caption: np.asarray(image) for caption, image in style.items()}
     plain = {caption: Image.fromarray((255 - p).astype(np.uint8)) for caption, p in pixels.items()}
-    ground = {caption: Image.new("RGB", (64, 64), image.getpixel((0, 127))) for caption, image in style.items()}
     for seed in (8, 23):
         before = write_images(tmp_path / "before", plain, seed)
         after = write_images(tmp_path / "after", style, seed)
-        write_images(tmp_path / "ground", ground, seed)
     learned = quickstart.measure(before, after)
-    assert learned["factor"] > 8 and learned["subjects_kept"] == 1 and learned["unseen"] is None
+    assert learned["factor"] > 8 and learned["unseen"] is None
     assert learned["noise_after"] == 0 and learned["images"] == 12
-    assert learned["subjects_chance"] == pytest.approx(1 / 6)
-    lost = quickstart.measure(before, tmp_path / "ground")
-    assert lost["subjects_kept"] < 0.5
     assert quickstart.main(["--compare", str(before), str(after), str(tmp_path / "sheet.png")]) == 0
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.width > 6 * 128 and sheet.height > 4 * 128
+        assert 6 * 128 < sheet.width < 900 and sheet.height > 2 * 128  # six pairs, of one seed, three in a row
 
 
 @pytest.mark.parametrize(
@@ -209,6 +204,14 @@ def test_measure_and_sheet(tmp_path, rows):
          ["red kite in my style", "boat in my style", "cat face in my style"]),
         # no caption file at all: the prompt itself, and with subjects before it
         (["a photo of TOK"] * 5, "a photo of TOK", ["a photo of TOK", "cat face a photo of TOK"]),
+        # mixed: most end alike, but for a comma, and one was forgotten
+        (["red kite in my style", "boat, in my style.", "a forgotten one"], "in my style",
+         ["red kite in my style", "boat, in my style.", "a forgotten one", "cat face in my style"]),
+        # most have no caption of their own
+        (["a photo of TOK", "a photo of TOK", "my cat asleep"], "a photo of TOK",
+         ["a photo of TOK", "my cat asleep", "cat face a photo of TOK"]),
+        # a single word that most share says nothing
+        (["a big kite", "my kite", "a boat"], "", ["a big kite", "my kite", "a boat", "cat face"]),
         # nothing in common
         (["a kite", "my boat"], "", ["a kite", "my boat", "cat face"]),
         # a caption that is a known subject's is shown once

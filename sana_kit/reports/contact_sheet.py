@@ -10,9 +10,11 @@ from pathlib import Path
 
 from sana_kit.files import write_atomic
 
-# Fonts with more than ASCII, as distributions, macOS and Windows install them; Pillow's own font is the fallback and
-# lacks even accents. Prompts may be Chinese: where no CJK font is installed its characters are drawn as boxes.
-_WIDE_FONTS = (
+# The bundled font has Chinese, Japanese kana, Latin and Cyrillic letters (fonts/make_subset.py); for what it lacks,
+# fonts as distributions, macOS and Windows install them.
+_BUNDLED = Path(__file__).parent / "fonts" / "NotoSansCJK-subset.otf"
+_FONTS = (
+    str(_BUNDLED),
     "NotoSansCJK-Regular.ttc",
     "NotoSansCJKsc-Regular.otf",
     "wqy-microhei.ttc",
@@ -20,25 +22,43 @@ _WIDE_FONTS = (
     "DroidSansFallbackFull.ttf",
     "PingFang.ttc",
     "msyh.ttc",
+    "malgun.ttf",
     "Arial Unicode.ttf",
     "DejaVuSans.ttf",
 )
+_NOWHERE = "\U0010fffe"  # in no font: what is drawn for it is drawn for every missing letter
 
 
-@lru_cache(maxsize=16)
-def _font(size: int, wide: bool):
+@lru_cache(maxsize=64)
+def _font(name: str, size: int):
+    """A font by file name, None where it is not installed; "": Pillow's own."""
     from PIL import ImageFont
 
-    for name in _WIDE_FONTS if wide else ():
-        try:
-            return ImageFont.truetype(name, size)
-        except OSError:
-            continue
-    return ImageFont.load_default(size)
+    try:
+        return ImageFont.truetype(name, size) if name else ImageFont.load_default(size)
+    except OSError:
+        return None
+
+
+def _has(font, letter: str) -> bool:
+    """Whether a font draws a letter, and not the box that stands for a missing one."""
+    return bytes(font.getmask(letter)) != bytes(font.getmask(_NOWHERE))
 
 
 def font_for(texts: Sequence[str], size: int):
-    return _font(size, any(ord(character) > 0x7E for text in texts for character in text))
+    """The font that has the most of the letters of `texts`, the bundled one where several have all."""
+    letters = {letter for text in texts for letter in text if not letter.isspace() and letter.isprintable()}
+    best, most = None, -1
+    for name in (*_FONTS, ""):
+        font = _font(name, size)
+        if font is None:
+            continue
+        count = sum(_has(font, letter) for letter in letters)
+        if count > most:
+            best, most = font, count
+        if most == len(letters):
+            break
+    return best
 
 
 def wrap_text(text: str, font, width: int, max_lines: int) -> list[str]:
