@@ -107,11 +107,17 @@ done
 [ -f "$config_file" ] || { echo "error: --config_file=$config_file: no such file" >&2; exit 2; }
 
 # ------------------------------------------------------------------------------------------------------- environment
-# What another launcher left in this shell would be believed by every process that is started below.
+# What another launcher left in this shell would be believed by every process that is started below. Settings such as
+# ACCELERATE_LOG_LEVEL are no such thing and stay.
 leftovers=()
-for name in RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE NODE_RANK GROUP_RANK MASTER_ADDR MASTER_PORT \
-  OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_LOCAL_RANK OMPI_COMM_WORLD_LOCAL_SIZE PMI_RANK PMI_SIZE; do
-  if [ -n "${!name:-}" ]; then leftovers+=("$name=${!name}"); unset "$name"; fi
+for name in $(compgen -e); do
+  case "$name" in
+    RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|NODE_RANK|GROUP_RANK|GROUP_WORLD_SIZE|ROLE_*|MASTER_ADDR|MASTER_PORT| \
+    CROSS_RANK|CROSS_SIZE|LOCAL_SIZE|MPI_LOCALNRANKS|MPI_LOCALRANKID|OMPI_COMM_WORLD_*|PMI_*|PMIX_*|MV2_COMM_WORLD_*| \
+    TORCHELASTIC_*|PET_*|SANA_LAUNCHED|ACCELERATE_USE_*|ACCELERATE_DEEPSPEED_*|ACCELERATE_DYNAMO_*|ACCELERATE_CONFIG_DS_FIELDS| \
+    ACCELERATE_MIXED_PRECISION|ACCELERATE_GRADIENT_*|ACCELERATE_NUM_PROCESSES|FSDP_*|MEGATRON_LM_*|PARALLELISM_CONFIG_*)
+      leftovers+=("$name=${!name}"); unset "$name" ;;
+  esac
 done
 [ ${#leftovers[@]} -eq 0 ] || echo "note: not used, since this script starts its own processes: ${leftovers[*]}" >&2
 
@@ -119,13 +125,8 @@ done
 python=$("${PYTHON:-python3}" "$here/sana_kit/environment.py") || exit $?
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 
-# ------------------------------------------------------------------------------------------------- devices, variables
-# The doctor names every problem of the host with a remedy; its last line is "<kind> <count>".
-doctor=$("$python" -m sana_kit.doctor) || { printf '%s\n' "$doctor" >&2; exit 1; }
-printf '%s\n' "$doctor"
-read -r device_kind device_count <<<"$(printf '%s\n' "$doctor" | tail -n 1)"
-
-if [ "$device_kind" = npu ]; then
+# --------------------------------------------------------------------------------------------------- Ascend's variables
+if [ -e /dev/davinci_manager ] || [ -n "${ASCEND_HOME_PATH:-}${ASCEND_TOOLKIT_HOME:-}" ]; then
   # docs/ascend.md, "Environment variables", says what each does. Any of them set outside is kept.
   export ASCEND_SLOG_PRINT_TO_STDOUT=${ASCEND_SLOG_PRINT_TO_STDOUT:-0}
   export ASCEND_GLOBAL_LOG_LEVEL=${ASCEND_GLOBAL_LOG_LEVEL:-3}
@@ -170,54 +171,6 @@ if [ "$quickstart" = yes ]; then
   [ -n "$instance_data_dir" ] || is_given dataset_name || dataset_name=$(quickstart_item dataset_path) || exit 1
   quickstart_flags=$(quickstart_item training_flags) || exit 1
   prompts=$(quickstart_item prompts ${own[@]+"${own[@]}"}) || exit 1   # before training: images of one's own may be bad
-  if [ "$device_kind" = cpu ] && [ -z "$num_processors" ]; then num_processors=2; fi
-fi
-
-# ---------------------------------------------------------------------------------------------------------- processes
-if [ -z "$num_processors" ]; then
-  num_processors=$device_count
-  [ "$device_kind" = cpu ] && num_processors=1
-fi
-config=$("$python" - "$config_file" <<'PY'
-import sys, yaml
-with open(sys.argv[1], encoding="utf-8") as file:
-    config = yaml.safe_load(file) or {}
-deepspeed = config.get("deepspeed_config") or {}
-steps = deepspeed.get("gradient_accumulation_steps", config.get("gradient_accumulation_steps"))
-values = (config.get("num_machines"), config.get("main_process_port"), config.get("mixed_precision"), steps)
-print(*("-" if value in (None, "", "auto") else value for value in values))
-PY
-  ) || { echo "error: --config_file=$config_file: not a YAML file (see above)" >&2; exit 2; }
-read -r config_machines config_port config_precision config_steps <<<"$config"
-[ "$config_machines" != - ] || config_machines=1
-[ "$config_port" != - ] || config_port=""
-if [ -z "$mixed_precision" ] && [ "$config_precision" = - ]; then mixed_precision=bf16; fi
-if [ -z "$gradient_accumulation_steps" ] && [ "$config_steps" = - ]; then gradient_accumulation_steps=1; fi
-if [ "$device_kind" != cpu ] && [ "$config_machines" -le 1 ] && [ "$num_processors" -gt "$device_count" ]; then
-  echo "error: --num_processors=$num_processors: this machine has $device_count $device_kind device(s). Ask for at most that many." >&2
-  exit 2
-fi
-launch=(--config_file "$config_file")
-[ -z "$mixed_precision" ] || launch+=(--mixed_precision "$mixed_precision")
-if [ "$config_machines" -le 1 ]; then
-  launch+=(--num_processes "$num_processors")
-  # A free port where the config names none, so that two runs on one machine do not collide.
-  port=$("$python" - "${config_port:-0}" <<'PY'
-import socket, sys
-with socket.socket() as s:
-    try:
-        s.bind(("127.0.0.1", int(sys.argv[1])))
-    except OSError:
-        sys.exit(f"error: main_process_port: {sys.argv[1]} is in use; free it, or name another one in the accelerate config")
-    print(s.getsockname()[1])
-PY
-  ) || exit 1
-  launch+=(--main_process_port "$port")
-elif is_given num_processors; then
-  launch+=(--num_processes "$num_processors")   # over all machines together
-fi
-if [ "$device_kind" = cpu ]; then
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(nproc) + num_processors - 1) / num_processors ))}
 fi
 
 # --------------------------------------------------------------------------------------------------------------- train
@@ -236,8 +189,8 @@ if [ "$quickstart" = yes ]; then
   # A second quick start sets the first one's files aside, unless it is told to resume.
   case " ${extra[*]-} " in *" --resume_from_checkpoint"*) ;; *) trainer+=(--overwrite_output_dir) ;; esac
 else
-  [ -z "$mixed_precision" ] || trainer+=(--mixed_precision "$mixed_precision")
-  [ -z "$gradient_accumulation_steps" ] || trainer+=(--gradient_accumulation_steps "$gradient_accumulation_steps")
+  is_given mixed_precision && trainer+=(--mixed_precision "$mixed_precision")
+  is_given gradient_accumulation_steps && trainer+=(--gradient_accumulation_steps "$gradient_accumulation_steps")
   trainer+=(
     --resolution "$resolution"
     --train_batch_size "$batch_size"
@@ -258,42 +211,34 @@ else
 fi
 trainer+=(${extra[@]+"${extra[@]}"})
 
-error_file=$(mktemp) || exit 1
-export SANA_ERROR_FILE=$error_file
+launch=("--config_file=$config_file")
+[ -z "$num_processors" ] || launch+=("--num_processors=$num_processors")
+[ "$quickstart" = no ] || launch+=(--small)
 # torch's launcher kills ranks this long after a signal (30 s by its own default): an update and a checkpoint take longer
 # on large models. Newer torch reads it (2.13 does, 2.7 does not); older ones keep their 30 s.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-1800}
-stamp=$(mktemp) || exit 1
 caught=""
 child=""
 forward() { caught=$1; [ -n "$child" ] && kill -s "$1" "$child" 2>/dev/null; }
 trap 'forward TERM' TERM
 trap 'forward INT' INT
 trap 'forward TERM' HUP   # the terminal was closed: the run ends as by SIGTERM
-# In a session of its own, so that Ctrl-C reaches the run once, through this script, and not once more from the terminal.
-# Killed outright (SIGKILL), this script takes the run with it: the kernel then sends SIGTERM to the process below.
-setsid "$python" -m sana_kit.tied $$ accelerate.commands.launch "${launch[@]}" \
-  "$here/train_dreambooth_lora_sana.py" "${trainer[@]}" &
+# It checks everything, starts the processes, and says last how they ended. In a session of its own, so that Ctrl-C
+# reaches the run once, through this script, and not once more from the terminal. Killed outright (SIGKILL), this script
+# takes the run with it: the kernel then sends SIGTERM to that process.
+setsid "$python" -m sana_kit.launch $$ "${launch[@]}" -- "${trainer[@]}" &
 child=$!
 status=0
 while :; do
   wait "$child"; status=$?
   kill -0 "$child" 2>/dev/null || break   # a signal ends `wait` early: wait on until the run has ended
 done
-if [ -n "$caught" ] && [ "$output_dir/summary.json" -nt "$stamp" ]; then
-  # accelerate does not pass the trainer's code on after a signal; its summary says that it stopped as asked.
-  [ "$caught" = TERM ] && status=143 || status=130
-fi
-if [ $status -ne 0 ] && [ -s "$error_file" ]; then
-  printf '\n--- the run ended with:\n' >&2
-  cat "$error_file" >&2
-fi
-rm -f "$error_file" "$stamp"
 if [ -n "$caught" ]; then
-  [ $status -eq 143 ] || [ $status -eq 130 ] || { [ "$caught" = TERM ] && status=143 || status=130; }
+  [ $status -ne 0 ] || { [ "$caught" = TERM ] && status=143 || status=130; }
   exit $status
 fi
 [ $status -eq 0 ] || exit $status
+case " ${extra[*]-} " in *" --dry_run "*) exit 0 ;; esac
 
 # -------------------------------------------------------------------------------------------------------------- result
 "$python" -m sana_kit.reports --result-block "$output_dir" || exit $?

@@ -13,9 +13,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 from sana_kit.launchers import local_rank, settle_launcher
+from sana_kit.quiet import quiet_libraries
 
 
 def _as_flag(field: str) -> str:
@@ -126,14 +126,21 @@ def at_failure(tell: Callable[[str], None]) -> Callable[[], None]:
 
 
 def show_error(message: str) -> None:
-    """Write "error: message" to standard error and into the file that SANA_ERROR_FILE names.
+    """Tell "error: message": at the end of the file that SANA_ERROR_FILE names, else on standard error.
 
-    The launcher shows that file once more, below what its own tools print.
+    `sana_kit.launch` names that file and shows what is in it once all processes have ended, so that each error is told
+    once and is the last thing on the screen.
     """
+    path = os.environ.get("SANA_ERROR_FILE")
+    if path:
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(f"error: {message}\n")
+            return
+        except OSError:
+            pass  # told on the screen then
     sys.stderr.write(f"\nerror: {message}\n")
     sys.stderr.flush()
-    if os.environ.get("SANA_ERROR_FILE"):
-        Path(os.environ["SANA_ERROR_FILE"]).write_text(f"error: {message}\n", encoding="utf-8")
 
 
 def _speaks(error: BaseException, told: bool) -> bool:
@@ -158,8 +165,8 @@ def run_as_script(
 
     A KitError is shown by its message, fields written as flags: exit code 1. Any other exception keeps its traceback:
     exit code 1. Ctrl-C is one line: exit code 130. Before all that, variables that a launcher left in the shell are
-    taken out. With several ranks the first of every machine shows the error, another one only what it alone met; the
-    others learn of it within seconds.
+    taken out, and notices of libraries silenced. With several ranks the first of every machine shows the error, any
+    other only what it alone met; the rest learn of it within seconds.
 
     Args:
         expected: further classes whose message is enough.
@@ -167,6 +174,7 @@ def run_as_script(
         interrupted: the line for Ctrl-C.
     """
     settle_launcher()
+    quiet_libraries()
     try:
         return main() or 0
     except KeyboardInterrupt:

@@ -4,13 +4,13 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from sana_kit.models.folder import read_flow_shift
 from sana_kit.training.config import WEIGHTING_SCHEMES
 from sana_kit.training.recipes import (
     NUM_TRAIN_TIMESTEPS,
     FlowMatching,
     add_noise,
     loss_per_sample,
-    read_flow_shift,
     shifted_sigma,
 )
 

@@ -242,6 +242,18 @@ def vae_geometry(model: str, revision: str | None = None, cache_dir: str | None 
     }
 
 
+def read_flow_shift(scheduler_config: dict) -> float:
+    """The checkpoint's own time-step shift from its scheduler's config.
+
+    A DPMSolver config calls it `flow_shift`, a FlowMatchEuler config `shift`; 1.0, no shift, where neither is named.
+    diffusers' trainer reads the DPMSolver config of the SANA checkpoints as FlowMatchEuler and trains with 1.0.
+    """
+    for key in ("flow_shift", "shift"):
+        if scheduler_config.get(key) is not None:
+            return float(scheduler_config[key])
+    return 1.0
+
+
 def find_model(
     model_path: str,
     *,

@@ -20,15 +20,13 @@ from sana_kit.files import check_output_folder, expand
 from sana_kit.flags import range_problems
 from sana_kit.launchers import announced_wait, launched_world_size, local_rank
 from sana_kit.models.attention import resolve_attention
-from sana_kit.models.folder import Model, ModelFields, find_model
-from sana_kit.models.loading import load_scheduler
+from sana_kit.models.folder import Model, ModelFields, find_model, read_flow_shift
 from sana_kit.models.weights import meta_transformer
 from sana_kit.training.accounts import upload_problems
 from sana_kit.training.checkpoint_folders import find_checkpoint, folder_problems
 from sana_kit.training.config import TrainConfig
 from sana_kit.training.launch_config import LaunchConfig, settle
 from sana_kit.training.optim import optimizer_problems
-from sana_kit.training.recipes import read_flow_shift
 from sana_kit.training.trackers import tracker_problems
 
 T = TypeVar("T")
@@ -79,7 +77,7 @@ def check(config: TrainConfig) -> Checked:
     if problems:
         raise UserError(problems, f"{len(problems)} problem(s) with the arguments:")
     if config.flow_shift is None:
-        config = config.replaced(flow_shift=read_flow_shift(load_scheduler(model).config))
+        config = config.replaced(flow_shift=read_flow_shift(model.scheduler_config))
     return Checked(config, model, launch)
 
 

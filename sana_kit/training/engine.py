@@ -70,6 +70,7 @@ def _create_accelerator(settings, launch: LaunchConfig):
     precision = settings.mixed_precision
     if launch.deepspeed:
         zero.leave_out_shm_operator()
+        zero.leave_out_muon_compilation()
         # Given here, since accelerate would read them from the environment, where a config without them says "None".
         plugin = DeepSpeedPlugin(
             gradient_accumulation_steps=settings.gradient_accumulation_steps, gradient_clipping=settings.max_grad_norm

@@ -13,7 +13,6 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from diffusers.optimization import get_scheduler
 
 from sana_kit.devices import kind_of
 from sana_kit.errors import Problem, did_you_mean
@@ -176,6 +175,8 @@ def build_schedule(settings, optimizer: torch.optim.Optimizer, steps: int) -> to
 
     accelerate would step it once per process: lengths are in updates here, so it is not prepared.
     """
+    from diffusers.optimization import get_scheduler  # seconds, which the checks before a run need not wait for
+
     return get_scheduler(
         settings.lr_scheduler,
         optimizer=optimizer,

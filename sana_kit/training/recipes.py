@@ -18,18 +18,6 @@ from diffusers.training_utils import compute_density_for_timestep_sampling, comp
 NUM_TRAIN_TIMESTEPS = 1000
 
 
-def read_flow_shift(scheduler_config) -> float:
-    """The checkpoint's own time-step shift from its scheduler's config (a mapping).
-
-    A DPMSolver config calls it `flow_shift`, a FlowMatchEuler config `shift`; 1.0, no shift, where neither is named.
-    diffusers' trainer reads the DPMSolver config of the SANA checkpoints as FlowMatchEuler and trains with 1.0.
-    """
-    for key in ("flow_shift", "shift"):
-        if scheduler_config.get(key) is not None:
-            return float(scheduler_config[key])
-    return 1.0
-
-
 def shifted_sigma(u: torch.Tensor, flow_shift: float) -> torch.Tensor:
     """Map draws u in [0, 1) to sigmas in (0, 1], float32, on the grid of 1000 training time steps.
 

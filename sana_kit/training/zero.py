@@ -8,6 +8,8 @@ by name where one is gone.
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -35,6 +37,26 @@ def leave_out_shm_operator() -> None:
     """
     ops = importlib.import_module("deepspeed.ops")
     getattr(ops, COMPATIBLE_OPS)["deepspeed_shm_comm"] = False
+
+
+def leave_out_muon_compilation() -> None:
+    """Import DeepSpeed's Muon optimizer, which ZeRO imports for its own checks, without its calls of torch.compile.
+
+    They import the whole of torch's compiler, a second of every start; the kit does not train with Muon.
+    """
+    name = "deepspeed.runtime.zero.muon.muon_optimizer"
+    try:
+        missing = importlib.util.find_spec(name) is None
+    except ImportError:  # deepspeed 0.15.2 has no such package
+        missing = True
+    if missing or name in sys.modules:
+        return
+    compiler = importlib.import_module("deepspeed.runtime.compiler")
+    compile_, compiler.compile = compiler.compile, lambda *args, **kwargs: lambda function: function
+    try:
+        importlib.import_module(name)
+    finally:
+        compiler.compile = compile_
 
 
 def fill_config(config: dict, settings, world_size: int) -> None:

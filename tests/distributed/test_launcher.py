@@ -16,16 +16,13 @@ from helpers import KIT, script_environment
 
 LAUNCHER = KIT / "finetune_sana_dreambooth_lora_deepspeed_bf16.sh"
 STAND_IN = """#!{python}
-import json, os, subprocess, sys
+import json, os, sys
 words = sys.argv[1:]
 if words[0].endswith("environment.py"):
     print(os.path.abspath(sys.argv[0]))
-elif words[:2] == ["-m", "sana_kit.doctor"]:
-    print("cpu 0")
-elif words[0] == "-":
-    sys.exit(subprocess.run([sys.executable, *words]).returncode)
-elif words[:2] == ["-m", "sana_kit.tied"]:
-    names = ("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+elif words[:2] == ["-m", "sana_kit.launch"]:
+    names = ("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "ACCELERATE_USE_FSDP", "ACCELERATE_LOG_LEVEL",
+             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "TASK_QUEUE_ENABLE")
     told = {{"words": words, "env": {{name: os.environ.get(name) for name in names}}}}
     open(os.environ["TOLD"], "w").write(json.dumps(told))
     sys.exit(7)
@@ -75,38 +72,27 @@ def test_ones_own_images_get_no_prompt_of_the_launcher(told, tmp_path):
     assert value(told(f"--instance_data_dir={tmp_path}", "--instance_prompt=TOK")[0], "--instance_prompt") == "TOK"
 
 
-def test_only_what_is_given_is_passed_where_the_config_decides(told, tmp_path):
-    config = tmp_path / "config.yaml"
-    text = (KIT / "bf16_accelerate_config.yaml").read_text()
-    config.write_text(text.replace("deepspeed_config:", "deepspeed_config:\n  gradient_accumulation_steps: 4"))
-    words, _, _ = told(f"--config_file={config}")
+def test_what_is_not_given_is_left_to_the_config(told, tmp_path):
+    words, _, _ = told()
     assert value(words, "--gradient_accumulation_steps") is None and value(words, "--mixed_precision") is None
-    assert value(told(f"--config_file={config}", "--mixed_precision=no")[0], "--mixed_precision") == "no"
-    config.write_text(text.replace("mixed_precision: bf16", ""))
-    words, _, _ = told(f"--config_file={config}")
-    assert value(words, "--mixed_precision") == "bf16" and value(words, "--gradient_accumulation_steps") == "1"
+    assert value(words, "--num_processors") is None and "--small" not in words
+    words, _, _ = told("--mixed_precision=no", "--num_processors=3", "--gradient_accumulation_steps", "2")
+    assert value(words, "--mixed_precision") == "no" and value(words, "--gradient_accumulation_steps") == "2"
+    assert value(words[: words.index("--")], "--num_processors") == "3"
 
 
-@pytest.mark.parametrize("machines", ["2", '"2"'])
-def test_the_number_of_machines_may_stand_in_quotes(told, tmp_path, machines):
-    config = tmp_path / "config.yaml"
-    text = (KIT / "bf16_accelerate_config.yaml").read_text()
-    config.write_text(text.replace("num_machines: 1", f"num_machines: {machines}"))
-    words, _, _ = told(f"--config_file={config}")
-    assert words and "--num_processes" not in words  # the config's, of all machines together
-
-
-def test_a_config_that_is_no_yaml_is_named(told, tmp_path):
-    (tmp_path / "config.yaml").write_text("a: [")
-    done = told(f"--config_file={tmp_path / 'config.yaml'}")[2]
-    assert done.returncode == 2 and "not a YAML file" in done.stderr
+def test_ascends_variables_are_set_where_cann_is(told):
+    assert told()[1]["TASK_QUEUE_ENABLE"] is None
+    assert told(env={"ASCEND_HOME_PATH": "/usr/local/Ascend"})[1]["TASK_QUEUE_ENABLE"] == "2"
 
 
 def test_what_another_launcher_left_is_not_believed(told):
-    leftovers = {"RANK": "1", "WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "3"}
-    _, environment, done = told(env=leftovers)
-    assert [environment[name] for name in leftovers] == [None, None, None]
-    assert "note: not used" in done.stderr and "RANK=1 WORLD_SIZE=2" in done.stderr
+    leftovers = {"RANK": "1", "WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "3", "ACCELERATE_USE_FSDP": "true"}
+    _, environment, done = told(env={**leftovers, "ACCELERATE_LOG_LEVEL": "INFO"})
+    assert [environment[name] for name in leftovers] == [None] * 4
+    assert environment["ACCELERATE_LOG_LEVEL"] == "INFO"  # a setting, not a rank
+    note = next(line for line in done.stderr.splitlines() if line.startswith("note: not used"))
+    assert all(f"{name}={value}" in note for name, value in leftovers.items()) and "LOG_LEVEL" not in note
 
 
 def test_a_tilde_within_a_word_is_the_home_folder(told, tmp_path):

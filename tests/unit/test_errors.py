@@ -20,25 +20,29 @@ def fail(error):
     return main
 
 
-def test_exit_codes_and_texts(capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv("SANA_ERROR_FILE", str(tmp_path / "error"))
+def test_exit_codes_and_texts(capsys):
     assert run_as_script(lambda: 3) == 3 and run_as_script(lambda: None) == 0
     assert run_as_script(fail(UserError(Problem("rank", 0, "must be above 0", "Take 4.")))) == 1
     assert capsys.readouterr().err == "\nerror: --rank=0: must be above 0. Take 4.\n"
-    assert (tmp_path / "error").read_text() == "error: --rank=0: must be above 0. Take 4.\n"
     assert run_as_script(fail(KeyboardInterrupt()), interrupted="stopped; start again") == 130
     assert capsys.readouterr().err == "\nstopped; start again\n"
 
 
-def test_an_unexpected_error_keeps_its_traceback_and_an_expected_one_has_none(capsys, tmp_path, monkeypatch):
+def test_under_the_launcher_errors_of_all_ranks_wait_in_a_file_for_the_end(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("SANA_ERROR_FILE", str(tmp_path / "error"))
+    run_as_script(fail(UserError(Problem("rank", 0, "must be above 0", "Take 4."))))
+    run_as_script(fail(CheckpointError("the disk is full")))
+    assert (tmp_path / "error").read_text() == ("error: --rank=0: must be above 0. Take 4.\nerror: the disk is full\n")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("SANA_ERROR_FILE", str(tmp_path / "gone" / "error"))
+    run_as_script(fail(CheckpointError("the disk is full")))
+    assert capsys.readouterr().err == "\nerror: the disk is full\n"
+
+
+def test_an_unexpected_error_keeps_its_traceback_and_an_expected_one_has_none(capsys):
     assert run_as_script(fail(KeyError("x"))) == 1
     shown = capsys.readouterr().err
-    assert (
-        "Traceback" in shown
-        and "raise error" in shown
-        and (tmp_path / "error").read_text() == "error: KeyError: 'x'\n"
-    )
+    assert "Traceback" in shown and "raise error" in shown and shown.endswith("\nerror: KeyError: 'x'\n")
     assert run_as_script(fail(ValueError("x is wrong")), expected=(ValueError,)) == 1
     assert capsys.readouterr().err == "\nerror: x is wrong\n"
 
