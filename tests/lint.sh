@@ -9,4 +9,4 @@ tools=$("$python" -c "import sysconfig; print(sysconfig.get_path('scripts'))")
 "$python" -m ruff format --check .
 PYTHONPATH=. "$tools/lint-imports" --no-logo --no-cache
 "$tools/codespell"
-"$tools/shellcheck" -e SC2086,SC2317,SC2329 ./*.sh tests/*.sh tests/*/*.sh .ci/run
+"$tools/shellcheck" -e SC2086,SC2317,SC2329 ./*.sh tests/*.sh tests/*/*.sh docs/*.sh .ci/run
