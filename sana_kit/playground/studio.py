@@ -27,6 +27,7 @@ from sana_kit.inference.config import InferConfig, LoraSettings
 from sana_kit.inference.output import OutputFolder
 from sana_kit.inference.plan import Plan, check
 from sana_kit.models.adapter import Lora, apply_loras
+from sana_kit.models.fused import fuse_blocks
 from sana_kit.models.loading import load_pipeline
 
 SIDES = {"base": ("base",), "lora": ("lora",), "both": ("base", "lora")}
@@ -100,6 +101,7 @@ class Studio:
             self.device, problem = devices.pick_device("cpu"), error.problems[0]
         self.config = config
         self.plan = check(config, self.device, problem)
+        _check_weights_stay_plain(config)
         self.folder = OutputFolder(config.run.output_path, 0)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="draw")
         self._texts: dict[tuple[str, bool, str], torch.Tensor] = {}
@@ -110,8 +112,15 @@ class Studio:
         """Load the whole pipeline, text encoder included (5 GB in bf16 beside SANA's weights)."""
         plan, model = self.plan, self.config.model
         self._pipeline = load_pipeline(
-            plan.model, device=self.device, dtype=plan.dtype, vae_dtype=plan.vae_dtype, attention=model.attention
+            plan.model,
+            device=self.device,
+            dtype=plan.dtype,
+            vae_dtype=plan.vae_dtype,
+            attention=model.attention,
+            quantize=model.quantize,
         )
+        if model.fused_blocks != "off":
+            fuse_blocks(self._pipeline.transformer.requires_grad_(False), model.fused_blocks)
         if plan.loras:
             self._adapter = _Adapter(self._pipeline.transformer, plan.loras)
 
@@ -274,6 +283,20 @@ class Studio:
         prompts = {job.prompt: self._texts[job.prompt, False, lines] for job in jobs}
         negatives = {job.negative_prompt: self._texts[job.negative_prompt, True, ""] for job in jobs if job.guided}
         return prompts, negatives
+
+
+def _check_weights_stay_plain(config: InferConfig) -> None:
+    """UserError where an adapter could not be taken in and out of the weights."""
+    model, problems = config.model, []
+    if config.lora.lora_weights:
+        reason = "the page takes the adapter in and out of the weights, which it cannot with this"
+        remedy = "Leave it out, or show the base model alone."
+        if model.quantize is not None:
+            problems.append(Problem("quantize", model.quantize, reason, remedy))
+        if model.fused_blocks != "off":
+            problems.append(Problem("fused_blocks", model.fused_blocks, reason, remedy))
+    if problems:
+        raise UserError(problems)
 
 
 def _image(side: str, job: Job, seconds: float) -> Event:

@@ -125,6 +125,16 @@ def test_a_page_without_an_adapter_draws_the_base_only(tiny_model, tmp_path):
         alone.check({**ASKED, "side": "both"})
 
 
+def test_weights_that_an_adapter_cannot_leave_again_are_refused(tiny_model, adapter, tmp_path):
+    flags = ["--model_path", tiny_model, "--output_path", tmp_path, "--fused_blocks", "auto"]
+    alone = Studio(parse_config([str(word) for word in flags]).inference())
+    alone.load()
+    assert kinds(alone.draw(alone.check({**ASKED, "side": "base"})))[-2:] == ["image", "done"]
+    alone.close()
+    with pytest.raises(UserError, match="fused_blocks=auto: the page takes the adapter in and out"):
+        Studio(parse_config([str(word) for word in [*flags, "--lora_weights", adapter]]).inference())
+
+
 def test_runs_are_found_and_described(tmp_path):
     done, going = write_run(tmp_path / "done"), write_run(tmp_path / "going", ended=False)
     (tmp_path / "other").mkdir()
