@@ -21,6 +21,21 @@ def generator(seed: int, *key: int) -> np.random.Generator:
     return np.random.default_rng([seed & 0xFFFFFFFF, seed >> 32, *key])
 
 
+def make_order(
+    shapes: np.ndarray, num_instance: int, samples: int, seed: int
+) -> PermutationOrder | BucketOrder:
+    """The order of a run's instance images.
+
+    Args:
+        shapes: (N, 2) height and width of each sample's latents, instance images first.
+        samples: of a micro-step over all processes.
+    """
+    _, bucket_of = np.unique(shapes[:num_instance], axis=0, return_inverse=True)
+    if bucket_of.max(initial=0) == 0:
+        return PermutationOrder(num_instance, seed)
+    return BucketOrder(bucket_of.reshape(-1), samples, seed)
+
+
 class PermutationOrder:
     """Epoch after epoch a permutation of `size` images; `salt` tells orders of one seed apart."""
 
@@ -37,9 +52,9 @@ class PermutationOrder:
             self._orders[epoch] = generator(self.seed, epoch, self.salt).permutation(self.size)
         return int(self._orders[epoch][offset])
 
-    def micro_steps(self, epochs: int, samples: int) -> int:
-        """Micro-steps of so many samples that so many epochs take, whole ones."""
-        return -(-epochs * self.size // samples)
+    def first_position(self, samples_seen: int) -> int:
+        """Where the order goes on after so many samples."""
+        return samples_seen
 
 
 class BucketOrder:
@@ -51,12 +66,16 @@ class BucketOrder:
     """
 
     def __init__(self, bucket_of: np.ndarray, samples: int, seed: int):
-        self.samples, self.seed = samples, seed
+        self.samples, self.seed, self.size = samples, seed, len(bucket_of)
         self._members = [np.flatnonzero(bucket_of == bucket) for bucket in np.unique(bucket_of)]
         self._within = [PermutationOrder(len(m), seed, _BUCKET_SALT + 1 + k) for k, m in enumerate(self._members)]
         self._epoch, self._schedule = -1, np.zeros((0, 2), dtype=np.int64)
 
-    def micro_steps(self, epochs: int, samples: int | None = None) -> int:
+    def first_position(self, samples_seen: int) -> int:
+        """Where the order goes on after so many samples: at a whole micro-step, also if they came in other ones."""
+        return -(-samples_seen // self.samples) * self.samples
+
+    def micro_steps(self, epochs: int) -> int:
         """Micro-steps of so many epochs: each bucket's are rounded up by themselves."""
         return sum(-(-epochs * len(members) // self.samples) for members in self._members)
 

@@ -20,6 +20,7 @@ from sana_kit.models.lora import DEFAULT_LORA_LAYERS, lora_config, recompute_blo
 from sana_kit.roofline import build_on_meta, count_training_step
 from sana_kit.training.check import image_source
 from sana_kit.training.config import TrainConfig
+from sana_kit.training.order import BucketOrder
 
 # An image's latents of 32 channels in bf16, and a caption's embeddings: what the store needs a sample, for the plan.
 _PLAN_CAPTION_TOKENS = 80
@@ -68,12 +69,21 @@ class Plan:
         return samples_seen / self.epoch_samples
 
 
-def make_plan(config: TrainConfig, num_instance: int, num_class: int, world_size: int) -> tuple[TrainConfig, Plan]:
-    """(the settings with the number of updates and the scaled learning rate that now hold, the plan)."""
+def make_plan(
+    config: TrainConfig, num_instance: int, num_class: int, world_size: int, order: BucketOrder | None = None
+) -> tuple[TrainConfig, Plan]:
+    """(the settings with the number of updates and the scaled learning rate that now hold, the plan).
+
+    Args:
+        order: of images in several buckets, whose epochs are a little longer.
+    """
     batch_size, accumulation = config.train_batch_size, config.gradient_accumulation_steps
     plan = Plan(config.max_train_steps or 0, batch_size, accumulation, world_size, num_instance, num_class)
     if config.max_train_steps is None:
-        steps = math.ceil(config.num_train_epochs * plan.epoch_samples / plan.samples_per_step)
+        samples = config.num_train_epochs * plan.epoch_samples
+        if isinstance(order, BucketOrder):
+            samples = order.micro_steps(config.num_train_epochs) * order.samples
+        steps = math.ceil(samples / plan.samples_per_step)
         plan = dataclasses.replace(plan, steps=steps)
     rate = config.learning_rate * (plan.samples_per_step if config.scale_lr else 1)
     return config.replaced(max_train_steps=plan.steps, learning_rate=rate), plan

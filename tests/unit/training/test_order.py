@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sana_kit.training.order import BucketOrder, PermutationOrder
+from sana_kit.training.order import BucketOrder, PermutationOrder, make_order
 
 BUCKETS = np.array([0] * 11 + [1] * 4 + [2] * 1 + [3] * 16)
 
@@ -43,4 +43,11 @@ def test_epochs_and_buckets_come_in_other_orders():
 def test_the_plain_order_is_a_permutation_an_epoch():
     order = PermutationOrder(5, seed=0)
     assert sorted(order(p) for p in range(5)) == sorted(order(p) for p in range(5, 10)) == list(range(5))
-    assert order.micro_steps(3, 4) == 4
+
+
+def test_one_size_is_the_plain_order_and_several_are_buckets():
+    shapes = np.array([[8, 8]] * 5 + [[4, 16]])
+    assert isinstance(make_order(shapes, 5, 2, seed=0), PermutationOrder)  # the sixth is a class image
+    order = make_order(shapes, 6, 2, seed=0)
+    assert isinstance(order, BucketOrder) and order.size == 6
+    assert [order.first_position(seen) for seen in (0, 3, 4)] == [0, 4, 4]
