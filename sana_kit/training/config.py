@@ -38,6 +38,15 @@ def _vae_batch(text: str) -> int | str:
     return int(text)
 
 
+def _resolutions(text: str) -> int | tuple[int, ...]:
+    """1024, or 512,1024."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a number of pixels nor several, such as 512,1024")
+    numbers = tuple(dict.fromkeys(map(int, parts)))
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     config: str | None = flag(
@@ -86,7 +95,16 @@ class DataConfig:
         0.0, "Share of the samples that train with the empty caption; SANA itself was trained with 0.1.", low=0, high=1
     )
     repeats: int = flag(1, "Use each image this often per epoch, each time with its own crop.", low=1)
-    resolution: int = flag(512, "Side of the square training images, in pixels.", low=1)
+    resolution: int | tuple[int, ...] = flag(
+        512,
+        "Side of the square training images, in pixels; with --aspect_ratio_buckets also several, such as 512,1024.",
+        low=1,
+        convert=_resolutions,
+    )
+    aspect_ratio_buckets: bool = flag(
+        False, "Train each image at the size of SANA's own tables that is nearest its shape, instead of at a square."
+    )
+    bucket_no_upscale: bool = flag(False, "With buckets: train an image that is smaller than its bucket at its own size.")
     center_crop: bool = flag(False, "Crop the centre instead of a random place.")
     random_flip: bool = flag(False, "Flip images horizontally at random.")
     skip_bad_images: bool = flag(False, "Leave out images that cannot be read (named and counted).")
@@ -97,6 +115,16 @@ class DataConfig:
         path=True,
     )
     dataloader_num_workers: int = flag(0, "Worker processes of the loader; 0: in this process.", low=0)
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """All resolutions."""
+        return self.resolution if isinstance(self.resolution, tuple) else (self.resolution,)
+
+    @property
+    def side(self) -> int:
+        """The largest resolution: what memory and images of a run are reckoned with."""
+        return max(self.resolutions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,7 +313,9 @@ class TrainConfig(Sections):
                     continue
                 if setting.metadata["flag"].path and os.path.exists(value):
                     value = os.path.abspath(value)
-                values[setting.name] = list(value) if isinstance(value, tuple) else value
+                if isinstance(value, tuple):  # as its flag is written
+                    value = ",".join(map(str, value)) if setting.metadata["flag"].convert else list(value)
+                values[setting.name] = value
             if values:
                 text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
                 lines.append(f"\n# {field.metadata['title']}\n{text.rstrip()}")

@@ -113,7 +113,7 @@ def adapter_metadata(
         base_model=model_card.hub_id(base_model.name) or Path(base_model.name).name,
         instruction=None if instruction is None else tuple(instruction),
         trigger=_trigger(config, images),
-        resolution=config.resolution,
+        resolution=config.side,
         images=len(images),
     )
     return lambda: about_metadata(dataclasses.replace(about, steps=state.global_step))

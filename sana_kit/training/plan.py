@@ -100,7 +100,7 @@ def print_plan(config: TrainConfig, model: Model) -> int:
     name = config.chip or devices.device_name(devices.pick_device())
     lines = describe(config, plan, model, devices.find_chip(name))
     kept = activation_bytes(config, model)
-    side = config.validation_resolution or config.resolution
+    side = config.validation_resolution or config.side
     lines.append(
         f"activations: {_size(kept)} an image kept for the backward pass, {_size(kept * plan.batch_size)} a device"
     )
@@ -113,7 +113,7 @@ def print_plan(config: TrainConfig, model: Model) -> int:
 
 def activation_bytes(config: TrainConfig, model: Model) -> int:
     """Bytes that one sample's forward pass keeps for its backward pass, counted on tensors without data."""
-    side = config.resolution // model.vae_factor
+    side = config.side // model.vae_factor
     dtype = torch.float32 if config.mixed_precision == "no" else torch.bfloat16
 
     def prepare(transformer: torch.nn.Module) -> None:
@@ -149,7 +149,7 @@ def _size(count: float) -> str:
 
 def describe(config: TrainConfig, plan: Plan, model: Model, chip: devices.Chip | None) -> list[str]:
     """The plan in a few lines: samples, updates, arithmetic, memory, disk, and the least time on a known chip."""
-    side = config.resolution // model.vae_factor
+    side = config.side // model.vae_factor
     flops = flops_per_image(config, plan, model.transformer_config, (side, side), _PLAN_CAPTION_TOKENS)
     held = training_bytes(model.transformer_config, config.train_mode, config.rank, plan.world_size)
     trained = held["masters"] * plan.world_size // 4
@@ -161,7 +161,7 @@ def describe(config: TrainConfig, plan: Plan, model: Model, chip: devices.Chip |
     what = f"LoRA of rank {config.rank}" if config.train_mode == "lora" else "every weight"
     lines = [
         f"model: {model.name}; trained: {what}, {trained:,d} weights, {config.mixed_precision} precision",
-        f"images: {plan.num_instance}{of_class} at {config.resolution} px",
+        f"images: {plan.num_instance}{of_class} at {config.side} px",
         f"updates: {plan.steps} of {plan.samples_per_step} images ({plan.batch_size} per device x"
         f" {plan.accumulation} accumulation x {plan.world_size} processes), {plan.epochs:.2f} epochs",
         f"arithmetic: {flops / 1e12:.3g} TFLOP an image, {flops * plan.steps * plan.samples_per_step / 1e15:.3g} PFLOP"

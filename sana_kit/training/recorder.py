@@ -296,7 +296,7 @@ class Recorder:
             "world_size": engine.ranks.world_size,
             "batch_size": config.train_batch_size,
             "gradient_accumulation_steps": config.gradient_accumulation_steps,
-            "resolution": config.resolution,
+            "resolution": config.side,
             "mixed_precision": config.mixed_precision,
             "train_mode": config.train_mode,
             "device": devices.device_name(engine.device),
@@ -332,7 +332,7 @@ def closing_lines(config: TrainConfig, summary: dict, result: Path) -> list[str]
     model = config.pretrained_model_name_or_path if lora else str(output_dir)
     words = ["python", script, "--model_path", model, *(["--lora_weights", str(output_dir)] if lora else [])]
     if not lora:
-        words += ["--height", str(config.resolution), "--width", str(config.resolution)]
+        words += ["--height", str(config.side), "--width", str(config.side)]
         if config.complex_human_instruction != "default":
             words += ["--complex_human_instruction", config.complex_human_instruction]
     words += ["--prompt", next(iter(config.validation.prompts), None) or config.instance_prompt or "YOUR PROMPT"]

@@ -40,6 +40,8 @@ IDENTITY = (
     "with_prior_preservation",
     "class_prompt",
     "prior_loss_weight",
+    "aspect_ratio_buckets",
+    "bucket_no_upscale",
     "caption_dropout",
     "ema_decay",
 )
@@ -89,6 +91,7 @@ def run_identity(settings, num_images: int, world_size: int, data: dict[str, str
         data: digests of images and captions (`data_digests`).
     """
     found = {key: getattr(settings, key) for key in IDENTITY}
+    found = {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
     return {**found, "images": num_images, "world_size": world_size, **(data or {})}
 
 
