@@ -104,7 +104,7 @@ class DataConfig:
     aspect_ratio_buckets: bool = flag(
         False, "Train each image at the size of SANA's own tables that is nearest its shape, instead of at a square."
     )
-    bucket_no_upscale: bool = flag(False, "With buckets: train an image that is smaller than its bucket at its own size.")
+    bucket_no_upscale: bool = flag(False, "With buckets: an image that is smaller than its bucket keeps its own size.")
     center_crop: bool = flag(False, "Crop the centre instead of a random place.")
     random_flip: bool = flag(False, "Flip images horizontally at random.")
     skip_bad_images: bool = flag(False, "Leave out images that cannot be read (named and counted).")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
+import numpy as np
 import torch
 
 from sana_kit import devices
@@ -133,13 +134,20 @@ def activation_bytes(config: TrainConfig, model: Model) -> int:
 
 
 def flops_per_image(
-    config: TrainConfig, plan: Plan, transformer_config: Mapping, latent_hw: Sequence[int], tokens: float
+    config: TrainConfig, plan: Plan, transformer_config: Mapping, shapes: np.ndarray, tokens: float
 ) -> float:
-    """FLOPs of one sample, forward and backward, its class image included; recomputation is no work of the model."""
-    flops = training_flops_per_image(
-        transformer_config, tuple(latent_hw), tokens, mode=config.train_mode, gradient_checkpointing=False
-    )
-    return flops * (2 if plan.num_class else 1)
+    """FLOPs of a sample, forward and backward, its class image included; recomputation is no work of the model.
+
+    Args:
+        shapes: (N, 2) height and width of the samples' latents; the mean over them is taken.
+        tokens: mean of the captions.
+    """
+    found, counts = np.unique(np.asarray(shapes).reshape(-1, 2), axis=0, return_counts=True)
+    each = [
+        training_flops_per_image(transformer_config, shape, tokens, mode=config.train_mode)
+        for shape in map(tuple, found.tolist())
+    ]
+    return float(np.average(each, weights=counts)) * (2 if plan.num_class else 1)
 
 
 def _size(count: float) -> str:
@@ -147,10 +155,15 @@ def _size(count: float) -> str:
     return f"{count / unit:.3g} {name}"
 
 
+def _sizes(config: TrainConfig) -> str:
+    sides = ", ".join(map(str, config.resolutions))
+    return f"{sides} px in buckets of SANA's tables" if config.aspect_ratio_buckets else f"{sides} px"
+
+
 def describe(config: TrainConfig, plan: Plan, model: Model, chip: devices.Chip | None) -> list[str]:
     """The plan in a few lines: samples, updates, arithmetic, memory, disk, and the least time on a known chip."""
     side = config.side // model.vae_factor
-    flops = flops_per_image(config, plan, model.transformer_config, (side, side), _PLAN_CAPTION_TOKENS)
+    flops = flops_per_image(config, plan, model.transformer_config, np.array([[side, side]]), _PLAN_CAPTION_TOKENS)
     held = training_bytes(model.transformer_config, config.train_mode, config.rank, plan.world_size)
     trained = held["masters"] * plan.world_size // 4
     checkpoint = trained * 12 + (held["weights"] if config.train_mode == "full" else 2 * trained)
@@ -161,7 +174,7 @@ def describe(config: TrainConfig, plan: Plan, model: Model, chip: devices.Chip |
     what = f"LoRA of rank {config.rank}" if config.train_mode == "lora" else "every weight"
     lines = [
         f"model: {model.name}; trained: {what}, {trained:,d} weights, {config.mixed_precision} precision",
-        f"images: {plan.num_instance}{of_class} at {config.side} px",
+        f"images: {plan.num_instance}{of_class} at {_sizes(config)}",
         f"updates: {plan.steps} of {plan.samples_per_step} images ({plan.batch_size} per device x"
         f" {plan.accumulation} accumulation x {plan.world_size} processes), {plan.epochs:.2f} epochs",
         f"arithmetic: {flops / 1e12:.3g} TFLOP an image, {flops * plan.steps * plan.samples_per_step / 1e15:.3g} PFLOP"
