@@ -21,9 +21,7 @@ def generator(seed: int, *key: int) -> np.random.Generator:
     return np.random.default_rng([seed & 0xFFFFFFFF, seed >> 32, *key])
 
 
-def make_order(
-    shapes: np.ndarray, num_instance: int, samples: int, seed: int
-) -> PermutationOrder | BucketOrder:
+def make_order(shapes: np.ndarray, num_instance: int, samples: int, seed: int) -> PermutationOrder | BucketOrder:
     """The order of a run's instance images.
 
     Args:
