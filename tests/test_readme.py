@@ -5,6 +5,7 @@ What cannot run on this machine is listed in NOT_HERE, with the reason. `bash te
 is part of.
 """
 
+import functools
 import os
 import re
 import shlex
@@ -106,6 +107,34 @@ def test_the_environment_variables_of_the_pages_are_those_of_the_launcher(page):
         assert row, name
         cell = re.split(r"[ （]", row.group(1))[0]
         assert value.startswith("$") or cell == value, (name, row.group(1), value)
+
+
+# What other programs' flags are called on the pages.
+OTHERS_FLAGS = {"--config_file", "--num_processes", "--multi_gpu"}
+
+
+@functools.lru_cache
+def known_flags():
+    """Every flag of the kit's own scripts: fields that are settings, and words of argparse and of the launcher."""
+    found = set(OTHERS_FLAGS)
+    sources = [*KIT.glob("*.py"), *KIT.glob("*.sh"), *(KIT / "sana_kit").rglob("*.py")]
+    for path in [*sources, *(KIT / "tests" / "benchmarks").glob("*.py"), *(KIT / "tests" / "stacks").glob("*.sh")]:
+        text = path.read_text(encoding="utf-8")
+        found |= {f"--{name}" for name in re.findall(r"^    (\w+): .+ = flag\(", text, re.M)}
+        found |= {f"--{name}" for name in re.findall(r'\boff="(\w+)"', text)}
+        found |= set(re.findall(r'"(--[a-z][\w-]*)"', text)) | set(
+            re.findall(r"^ +(--[a-z]\w*)(?:\)| {2})", text, re.M)
+        )
+        names = " ".join(re.findall(r'known="(?:\$known )?([\w ]+)"', text))
+        found |= {f"--{name}" for name in names.split()}
+    return found
+
+
+@pytest.mark.parametrize("page", [*PAGES, *map(chinese, PAGES)])
+def test_every_flag_on_the_pages_exists(page):
+    """Commands that are shown without being replayed, and flags in sentences."""
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", (KIT / page).read_text(encoding="utf-8")))
+    assert {flag for flag in named - known_flags() if not flag.startswith("--prodigy_")} == set()
 
 
 @pytest.fixture(scope="module")
