@@ -38,9 +38,8 @@ def finished(flags, tmp_path_factory):
 
 
 def contents(folder):
-    """{path: (bytes, time of change)} of everything but the lock, and the store, which notes what was used when."""
+    """{path: (bytes, time of change)} of everything but the lock."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
-    files = [path for path in files if "encodings" not in path.relative_to(folder).parts]
     return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 
