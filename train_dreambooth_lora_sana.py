@@ -43,6 +43,7 @@ from sana_kit.training.engine import Engine
 from sana_kit.training.export import adapter_metadata, final_weights, upload, write_card, write_final_weights
 from sana_kit.training.held_out import HeldOut
 from sana_kit.training.optim import build_optimizer, build_schedule
+from sana_kit.training.order import make_order
 from sana_kit.training.plan import Plan, describe, make_plan, print_plan
 from sana_kit.training.recipes import RECIPES, FlowMatching
 from sana_kit.training.recorder import Recorder, closing_lines, configure_logging
@@ -108,7 +109,9 @@ def run(config: TrainConfig, base_model, engine: Engine, stop: StopSignal, recor
     # 4. Data: encoded once; VAE and text encoder leave memory
     samples = load_samples(config, base_model, engine, stop, recorder)
     encoded = samples.encoded
-    config, plan = make_plan(config, samples.num_instance, samples.num_class, ranks.world_size)
+    micro_step = config.train_batch_size * ranks.world_size
+    order = make_order(encoded.latent_shapes(), samples.num_instance, micro_step, config.seed)
+    config, plan = make_plan(config, samples.num_instance, samples.num_class, ranks.world_size, order)
     ended = (plan.steps, config.early_stopping, final_weights(config))
     if ranks.agree(resume is not None and checkpoints.is_finished(resume, *ended)):
         logger.info("this run is finished: %s is there, and nothing is left to do", final_weights(config))
@@ -120,8 +123,7 @@ def run(config: TrainConfig, base_model, engine: Engine, stop: StopSignal, recor
     devices.seed_everything(config.seed)  # the adapter's random start does not depend on what encoding consumed
     transformer = prepare_transformer(config, engine, base_model)
     phases.mark("transformer")
-    trainable = [(name, p) for name, p in transformer.named_parameters() if p.requires_grad]
-    optimizer = build_optimizer(config, trainable, engine.device)
+    optimizer = build_optimizer(config, [p for p in transformer.parameters() if p.requires_grad], engine.device)
     schedule = build_schedule(config, optimizer, plan.steps)
     digests = ranks.agree(data_digests(encoded.images) if ranks.is_main else None)
     state = TrainState(config.seed, run_identity(config, plan.num_instance, ranks.world_size, digests))
@@ -137,8 +139,10 @@ def run(config: TrainConfig, base_model, engine: Engine, stop: StopSignal, recor
 
     # 7. Train
     recipe = RECIPES[base_model.pipeline_class].of(config)
-    kinds = (plan.num_instance, plan.num_class)
-    stream = SampleStream(encoded, *kinds, seed=config.seed, recipe=recipe, caption_dropout=config.caption_dropout)
+    stream = SampleStream(
+        encoded, order, plan.num_class, seed=config.seed, recipe=recipe, caption_dropout=config.caption_dropout
+    )
+    state.samples_seen = order.first_position(state.samples_seen)
     workers = config.dataloader_num_workers
     loader = build_loader(stream, plan, state, ranks, workers=workers, pin_memory=engine.device.type != "cpu")
     validator = Validator(config, plan, base_model, engine, encoded, samples.instruction, average, stop)
@@ -216,7 +220,7 @@ def train(
                 engine.backward(part)
                 engine.step()
         schedule.step()
-        state.advance(plan.samples_per_step, plan.epoch_samples, float(schedule.get_last_lr()[0]))
+        state.advance(plan.samples_per_step, plan.epoch_samples, schedule.get_last_lr()[0])
         average.update(state.global_step)
         stopping = stop.agreed()
         recorder.update(loss, state.learning_rate, stopping)

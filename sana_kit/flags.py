@@ -191,7 +191,7 @@ class Sections:
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("__"):
             for part_name, _, part_class in _sections(type(self)):
-                if name in part_class.__dataclass_fields__:
+                if name in part_class.__dataclass_fields__ or isinstance(vars(part_class).get(name), property):
                     return getattr(getattr(self, part_name), name)
         raise AttributeError(f"there is no setting '{name}'")
 

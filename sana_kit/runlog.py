@@ -259,6 +259,7 @@ class RunLog:
     validations: list[dict]
     checkpoints: list[dict]
     held_out: list[dict]
+    buckets: list[dict]  # of the run as it stands: width, height, images, lost, enlarged of each
     warnings: list[dict]
     resumes: list[dict]
     configs: list[dict]  # one per start or resume of the run as it stands
@@ -287,7 +288,7 @@ def load_run(path: str | os.PathLike) -> RunLog:
     repeatable = ("validation", "held_out", "checkpoint")
     kinds: dict[str, list[dict]] = {kind: [] for kind in (*repeatable, "warning", "resume")}
     steps: dict[int, dict] = {}
-    configs, end, world_size, repeated = [], None, None, 0
+    configs, buckets, end, world_size, repeated = [], [], None, None, 0
     duration, begin, last = 0.0, None, None
     for line in lines:
         event, now = line.get("event"), line.get("time")
@@ -313,6 +314,8 @@ def load_run(path: str | os.PathLike) -> RunLog:
             steps[step] = line
         elif event in kinds:
             kinds[event].append({**line, "step": step})
+        elif event == "buckets":
+            buckets = line.get("rows") or []
         elif event == "end":
             end = line
         if isinstance(now, (int, float)):
@@ -325,6 +328,7 @@ def load_run(path: str | os.PathLike) -> RunLog:
         validations=kinds["validation"],
         checkpoints=kinds["checkpoint"],
         held_out=kinds["held_out"],
+        buckets=buckets,
         warnings=kinds["warning"],
         resumes=kinds["resume"],
         configs=configs,

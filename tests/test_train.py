@@ -28,6 +28,7 @@ from sana_kit.models.folder import find_model
 from sana_kit.models.lora import DEFAULT_LORA_LAYERS
 from sana_kit.training import checkpoint_folders, checkpoints
 from sana_kit.training.config import TrainConfig, parse_args
+from sana_kit.training.order import PermutationOrder
 from sana_kit.training.recipes import FlowMatching, loss_per_sample
 from sana_kit.training.state import pack_random_state
 from sana_kit.training.stream import SampleStream, StreamBatchSampler, collate
@@ -284,7 +285,8 @@ class _Encoded:
 
 
 def make_stream(images=7, classes=0, seed=1):
-    return SampleStream(_Encoded(), images, classes, seed=seed, recipe=FlowMatching(flow_shift=3.0))
+    order = PermutationOrder(images, seed)
+    return SampleStream(_Encoded(), order, classes, seed=seed, recipe=FlowMatching(flow_shift=3.0))
 
 
 @pytest.mark.parametrize("world_size, batch_size, accumulation", [(1, 1, 1), (2, 2, 1), (3, 1, 2), (2, 5, 3)])

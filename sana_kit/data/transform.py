@@ -12,31 +12,32 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class TransformPlan:
-    """Scale to `scaled` (width, height), take the square of side `resolution` at `crop` (left, top), flip or not."""
+    """Scale to `scaled` (width, height), take `size` (width, height) of it at `crop` (left, top), flip or not."""
 
     scaled: tuple[int, int]
     crop: tuple[int, int]
     flip: bool
-    resolution: int
+    size: tuple[int, int]
 
 
 def plan_transform(
-    size: tuple[int, int], *, resolution: int, center_crop: bool, random_flip: bool, seed: int, index: int
+    size: tuple[int, int], *, target: tuple[int, int], center_crop: bool, random_flip: bool, seed: int, index: int
 ) -> TransformPlan:
     """The transform's decision for an upright image of `size` (width, height), without its pixels.
 
-    The random numbers come from a hash of (seed, index) alone: no rank, worker, order or library version matters.
+    The image is scaled until it covers `target` (width, height), and what hangs over is cropped. The random numbers
+    come from a hash of (seed, index) alone: no rank, worker, order or library version matters.
     """
-    width, height = size
-    short = min(width, height)
-    scaled = tuple(max(resolution, int(resolution * side / short)) for side in size)
-    room = (scaled[0] - resolution, scaled[1] - resolution)
+    # the axis that needs the larger scale
+    along = 0 if target[0] * size[1] >= target[1] * size[0] else 1
+    scaled = tuple(max(target[k], int(target[along] * size[k] / size[along])) for k in (0, 1))
+    room = (scaled[0] - target[0], scaled[1] - target[1])
     digest = hashlib.sha256(f"{int(seed)}:{int(index)}".encode()).digest()
     if center_crop:
         crop = (int(round(room[0] / 2.0)), int(round(room[1] / 2.0)))
     else:
         crop = tuple(int.from_bytes(digest[8 * k : 8 * k + 8], "big") % (room[k] + 1) for k in (0, 1))
-    return TransformPlan(scaled, crop, bool(random_flip and digest[16] & 1), resolution)
+    return TransformPlan(scaled, crop, bool(random_flip and digest[16] & 1), target)
 
 
 def crop_box(size: tuple[int, int], plan: TransformPlan) -> tuple[float, float, float, float]:
@@ -46,18 +47,18 @@ def crop_box(size: tuple[int, int], plan: TransformPlan) -> tuple[float, float, 
     return (
         left * x_step,
         top * y_step,
-        min((left + plan.resolution) * x_step, size[0]),
-        min((top + plan.resolution) * y_step, size[1]),
+        min((left + plan.size[0]) * x_step, size[0]),
+        min((top + plan.size[1]) * y_step, size[1]),
     )
 
 
 def apply_transform(image: Image.Image, plan: TransformPlan) -> np.ndarray:
-    """Scale (bilinear, antialiased), crop and flip an RGB image: uint8 (resolution, resolution, 3).
+    """Scale (bilinear, antialiased), crop and flip an RGB image: uint8 (height, width, 3).
 
     Only the part inside the crop is computed, so a 1 x 10000 image costs no more than a square one.
     """
     box = crop_box(image.size, plan)
-    image = image.resize((plan.resolution, plan.resolution), Image.Resampling.BILINEAR, box=box)
+    image = image.resize(plan.size, Image.Resampling.BILINEAR, box=box)
     if plan.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.array(image)
@@ -71,13 +72,13 @@ def to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
 def transform(
     image: Image.Image, *, resolution: int, center_crop: bool, random_flip: bool, seed: int, index: int
 ) -> torch.Tensor:
-    """A training sample of an RGB image: float32 (3, resolution, resolution) in [-1, 1].
+    """A square training sample of an RGB image: float32 (3, resolution, resolution) in [-1, 1].
 
     The short side is scaled to `resolution`; crop and flip follow from (seed, index) alone, see `plan_transform`.
     """
     plan = plan_transform(
         image.size,
-        resolution=resolution,
+        target=(resolution, resolution),
         center_crop=center_crop,
         random_flip=random_flip,
         seed=seed,

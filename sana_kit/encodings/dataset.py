@@ -76,6 +76,12 @@ class EncodedDataset(torch.utils.data.Dataset):
         """The decision of scale, crop and flip for each sample."""
         return Transform(self._plan.images, self._plan.settings, self._plan.seed)
 
+    def latent_shapes(self) -> np.ndarray:
+        """(N, 2) int64: height and width of each sample's latents; nothing is read."""
+        latents = self._plan.latents
+        sides = np.array([shape[-2:] for shape in latents.shapes], np.int64).reshape(-1, 2)
+        return sides[latents.shape[self._plan.latent_rows]]
+
     def prompt_tokens(self) -> np.ndarray:
         """(N,) int32: valid tokens of each sample's caption, for statistics and length-aware batches."""
         return self._plan.texts.tokens(self._plan.caption_rows)

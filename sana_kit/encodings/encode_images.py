@@ -70,7 +70,7 @@ def image_groups(needs: Needs, size: int) -> list[list[int]]:
 
 def output_size(plan: TransformPlan) -> tuple[int, int]:
     """(width, height) of an image after its transform."""
-    return plan.resolution, plan.resolution
+    return plan.size
 
 
 class _Encoder:

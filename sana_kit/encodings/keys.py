@@ -33,9 +33,11 @@ def latents_keys(plans: Iterable[TransformPlan], sources: np.ndarray, *, vae: st
     dtype, vae, sha256 = json.dumps(vae_dtype), json.dumps(vae), hashlib.sha256
     for plan, source in zip(plans, sources, strict=True):
         (left, top), (width, height) = plan.crop, plan.scaled
+        # squares are named as they always were
+        side = plan.size[0] if plan.size[0] == plan.size[1] else list(plan.size)
         line = (
             f'{{"crop": [{left}, {top}], "dtype": {dtype}, "flip": {"true" if plan.flip else "false"},'
-            f' "format": {FORMAT_VERSION}, "kind": "latents", "resolution": {plan.resolution},'
+            f' "format": {FORMAT_VERSION}, "kind": "latents", "resolution": {side},'
             f' "scaled": [{width}, {height}], "source": "{source.tobytes().hex()}", "vae": {vae}}}'
         )
         keys += sha256(line.encode()).digest()

@@ -9,6 +9,7 @@ import json
 import numpy as np
 import torch
 
+from sana_kit.data.buckets import Assignment, assign
 from sana_kit.data.image_set import ImageSet
 from sana_kit.data.transform import TransformPlan, plan_transform
 from sana_kit.devices import DTYPES
@@ -25,7 +26,10 @@ class EncodingSettings:
 
     Attributes:
         encodings_dir: the store; runs, flags, models and data sets may share it.
-        resolution: side of the square images, in pixels.
+        resolution: side of the square images, in pixels; of buckets the largest resolution.
+        resolutions: with buckets, all resolutions; empty for squares. See `data/buckets.py`.
+        bucket_no_upscale: with buckets, enlarge no image.
+        pixel_multiple: every side of a bucket is a multiple of this.
         complex_human_instruction: the lines before each caption, None for none.
         vae_batch_size: images per VAE pass; "auto" fits the device's free memory. Halved when memory runs out.
         text_batch_size: captions per pass of the text encoder.
@@ -35,6 +39,9 @@ class EncodingSettings:
 
     encodings_dir: str
     resolution: int
+    resolutions: tuple[int, ...] = ()
+    bucket_no_upscale: bool = False
+    pixel_multiple: int = 32
     center_crop: bool = False
     random_flip: bool = False
     max_sequence_length: int = 300
@@ -59,12 +66,27 @@ class Transform:
         self._images, self._settings = images, settings
         self._seed = seed or 0
         self._index = images.positions() if seed is not None else _own_numbers(images)
+        self.buckets: Assignment | None = None
+        if settings.resolutions:
+            rule = (settings.resolutions, settings.pixel_multiple, settings.bucket_no_upscale)
+            try:
+                self.buckets = assign(images.sizes(), *rule)
+            except ValueError as error:
+                problem = Problem("bucket_no_upscale", None, str(error), "Leave it out, or take small images out.")
+                raise UserError(problem) from None
+
+    def target(self, i: int) -> tuple[int, int]:
+        """(width, height) that sample i is trained at."""
+        if self.buckets is None:
+            return self._settings.resolution, self._settings.resolution
+        width, height = self.buckets.sizes[i]
+        return int(width), int(height)
 
     def __call__(self, i: int) -> TransformPlan:
         """The decision for sample i."""
         return plan_transform(
             self._images.size(i),
-            resolution=self._settings.resolution,
+            target=self.target(i),
             center_crop=self._settings.center_crop,
             random_flip=self._settings.random_flip,
             seed=self._seed,

@@ -285,6 +285,7 @@ def write_report(
         unset=", ".join(sorted(name for name, value in config.items() if value is None)),
         links=[{"href": file, "text": text} for file, text in _LINKS if (output_dir / file).exists()],
         compared=False,
+        buckets=run.buckets,
         **images,
         **_charts(run),
     )

@@ -26,7 +26,7 @@ from sana_kit.training.accounts import upload_problems
 from sana_kit.training.checkpoint_folders import find_checkpoint, folder_problems
 from sana_kit.training.config import TrainConfig
 from sana_kit.training.launch_config import LaunchConfig, settle
-from sana_kit.training.optim import optimizer_name, optimizer_problems
+from sana_kit.training.optim import optimizer_problems
 from sana_kit.training.trackers import tracker_problems
 
 T = TypeVar("T")
@@ -57,9 +57,6 @@ def check(config: TrainConfig) -> Checked:
     launch, device_type, problems = LaunchConfig.read(), devices.accelerator_type(), range_problems(config)
     settled, found = settle(launch, config, config.given, device_type)
     problems += found + optimizer_problems(config, device_type, launch.deepspeed)
-    if launch.zero_stage == 3 and optimizer_name(config) == "schedulefree":
-        reason = "ZeRO-3 shows its masters only while a step runs, and the average is made of them"
-        problems.append(Problem("optimizer", config.optimizer, reason, "Use zero_stage: 2, or AdamW."))
     if config.ema_decay is not None and launch.zero_stage == 3:
         reason = "ZeRO-3 shows the masters while an update runs only"
         problems.append(Problem("ema_decay", config.ema_decay, reason, "Use zero_stage: 2, or leave it out."))
@@ -150,6 +147,14 @@ def _data_problems(config: TrainConfig) -> list[Problem]:
             problems.append(Problem(name, None, "needed with --with_prior_preservation"))
         if value is not None and not prior.with_prior_preservation:
             problems.append(Problem(name, value, "has no effect without --with_prior_preservation"))
+    if len(data.resolutions) > 1 and not data.aspect_ratio_buckets:
+        reason = "several resolutions are trained in buckets"
+        problems.append(Problem("resolution", data.resolution, reason, "Add --aspect_ratio_buckets, or give one."))
+    if data.bucket_no_upscale and not data.aspect_ratio_buckets:
+        problems.append(Problem("bucket_no_upscale", None, "has no effect without --aspect_ratio_buckets"))
+    if data.aspect_ratio_buckets and prior.with_prior_preservation:
+        reason = "class images are square, and a micro-step holds images of one size"
+        problems.append(Problem("aspect_ratio_buckets", None, reason, "Leave one of both out."))
     if config.early_stopping is not None and not (config.validation_split or config.validation_dataset):
         remedy = "Give --validation_split or --validation_dataset."
         problems.append(Problem("early_stopping", config.early_stopping, "there is no held-out loss", remedy))
@@ -192,8 +197,8 @@ def _find_model(config: TrainConfig) -> tuple[Model | None, list[Problem]]:
 
 def _size_problems(config: TrainConfig, model: Model) -> list[Problem]:
     problems, factor = [], model.pixel_multiple
-    for field in ("resolution", "validation_resolution"):
-        value = getattr(config, field)
+    sides = [("resolution", side) for side in config.resolutions]
+    for field, value in [*sides, ("validation_resolution", config.validation_resolution)]:
         if value and value % factor:
             lower, upper = max(value // factor, 1) * factor, (value // factor + 1) * factor
             reason = f"must be a multiple of {factor}, the VAE's factor: {lower} or {upper}"

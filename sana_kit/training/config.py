@@ -19,7 +19,6 @@ from sana_kit.files import write_atomic
 from sana_kit.flags import REQUIRED, Sections, flag, parse, section, settings_of
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-LR_SCHEDULERS += ("piecewise_constant",)
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
 WEIGHTING_SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none")
 
@@ -37,6 +36,15 @@ def _vae_batch(text: str) -> int | str:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is neither auto nor a whole number of at least 1")
     return int(text)
+
+
+def _resolutions(text: str) -> int | tuple[int, ...]:
+    """1024, or 512,1024."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a number of pixels nor several, such as 512,1024")
+    numbers = tuple(dict.fromkeys(map(int, parts)))
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +95,16 @@ class DataConfig:
         0.0, "Share of the samples that train with the empty caption; SANA itself was trained with 0.1.", low=0, high=1
     )
     repeats: int = flag(1, "Use each image this often per epoch, each time with its own crop.", low=1)
-    resolution: int = flag(512, "Side of the square training images, in pixels.", low=1)
+    resolution: int | tuple[int, ...] = flag(
+        512,
+        "Side of the square training images, in pixels; with --aspect_ratio_buckets also several, such as 512,1024.",
+        low=1,
+        convert=_resolutions,
+    )
+    aspect_ratio_buckets: bool = flag(
+        False, "Train each image at the size of SANA's own tables that is nearest its shape, instead of at a square."
+    )
+    bucket_no_upscale: bool = flag(False, "With buckets: an image that is smaller than its bucket keeps its own size.")
     center_crop: bool = flag(False, "Crop the centre instead of a random place.")
     random_flip: bool = flag(False, "Flip images horizontally at random.")
     skip_bad_images: bool = flag(False, "Leave out images that cannot be read (named and counted).")
@@ -98,6 +115,16 @@ class DataConfig:
         path=True,
     )
     dataloader_num_workers: int = flag(0, "Worker processes of the loader; 0: in this process.", low=0)
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """All resolutions."""
+        return self.resolution if isinstance(self.resolution, tuple) else (self.resolution,)
+
+    @property
+    def side(self) -> int:
+        """The largest resolution: what memory and images of a run are reckoned with."""
+        return max(self.resolutions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,28 +191,17 @@ class FlowConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    optimizer: str = flag(
-        "AdamW",
-        "AdamW, adamw8bit, adamw8bit-torchao, schedulefree, prodigy, came, adafactor, lion or muon; under DeepSpeed"
-        " AdamW, schedulefree or lion.",
-    )
+    optimizer: str = flag("AdamW", "AdamW, adamw8bit, prodigy, came, adafactor, lion or muon.")
     learning_rate: float = flag(1e-4, "Peak learning rate.", low=0)
     scale_lr: bool = flag(False, "Multiply the rate by batch size, accumulation and processes.")
     lr_scheduler: str = flag("constant", "Course of the learning rate.", choices=LR_SCHEDULERS)
     lr_warmup_steps: int = flag(500, "Updates of warm-up, for schedulers that have one.", low=0)
     lr_num_cycles: int = flag(1, "Restarts of cosine_with_restarts.", low=1)
     lr_power: float = flag(1.0, "Power of polynomial.")
-    lr_step_rules: str | None = flag(
-        None, "piecewise_constant's factors and the updates that they end at, e.g. 1:500,0.1:1000,0.01."
-    )
-    lora_plus_ratio: float = flag(
-        1.0, "LoRA+: learning rate of lora_B in units of lora_A's; the paper's is 16.", above=0
-    )
     use_8bit_adam: bool = flag(False, "The same as --optimizer=adamw8bit.")
     adam_beta1: float = flag(0.9, "First beta.", low=0, below=1)
     adam_beta2: float = flag(0.999, "Second beta.", low=0, below=1)
     adam_weight_decay: float = flag(1e-04, "Weight decay.", low=0)
-    no_decay_norms: bool = flag(False, "No weight decay on norms, biases and tables of scales and shifts.")
     adam_weight_decay_text_encoder: float = flag(1e-03, "Accepted; the text encoder is not trained.")
     adam_epsilon: float = flag(1e-08, "Epsilon of AdamW and Prodigy.", low=0)
     prodigy_beta3: float | None = flag(None, "Beta3 of Prodigy.", low=0, below=1)
@@ -297,7 +313,9 @@ class TrainConfig(Sections):
                     continue
                 if setting.metadata["flag"].path and os.path.exists(value):
                     value = os.path.abspath(value)
-                values[setting.name] = list(value) if isinstance(value, tuple) else value
+                if isinstance(value, tuple):  # as its flag is written
+                    value = ",".join(map(str, value)) if setting.metadata["flag"].convert else list(value)
+                values[setting.name] = value
             if values:
                 text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
                 lines.append(f"\n# {field.metadata['title']}\n{text.rstrip()}")

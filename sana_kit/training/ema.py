@@ -57,13 +57,9 @@ class WeightAverage:
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
-        """Inside, the model computes with the average; every rank enters. Afterwards all is as before, to the bit.
-
-        Without an average it is the optimizer that says which weights are the result (`Engine.result_weights`).
-        """
+        """Inside, the model computes with the average; every rank enters. Afterwards all is as before, to the bit."""
         if self.decay is None:
-            with self.engine.result_weights():
-                yield
+            yield
             return
         with self.in_masters():
             self.engine.weights_from_masters()

@@ -92,8 +92,7 @@ class HeldOut:
 
     def measure(self, state: TrainState) -> dict[str, Measurement]:
         """{"raw": ..., and with an average "ema": ...}; keeps the weights in best/ where they are the best so far."""
-        with self.engine.result_weights():
-            found = {"raw": self._measure()}
+        found = {"raw": self._measure()}
         if self.average:
             with self.average.in_model():
                 found["ema"] = self._measure()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
+import numpy as np
 import torch
 
 from sana_kit import devices
@@ -20,6 +21,7 @@ from sana_kit.models.lora import DEFAULT_LORA_LAYERS, lora_config, recompute_blo
 from sana_kit.roofline import build_on_meta, count_training_step
 from sana_kit.training.check import image_source
 from sana_kit.training.config import TrainConfig
+from sana_kit.training.order import BucketOrder
 
 # An image's latents of 32 channels in bf16, and a caption's embeddings: what the store needs a sample, for the plan.
 _PLAN_CAPTION_TOKENS = 80
@@ -68,12 +70,21 @@ class Plan:
         return samples_seen / self.epoch_samples
 
 
-def make_plan(config: TrainConfig, num_instance: int, num_class: int, world_size: int) -> tuple[TrainConfig, Plan]:
-    """(the settings with the number of updates and the scaled learning rate that now hold, the plan)."""
+def make_plan(
+    config: TrainConfig, num_instance: int, num_class: int, world_size: int, order: BucketOrder | None = None
+) -> tuple[TrainConfig, Plan]:
+    """(the settings with the number of updates and the scaled learning rate that now hold, the plan).
+
+    Args:
+        order: of images in several buckets, whose epochs are a little longer.
+    """
     batch_size, accumulation = config.train_batch_size, config.gradient_accumulation_steps
     plan = Plan(config.max_train_steps or 0, batch_size, accumulation, world_size, num_instance, num_class)
     if config.max_train_steps is None:
-        steps = math.ceil(config.num_train_epochs * plan.epoch_samples / plan.samples_per_step)
+        samples = config.num_train_epochs * plan.epoch_samples
+        if isinstance(order, BucketOrder):
+            samples = order.micro_steps(config.num_train_epochs) * order.samples
+        steps = math.ceil(samples / plan.samples_per_step)
         plan = dataclasses.replace(plan, steps=steps)
     rate = config.learning_rate * (plan.samples_per_step if config.scale_lr else 1)
     return config.replaced(max_train_steps=plan.steps, learning_rate=rate), plan
@@ -90,7 +101,7 @@ def print_plan(config: TrainConfig, model: Model) -> int:
     name = config.chip or devices.device_name(devices.pick_device())
     lines = describe(config, plan, model, devices.find_chip(name))
     kept = activation_bytes(config, model)
-    side = config.validation_resolution or config.resolution
+    side = config.validation_resolution or config.side
     lines.append(
         f"activations: {_size(kept)} an image kept for the backward pass, {_size(kept * plan.batch_size)} a device"
     )
@@ -103,7 +114,7 @@ def print_plan(config: TrainConfig, model: Model) -> int:
 
 def activation_bytes(config: TrainConfig, model: Model) -> int:
     """Bytes that one sample's forward pass keeps for its backward pass, counted on tensors without data."""
-    side = config.resolution // model.vae_factor
+    side = config.side // model.vae_factor
     dtype = torch.float32 if config.mixed_precision == "no" else torch.bfloat16
 
     def prepare(transformer: torch.nn.Module) -> None:
@@ -123,13 +134,20 @@ def activation_bytes(config: TrainConfig, model: Model) -> int:
 
 
 def flops_per_image(
-    config: TrainConfig, plan: Plan, transformer_config: Mapping, latent_hw: Sequence[int], tokens: float
+    config: TrainConfig, plan: Plan, transformer_config: Mapping, shapes: np.ndarray, tokens: float
 ) -> float:
-    """FLOPs of one sample, forward and backward, its class image included; recomputation is no work of the model."""
-    flops = training_flops_per_image(
-        transformer_config, tuple(latent_hw), tokens, mode=config.train_mode, gradient_checkpointing=False
-    )
-    return flops * (2 if plan.num_class else 1)
+    """FLOPs of a sample, forward and backward, its class image included; recomputation is no work of the model.
+
+    Args:
+        shapes: (N, 2) height and width of the samples' latents; the mean over them is taken.
+        tokens: mean of the captions.
+    """
+    found, counts = np.unique(np.asarray(shapes).reshape(-1, 2), axis=0, return_counts=True)
+    each = [
+        training_flops_per_image(transformer_config, shape, tokens, mode=config.train_mode)
+        for shape in map(tuple, found.tolist())
+    ]
+    return float(np.average(each, weights=counts)) * (2 if plan.num_class else 1)
 
 
 def _size(count: float) -> str:
@@ -137,10 +155,15 @@ def _size(count: float) -> str:
     return f"{count / unit:.3g} {name}"
 
 
+def _sizes(config: TrainConfig) -> str:
+    sides = ", ".join(map(str, config.resolutions))
+    return f"{sides} px in buckets of SANA's tables" if config.aspect_ratio_buckets else f"{sides} px"
+
+
 def describe(config: TrainConfig, plan: Plan, model: Model, chip: devices.Chip | None) -> list[str]:
     """The plan in a few lines: samples, updates, arithmetic, memory, disk, and the least time on a known chip."""
-    side = config.resolution // model.vae_factor
-    flops = flops_per_image(config, plan, model.transformer_config, (side, side), _PLAN_CAPTION_TOKENS)
+    side = config.side // model.vae_factor
+    flops = flops_per_image(config, plan, model.transformer_config, np.array([[side, side]]), _PLAN_CAPTION_TOKENS)
     held = training_bytes(model.transformer_config, config.train_mode, config.rank, plan.world_size)
     trained = held["masters"] * plan.world_size // 4
     checkpoint = trained * 12 + (held["weights"] if config.train_mode == "full" else 2 * trained)
@@ -151,7 +174,7 @@ def describe(config: TrainConfig, plan: Plan, model: Model, chip: devices.Chip |
     what = f"LoRA of rank {config.rank}" if config.train_mode == "lora" else "every weight"
     lines = [
         f"model: {model.name}; trained: {what}, {trained:,d} weights, {config.mixed_precision} precision",
-        f"images: {plan.num_instance}{of_class} at {config.resolution} px",
+        f"images: {plan.num_instance}{of_class} at {_sizes(config)}",
         f"updates: {plan.steps} of {plan.samples_per_step} images ({plan.batch_size} per device x"
         f" {plan.accumulation} accumulation x {plan.world_size} processes), {plan.epochs:.2f} epochs",
         f"arithmetic: {flops / 1e12:.3g} TFLOP an image, {flops * plan.steps * plan.samples_per_step / 1e15:.3g} PFLOP"

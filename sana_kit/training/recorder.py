@@ -118,9 +118,10 @@ class Recorder:
             logger.info(line)
         if main:
             self._show_training_images(encoded)
-        config_of_model, latent_hw = dict(engine.transformer.config), tuple(encoded[0]["latents"].shape[1:])
+        self._tell_buckets(encoded)
+        shapes = encoded.latent_shapes()[: plan.num_instance]
         tokens = float(encoded.prompt_tokens().mean())
-        self.flops_per_image = flops_per_image(config, plan, config_of_model, latent_hw, tokens)
+        self.flops_per_image = flops_per_image(config, plan, dict(engine.transformer.config), shapes, tokens)
         self.encode_seconds = encoded.facts.seconds
         self.meter = ThroughputMeter(plan.samples_per_step)
         self.meter.start()
@@ -132,6 +133,18 @@ class Recorder:
             write_training_images(CroppedImages(encoded.images, encoded.transform), self.output_dir)
         except Exception as error:  # whatever it is, the training matters more
             self.warn(f"training_images could not be written: {type(error).__name__}: {error}", self.state.global_step)
+
+    def _tell_buckets(self, encoded: EncodedDataset) -> None:
+        """How many images each bucket has, and how much of them is cropped away."""
+        buckets = encoded.transform.buckets
+        if buckets is None:
+            return
+        rows = buckets.rows()
+        self._log.write("buckets", step=self.state.global_step, rows=rows)
+        for row in rows:
+            enlarged = f", {row['enlarged']} enlarged" if row["enlarged"] else ""
+            lost = f"{100 * row['lost']:.0f} % cropped away"
+            logger.info(f"bucket {row['width']} x {row['height']}: {row['images']} images, {lost}{enlarged}")
 
     def start_clock(self) -> None:
         """From here on it is training: the bar appears, and throughput and peak memory are measured."""
@@ -296,7 +309,7 @@ class Recorder:
             "world_size": engine.ranks.world_size,
             "batch_size": config.train_batch_size,
             "gradient_accumulation_steps": config.gradient_accumulation_steps,
-            "resolution": config.resolution,
+            "resolution": config.side,
             "mixed_precision": config.mixed_precision,
             "train_mode": config.train_mode,
             "device": devices.device_name(engine.device),
@@ -332,7 +345,7 @@ def closing_lines(config: TrainConfig, summary: dict, result: Path) -> list[str]
     model = config.pretrained_model_name_or_path if lora else str(output_dir)
     words = ["python", script, "--model_path", model, *(["--lora_weights", str(output_dir)] if lora else [])]
     if not lora:
-        words += ["--height", str(config.resolution), "--width", str(config.resolution)]
+        words += ["--height", str(config.side), "--width", str(config.side)]
         if config.complex_human_instruction != "default":
             words += ["--complex_human_instruction", config.complex_human_instruction]
     words += ["--prompt", next(iter(config.validation.prompts), None) or config.instance_prompt or "YOUR PROMPT"]

@@ -155,7 +155,10 @@ def _encode(
         base_model,
         EncodingSettings(
             encodings_dir=config.encodings_dir or f"{config.output_dir}/encodings",
-            resolution=config.resolution,
+            resolution=config.side,
+            resolutions=config.resolutions if config.aspect_ratio_buckets else (),
+            bucket_no_upscale=config.bucket_no_upscale,
+            pixel_multiple=base_model.pixel_multiple,
             center_crop=config.center_crop,
             random_flip=config.random_flip,
             max_sequence_length=config.max_sequence_length,

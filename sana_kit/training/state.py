@@ -32,9 +32,6 @@ IDENTITY = (
     "mixed_precision",
     "lora_dropout",
     "optimizer",
-    "lora_plus_ratio",
-    "no_decay_norms",
-    "lr_step_rules",
     "center_crop",
     "random_flip",
     "repeats",
@@ -43,13 +40,13 @@ IDENTITY = (
     "with_prior_preservation",
     "class_prompt",
     "prior_loss_weight",
+    "aspect_ratio_buckets",
+    "bucket_no_upscale",
     "caption_dropout",
     "ema_decay",
 )
 # Without these the checkpoint's tensors do not fit the run at all.
-DECISIVE = ("train_mode", "rank", "lora_alpha", "lora_layers", "optimizer", "lora_plus_ratio", "no_decay_norms")
-# The decisive ones that say nothing about a run that trains all weights.
-OF_LORA = ("rank", "lora_alpha", "lora_layers", "lora_plus_ratio")
+DECISIVE = ("train_mode", "rank", "lora_alpha", "lora_layers", "optimizer")
 
 
 @dataclasses.dataclass
@@ -94,6 +91,7 @@ def run_identity(settings, num_images: int, world_size: int, data: dict[str, str
         data: digests of images and captions (`data_digests`).
     """
     found = {key: getattr(settings, key) for key in IDENTITY}
+    found = {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
     return {**found, "images": num_images, "world_size": world_size, **(data or {})}
 
 

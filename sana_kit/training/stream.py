@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 
 from sana_kit.distributed import Ranks
 from sana_kit.encodings.prompts import collate_prompt_embeds
+from sana_kit.training.order import BucketOrder, PermutationOrder, generator
 from sana_kit.training.recipes import FlowMatching
 from sana_kit.workers import prepare_worker
 
@@ -20,44 +20,38 @@ _DROPOUT_SALT = 0xD20
 
 
 class SampleStream(torch.utils.data.Dataset):
-    """Training samples by their position in an endless stream: epoch after epoch, each a permutation of all images.
+    """Training samples by their position in an endless stream: epoch after epoch all images, in the order of `order`.
 
-    Position p is image `permutation(epoch p // n)[p % n]`; its noise and time step are drawn from (seed, p). What a
-    sample is depends on no rank, batch size or worker, so that a resumed run, on any number of processes, sees exactly
-    the samples that an undisturbed one would: none twice and none left out within an epoch.
+    The noise and the time step of position p are drawn from (seed, p). What a sample is depends on no rank, batch size
+    or worker, so that a resumed run, on any number of processes, sees exactly the samples that an undisturbed one
+    would: none twice and none left out within an epoch.
     """
 
     def __init__(
         self,
         encoded,
-        num_instance: int,
-        num_class: int,
+        order: PermutationOrder | BucketOrder,
+        num_class: int = 0,
         *,
         seed: int,
         recipe: FlowMatching,
-        caption_dropout: float = 0,
+        caption_dropout: float = 0.0,
     ):
         """
         Args:
             encoded: `encoded[i]` is {"latents" (C, h, w), "prompt_embeds" (T, D)}; class images follow the instance
                 images. `encoded.prompt("", None)` is the empty caption's, where captions are dropped.
-            caption_dropout: share of the positions that get it.
+            order: of the instance images.
+            num_class: class images.
+            caption_dropout: share of the positions that get the empty caption.
         """
-        self.caption_dropout = caption_dropout
-        self.encoded, self.num_instance, self.num_class = encoded, num_instance, num_class
-        self.seed, self.recipe = seed, recipe
-        self._orders: dict[tuple[int, int], np.ndarray] = {}
+        self.encoded, self.order, self.num_instance = encoded, order, order.size
+        self.class_order = PermutationOrder(num_class, seed, salt=1) if num_class else None
+        self.seed, self.recipe, self.caption_dropout = seed, recipe, caption_dropout
 
-    def image_index(self, position: int, size: int | None = None, salt: int = 0) -> int:
-        """Index of the image at a position among `size` (default: the instance images)."""
-        size = size or self.num_instance
-        epoch, offset = divmod(position, size)
-        if (salt, epoch) not in self._orders:
-            if len(self._orders) > 4:
-                self._orders.clear()
-            key = [self.seed & 0xFFFFFFFF, self.seed >> 32, epoch, salt]
-            self._orders[(salt, epoch)] = np.random.default_rng(key).permutation(size)
-        return int(self._orders[(salt, epoch)][offset])
+    def image_index(self, position: int) -> int:
+        """Index of the instance image at a position."""
+        return self.order(position)
 
     def _sample(self, index: int, position: int) -> dict[str, torch.Tensor]:
         item = self.encoded[index]
@@ -68,14 +62,13 @@ class SampleStream(torch.utils.data.Dataset):
 
     def _drops(self, position: int) -> bool:
         """Whether the sample at a position trains with the empty caption; drawn apart from its noise."""
-        key = [self.seed & 0xFFFFFFFF, self.seed >> 32, position, _DROPOUT_SALT]
-        return bool(np.random.default_rng(key).random() < self.caption_dropout)
+        return bool(generator(self.seed, position, _DROPOUT_SALT).random() < self.caption_dropout)
 
     def __getitem__(self, position: int) -> list[dict[str, torch.Tensor]]:
         """The sample at a position, followed by its class sample under prior preservation."""
         samples = [self._sample(self.image_index(position), 2 * position)]
-        if self.num_class:
-            index = self.num_instance + self.image_index(position, self.num_class, salt=1)
+        if self.class_order is not None:
+            index = self.num_instance + self.class_order(position)
             samples.append(self._sample(index, 2 * position + 1))
         return samples
 

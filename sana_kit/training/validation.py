@@ -68,7 +68,7 @@ class Validator:
 
     def _job(self, index: int, wanted: tuple[str, int]) -> Job:
         config, (prompt, seed) = self.config, wanted
-        side = config.validation_resolution or config.resolution
+        side = config.validation_resolution or config.side
         return Job(
             index=index,
             prompt=prompt,

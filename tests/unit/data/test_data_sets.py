@@ -577,7 +577,7 @@ CENTRE = {"center_crop": True, "random_flip": False, "seed": 0, "index": 0}
 def test_transform_scales_the_short_side_and_crops_like_resize_then_crop():
     image = photo(301, 200)
     for seed in range(5):
-        plan = plan_transform(image.size, resolution=64, center_crop=False, random_flip=True, seed=seed, index=3)
+        plan = plan_transform(image.size, target=(64, 64), center_crop=False, random_flip=True, seed=seed, index=3)
         assert plan.scaled == (96, 64) and 0 <= plan.crop[0] <= 32 and plan.crop[1] == 0
         whole = image.resize(plan.scaled, Image.Resampling.BILINEAR)
         whole = whole.crop((*plan.crop, plan.crop[0] + 64, plan.crop[1] + 64))
@@ -586,7 +586,7 @@ def test_transform_scales_the_short_side_and_crops_like_resize_then_crop():
         assert difference.max() <= 1 and difference.mean() < 0.01
     tensor = transform(image, resolution=64, **CENTRE)
     assert tensor.shape == (3, 64, 64) and tensor.dtype == torch.float32
-    assert plan_transform(image.size, resolution=64, **CENTRE).crop == (16, 0)
+    assert plan_transform(image.size, target=(64, 64), **CENTRE).crop == (16, 0)
 
 
 def test_transform_values():
@@ -599,7 +599,7 @@ def test_transform_values():
 def test_random_decisions_follow_seed_and_index_alone():
     def plans(seed):
         return [
-            plan_transform((200, 100), resolution=50, center_crop=False, random_flip=True, seed=seed, index=i)
+            plan_transform((200, 100), target=(50, 50), center_crop=False, random_flip=True, seed=seed, index=i)
             for i in range(400)
         ]
 
@@ -611,7 +611,7 @@ def test_random_decisions_follow_seed_and_index_alone():
     state = torch.get_rng_state()
     plans(1)
     assert torch.equal(state, torch.get_rng_state())
-    assert {p.flip for p in (plan_transform((9, 9), resolution=9, **CENTRE | {"index": i}) for i in range(99))} == {
+    assert {p.flip for p in (plan_transform((9, 9), target=(9, 9), **CENTRE | {"index": i}) for i in range(99))} == {
         False
     }
 

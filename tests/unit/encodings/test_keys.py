@@ -22,8 +22,12 @@ def by_json(**parts):
 def test_keys_of_latents_are_those_of_sorted_json():
     sources = np.random.default_rng(0).integers(0, 256, (50, 32)).astype(np.uint8)
     sizes = np.random.default_rng(1).integers(1, 3000, (50, 2))
-    transform = {"resolution": 512, "center_crop": False, "random_flip": True, "seed": 2**63 + 5}
-    plans = [plan_transform(tuple(map(int, size)), index=i, **transform) for i, size in enumerate(sizes)]
+    transform = {"center_crop": False, "random_flip": True, "seed": 2**63 + 5}
+    targets = [(512, 512) if i % 2 else (640, 384) for i in range(len(sizes))]
+    plans = [
+        plan_transform(tuple(map(int, size)), index=i, target=target, **transform)
+        for i, (size, target) in enumerate(zip(sizes, targets, strict=True))
+    ]
     keys = latents_keys(plans, sources, vae='v"é', vae_dtype="bf16")
     for plan, source, key in zip(plans, sources, keys, strict=True):
         expected = by_json(
@@ -33,7 +37,7 @@ def test_keys_of_latents_are_those_of_sorted_json():
             scaled=plan.scaled,
             crop=plan.crop,
             flip=plan.flip,
-            resolution=plan.resolution,
+            resolution=512 if plan.size == (512, 512) else [640, 384],
             vae='v"é',
             dtype="bf16",
         )
@@ -89,6 +93,6 @@ def test_each_repeat_of_an_image_has_its_own_crop_and_every_run_the_same():
 def test_crops_that_a_seed_decides_follow_the_position():
     settings = EncodingSettings(encodings_dir="", resolution=64)
     one, two = (Transform(image_set(["a", "b", "c"]), settings, seed) for seed in (1, 2))
-    shared = {"resolution": 64, "center_crop": False, "random_flip": False}
+    shared = {"target": (64, 64), "center_crop": False, "random_flip": False}
     assert [one(k) for k in range(3)] == [plan_transform((640, 480), seed=1, index=k, **shared) for k in range(3)]
     assert [one(k) for k in range(3)] != [two(k) for k in range(3)]

@@ -62,7 +62,7 @@ def test_crops_are_those_of_the_training(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (40, 90, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "wide.png")
     images = load_images(instance_data_dir=str(tmp_path), instance_prompt="a field")
-    plan = plan_transform((90, 40), index=0, resolution=40, center_crop=False, random_flip=True, seed=3)
+    plan = plan_transform((90, 40), index=0, target=(40, 40), center_crop=False, random_flip=True, seed=3)
     sample = CroppedImages(images, lambda index: plan)[0]
     kept = sample.image.crop(tuple(map(round, sample.crop)))
     kept = kept.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if sample.mirrored else kept

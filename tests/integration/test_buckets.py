@@ -1,0 +1,77 @@
+"""Aspect-ratio buckets through main(): batches of one size, every image in an epoch, resume to the bit."""
+
+import shutil
+
+import pytest
+from helpers import adapter_weights, events, run_trainer, same
+from PIL import Image
+
+from sana_kit.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Nine images of three shapes, one so small that it would be enlarged."""
+    folder = tmp_path_factory.mktemp("shapes")
+    sizes = [(160, 80)] * 4 + [(80, 160)] * 3 + [(100, 100), (40, 40)]
+    for number, size in enumerate(sizes):
+        Image.new("RGB", size, (20 * number, 100, 200 - 20 * number)).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_model, folder):
+    return [
+        f"--pretrained_model_name_or_path={tiny_model}", f"--instance_data_dir={folder}",
+        "--instance_prompt=a drawing", "--resolution=64", "--aspect_ratio_buckets", "--train_batch_size=2",
+        "--report_to=none", "--learning_rate=1e-2", "--complex_human_instruction=none", "--seed=1",
+        "--logging_steps=1", "--checkpointing_steps=3", "--num_train_epochs=2",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(flags, tmp_path_factory):
+    output = tmp_path_factory.mktemp("buckets") / "out"
+    assert run_trainer(*flags, f"--output_dir={output}") == 0
+    return output
+
+
+def test_a_run_in_buckets_tells_them_and_resumes_to_the_bit(flags, whole, tmp_path):
+    (told,) = events(whole, "buckets")
+    rows = {(row["width"], row["height"]): row["images"] for row in told["rows"]}
+    assert rows == {(96, 48): 4, (48, 96): 3, (64, 64): 2}
+    # two epochs: ceil(8 / 2) + ceil(6 / 2) + ceil(4 / 2)
+    assert events(whole, "end")[0]["summary"]["global_step"] == 9
+    assert "Buckets" in (whole / "report.html").read_text()
+    output = tmp_path / "out"
+    shutil.copytree(whole, output)
+    for step in (6, 9):
+        shutil.rmtree(output / f"checkpoint-{step}", ignore_errors=True)
+    assert run_trainer(*flags, f"--output_dir={output}", "--resume_from_checkpoint=latest") == 0
+    assert same(adapter_weights(whole), adapter_weights(output))
+
+
+def test_several_resolutions_and_nothing_enlarged(flags, tmp_path):
+    more = ["--resolution=64,96", "--bucket_no_upscale", "--max_train_steps=4", f"--output_dir={tmp_path}"]
+    assert run_trainer(*flags, *more) == 0
+    (told,) = events(tmp_path, "buckets")
+    assert all(row["enlarged"] == 0 for row in told["rows"])
+    assert {(row["width"], row["height"]) for row in told["rows"]} >= {(96, 96), (40, 40)}
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--with_prior_preservation", "--class_data_dir=c", "--class_prompt=x"], "class images are square"),
+        (["--resolution=64,63"], "--resolution=63: must be a multiple"),
+    ],
+)
+def test_what_does_not_go_with_buckets_is_refused(flags, tmp_path, more, told):
+    with pytest.raises(UserError, match=told):
+        run_trainer(*flags, *more, f"--output_dir={tmp_path}")
+
+
+def test_several_resolutions_need_buckets(flags, tmp_path):
+    plain = [flag for flag in flags if flag != "--aspect_ratio_buckets"]
+    with pytest.raises(UserError, match="several resolutions are trained in buckets"):
+        run_trainer(*plain, "--resolution=64,96", f"--output_dir={tmp_path}")

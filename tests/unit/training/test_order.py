@@ -1,0 +1,53 @@
+"""The order of images: a function of seed and position; buckets are never mixed and nothing is left out."""
+
+import numpy as np
+import pytest
+
+from sana_kit.training.order import BucketOrder, PermutationOrder, make_order
+
+BUCKETS = np.array([0] * 11 + [1] * 4 + [2] * 1 + [3] * 16)
+
+
+@pytest.mark.parametrize("samples", [1, 4, 6])
+def test_each_micro_step_is_of_one_bucket_and_each_epoch_shows_every_image(samples):
+    order, epochs = BucketOrder(BUCKETS, samples, seed=3), 7
+    seen = np.zeros(len(BUCKETS), dtype=int)
+    for epoch in range(epochs):
+        for number in range(order.micro_steps(epoch), order.micro_steps(epoch + 1)):
+            images = [order(number * samples + offset) for offset in range(samples)]
+            assert len({int(BUCKETS[image]) for image in images}) == 1
+            np.add.at(seen, images, 1)
+        assert seen.min() >= epoch + 1
+        sizes = np.array([(BUCKETS == BUCKETS[image]).sum() for image in range(len(BUCKETS))])
+        assert (seen <= epoch + 1 + np.ceil(samples / sizes)).all()
+
+
+def test_an_image_at_a_position_depends_on_seed_and_position_alone():
+    positions = [300, 7, 0, 64, 7]
+    fresh = [BucketOrder(BUCKETS, 4, seed=1)(position) for position in positions]
+    order = BucketOrder(BUCKETS, 4, seed=1)
+    assert [order(position) for position in positions] == fresh
+    other = [BucketOrder(BUCKETS, 4, seed=2)(position) for position in range(64)]
+    assert [order(position) for position in range(64)] != other
+
+
+def test_epochs_and_buckets_come_in_other_orders():
+    order = BucketOrder(BUCKETS, 4, seed=1)
+    epochs = [
+        [int(BUCKETS[order(4 * number)]) for number in range(order.micro_steps(e), order.micro_steps(e + 1))]
+        for e in range(4)
+    ]
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_the_plain_order_is_a_permutation_an_epoch():
+    order = PermutationOrder(5, seed=0)
+    assert sorted(order(p) for p in range(5)) == sorted(order(p) for p in range(5, 10)) == list(range(5))
+
+
+def test_one_size_is_the_plain_order_and_several_are_buckets():
+    shapes = np.array([[8, 8]] * 5 + [[4, 16]])
+    assert isinstance(make_order(shapes, 5, 2, seed=0), PermutationOrder)  # the sixth is a class image
+    order = make_order(shapes, 6, 2, seed=0)
+    assert isinstance(order, BucketOrder) and order.size == 6
+    assert [order.first_position(seen) for seen in (0, 3, 4)] == [0, 4, 4]
