@@ -32,6 +32,7 @@ from collections.abc import Iterator
 import torch
 
 from sana_kit import devices
+from sana_kit.data.image_set import ImageSet
 from sana_kit.distributed import Ranks, StopSignal
 from sana_kit.errors import EncodingStopped, UserError, run_as_script
 from sana_kit.locks import lock_folder
@@ -149,36 +150,53 @@ def run(config: TrainConfig, base_model, engine: Engine, stop: StopSignal, recor
     held_out = HeldOut(config, plan, engine, encoded, samples.held_out, recipe, average)
     recorder.begin(config, plan, state, stream, encoded, describe(config, plan, base_model, engine.chip))
     phases.mark("engine, checkpoint")
-    if state.global_step == 0:  # what the model can do before it has learnt anything
-        if held_out.indices:
-            measure(held_out, state, recorder)
-        if validator.jobs:
-            validate(validator, state, recorder)
-        phases.mark("first validation")
+    if state.global_step == 0:
+        look_first(held_out, validator, state, recorder)
     recorder.start_clock()
     parts = (plan, engine, model, recipe, schedule, iter(loader))
     stopped = train(*parts, state, average, saver, held_out, validator, recorder, stop)
 
     # 8. Leave
-    if stopped:
+    if not stopped:
+        write_final_weights(config, engine, average)
+        if validator.jobs:
+            validate(validator, state, recorder)
+    return leave(config, engine, encoded.images, state, recorder, stop if stopped else None)
+
+
+def look_first(held_out: HeldOut, validator: Validator, state: TrainState, recorder: Recorder) -> None:
+    """What the model can do before it has learnt anything: the first row of the report."""
+    if held_out.indices:
+        measure(held_out, state, recorder)
+    if validator.jobs:
+        validate(validator, state, recorder)
+    recorder.phases.mark("first validation")
+
+
+def leave(
+    config: TrainConfig,
+    engine: Engine,
+    images: ImageSet,
+    state: TrainState,
+    recorder: Recorder,
+    stop: StopSignal | None,
+) -> int:
+    """Summary, card, upload and the last words; the exit code. `stop` is the signal that ended the run, if one did."""
+    if stop is not None:
         recorder.warn(
             f"stopped by signal {stop.signal} after step {state.global_step}; --resume_from_checkpoint=latest goes on"
             " from there",
             state.global_step,
         )
-    else:
-        write_final_weights(config, engine, average)
-        if validator.jobs:
-            validate(validator, state, recorder)
-    if ranks.is_main and not stopped:
-        write_card(config, encoded.images)
-    summary = recorder.end(stop.signal if stopped else None)
-    if ranks.is_main and not stopped:
+    elif engine.ranks.is_main:
+        write_card(config, images)
+    summary = recorder.end(None if stop is None else stop.signal)
+    if engine.ranks.is_main and stop is None:
         upload(config)
     engine.close()
-    if ranks.is_main:
+    if engine.ranks.is_main:
         print("\n".join(closing_lines(config, summary, final_weights(config))), flush=True)
-    return stop.exit_code if stopped else 0
+    return 0 if stop is None else stop.exit_code
 
 
 def with_seed(config: TrainConfig, resume: checkpoints.Resume | None, ranks: Ranks) -> TrainConfig:
