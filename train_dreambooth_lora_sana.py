@@ -124,7 +124,8 @@ def run(config: TrainConfig, base_model, engine: Engine, stop: StopSignal, recor
     devices.seed_everything(config.seed)  # the adapter's random start does not depend on what encoding consumed
     transformer = prepare_transformer(config, engine, base_model)
     phases.mark("transformer")
-    optimizer = build_optimizer(config, [p for p in transformer.parameters() if p.requires_grad], engine.device)
+    trainable = [(name, p) for name, p in transformer.named_parameters() if p.requires_grad]
+    optimizer = build_optimizer(config, trainable, engine.device)
     schedule = build_schedule(config, optimizer, plan.steps)
     digests = ranks.agree(data_digests(encoded.images) if ranks.is_main else None)
     state = TrainState(config.seed, run_identity(config, plan.num_instance, ranks.world_size, digests))
@@ -238,7 +239,7 @@ def train(
                 engine.backward(part)
                 engine.step()
         schedule.step()
-        state.advance(plan.samples_per_step, plan.epoch_samples, schedule.get_last_lr()[0])
+        state.advance(plan.samples_per_step, plan.epoch_samples, float(schedule.get_last_lr()[0]))
         average.update(state.global_step)
         stopping = stop.agreed()
         recorder.update(loss, state.learning_rate, stopping)

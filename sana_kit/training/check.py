@@ -26,7 +26,7 @@ from sana_kit.training.accounts import upload_problems
 from sana_kit.training.checkpoint_folders import find_checkpoint, folder_problems
 from sana_kit.training.config import TrainConfig
 from sana_kit.training.launch_config import LaunchConfig, settle
-from sana_kit.training.optim import optimizer_problems
+from sana_kit.training.optim import optimizer_name, optimizer_problems
 from sana_kit.training.trackers import tracker_problems
 
 T = TypeVar("T")
@@ -57,6 +57,9 @@ def check(config: TrainConfig) -> Checked:
     launch, device_type, problems = LaunchConfig.read(), devices.accelerator_type(), range_problems(config)
     settled, found = settle(launch, config, config.given, device_type)
     problems += found + optimizer_problems(config, device_type, launch.deepspeed)
+    if launch.zero_stage == 3 and optimizer_name(config) == "schedulefree":
+        reason = "ZeRO-3 shows its masters only while a step runs, and the average is made of them"
+        problems.append(Problem("optimizer", config.optimizer, reason, "Use zero_stage: 2, or AdamW."))
     if config.ema_decay is not None and launch.zero_stage == 3:
         reason = "ZeRO-3 shows the masters while an update runs only"
         problems.append(Problem("ema_decay", config.ema_decay, reason, "Use zero_stage: 2, or leave it out."))

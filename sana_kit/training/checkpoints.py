@@ -57,7 +57,7 @@ from sana_kit.training.shares import (
     split_files,
     write_shares,
 )
-from sana_kit.training.state import DECISIVE, TrainState, differences, pack_random_state, unpack_random_state
+from sana_kit.training.state import DECISIVE, OF_LORA, TrainState, differences, pack_random_state, unpack_random_state
 from sana_kit.training.zero import whole_shape
 
 __all__ = ["Checkpointer", "Resume", "find_damage", "list_checkpoints", "start_or_resume"]
@@ -127,7 +127,7 @@ def _check_kind(settings, folder: Path, state: dict) -> None:
     for key in DECISIVE:
         value, saved = getattr(settings, key), before.get(key)
         same = str(value).lower() == str(saved).lower() if key == "optimizer" else value == saved
-        if key in before and not same and (key == "train_mode" or settings.train_mode == "lora" or key == "optimizer"):
+        if key in before and not same and (settings.train_mode == "lora" or key not in OF_LORA):
             reason = f"{folder.name} was trained with {key} {saved}"
             problems.append(Problem(key, value, reason, f"Resume with {key} {saved}, or start afresh."))
     if problems:
@@ -228,10 +228,15 @@ class Checkpointer:
         problem = _attempt(lambda: _make_folder(partial)) if ranks.is_main else None
         writers = self._writers(partial, files + model_files)
         random_states = ranks.gather(pack_random_state(devices.random_state(engine.device)))
-        self._written, written_problem = write_shares(partial, share_out(files + model_files, writers), ranks.rank)
+        self._written, written_problem = write_shares(partial, share_out(files, writers), ranks.rank)
         problem = problem or written_problem or self._write_average(partial, writers)
-        if engine.train_mode == "lora":
-            problem = _attempt(lambda: engine.write_adapter(partial)) or problem
+        with engine.result_weights():
+            if engine.train_mode == "lora":
+                problem = _attempt(lambda: engine.write_adapter(partial)) or problem
+            else:
+                written, written_problem = write_shares(partial, share_out(model_files, writers), ranks.rank)
+                self._written.update(written)
+                problem = problem or written_problem
         if ranks.is_main and problem is None:
             problem = _attempt(lambda: self._write_small_files(partial, random_states, model_files))
         return problem
@@ -318,7 +323,8 @@ class Checkpointer:
             engine.restore_optimizer(saved["optimizer"], list(reader.tensors), reader.read)
             if notes:
                 self._average.begin_at_masters()
-            engine.ranks.run_on_all(lambda: self._check_adapter(resume.folder, same_weights=True))
+            with engine.result_weights():
+                engine.ranks.run_on_all(lambda: self._check_adapter(resume.folder, same_weights=True))
             random_states = engine.ranks.agree(reader.random_states())
         state.global_step, state.samples_seen = saved["global_step"], saved["samples_seen"]
         state.run_id, state.epoch = saved["run_id"], saved["epoch"]

@@ -19,6 +19,7 @@ from sana_kit.files import write_atomic
 from sana_kit.flags import REQUIRED, Sections, flag, parse, section, settings_of
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+LR_SCHEDULERS += ("piecewise_constant",)
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
 WEIGHTING_SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none")
 
@@ -191,17 +192,28 @@ class FlowConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    optimizer: str = flag("AdamW", "AdamW, adamw8bit, prodigy, came, adafactor, lion or muon.")
+    optimizer: str = flag(
+        "AdamW",
+        "AdamW, adamw8bit, adamw8bit-torchao, schedulefree, prodigy, came, adafactor, lion or muon; under DeepSpeed"
+        " AdamW, schedulefree or lion.",
+    )
     learning_rate: float = flag(1e-4, "Peak learning rate.", low=0)
     scale_lr: bool = flag(False, "Multiply the rate by batch size, accumulation and processes.")
     lr_scheduler: str = flag("constant", "Course of the learning rate.", choices=LR_SCHEDULERS)
     lr_warmup_steps: int = flag(500, "Updates of warm-up, for schedulers that have one.", low=0)
     lr_num_cycles: int = flag(1, "Restarts of cosine_with_restarts.", low=1)
     lr_power: float = flag(1.0, "Power of polynomial.")
+    lr_step_rules: str | None = flag(
+        None, "piecewise_constant's factors and the updates that they end at, e.g. 1:500,0.1:1000,0.01."
+    )
+    lora_plus_ratio: float = flag(
+        1.0, "LoRA+: learning rate of lora_B in units of lora_A's; the paper's is 16.", above=0
+    )
     use_8bit_adam: bool = flag(False, "The same as --optimizer=adamw8bit.")
     adam_beta1: float = flag(0.9, "First beta.", low=0, below=1)
     adam_beta2: float = flag(0.999, "Second beta.", low=0, below=1)
     adam_weight_decay: float = flag(1e-04, "Weight decay.", low=0)
+    no_decay_norms: bool = flag(False, "No weight decay on norms, biases and tables of scales and shifts.")
     adam_weight_decay_text_encoder: float = flag(1e-03, "Accepted; the text encoder is not trained.")
     adam_epsilon: float = flag(1e-08, "Epsilon of AdamW and Prodigy.", low=0)
     prodigy_beta3: float | None = flag(None, "Beta3 of Prodigy.", low=0, below=1)

@@ -57,9 +57,13 @@ class WeightAverage:
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
-        """Inside, the model computes with the average; every rank enters. Afterwards all is as before, to the bit."""
+        """Inside, the model computes with the average; every rank enters. Afterwards all is as before, to the bit.
+
+        Without an average it is the optimizer that says which weights are the result (`Engine.result_weights`).
+        """
         if self.decay is None:
-            yield
+            with self.engine.result_weights():
+                yield
             return
         with self.in_masters():
             self.engine.weights_from_masters()

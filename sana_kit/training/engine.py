@@ -7,6 +7,7 @@ versions it was read in.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,11 +21,13 @@ from sana_kit.errors import CheckpointError
 from sana_kit.launchers import announced_wait
 from sana_kit.training import zero
 from sana_kit.training.launch_config import LaunchConfig
-from sana_kit.training.optim import (
+from sana_kit.training.optim_state import (
     GroupNumbers,
+    averaged,
+    averaging_key,
     base_optimizer,
     optimizer_family,
-    restored_number,
+    restored_state,
     state_numbers,
     state_tensors,
 )
@@ -129,6 +132,7 @@ class Engine:
         self.kind = f"zero{launch.zero_stage}" if launch.deepspeed else "ddp" if several else "single"
         self.guard = UpdateGuard()
         self.named_parameters: list[tuple[str, torch.nn.Parameter]] = []
+        self._holds_result = False
         self._model = self._optimizer = self._transformer = self._save_adapter = self._groups = None
 
     @classmethod
@@ -350,9 +354,8 @@ class Engine:
                     parameter.copy_(read(f"{name}|master").to(parameter.device))
                     numbers = saved["own_numbers"].get(name, saved["numbers"])
                     if of_parameter[name] or numbers:
-                        state = {k: restored_number(base, k, v, parameter.device) for k, v in numbers.items()}
-                        state.update({k: read(f"{name}|{k}").to(parameter.device) for k in of_parameter[name]})
-                        base.state[parameter] = state
+                        tensors = {k: read(f"{name}|{k}") for k in of_parameter[name]}
+                        base.state[parameter] = restored_state(base, numbers, tensors, parameter.device)
         self._groups.restore(saved["groups"])
 
     def loss_scale(self) -> dict | None:
@@ -373,6 +376,44 @@ class Engine:
         return True
 
     # ------------------------------------------------------------------------------------------------------- weights
+
+    @contextlib.contextmanager
+    def result_weights(self) -> Iterator[None]:
+        """Within it the model holds the weights that the run is judged by and hands out; every rank enters it.
+
+        Those are the trained ones, but for an optimizer that steps one set of weights and means another to be used
+        (schedule-free AdamW). Afterwards the trained ones are back, to the bit; masters and moments are not touched.
+        """
+        if averaging_key(self.base_optimizer) is None or self._holds_result:
+            yield
+            return
+        kept = []
+        with torch.no_grad():
+            for (_, parameter), (_, result) in zip(self.named_parameters, self.result_masters(True), strict=True):
+                with zero.writable(parameter):
+                    kept.append(parameter.detach().to("cpu", copy=True))
+                    parameter.copy_(result)
+        self._holds_result = True
+        try:
+            yield
+        finally:
+            self._holds_result = False
+            with torch.no_grad():
+                for (_, parameter), own in zip(self.named_parameters, kept, strict=True):
+                    with zero.writable(parameter):
+                        parameter.copy_(own)
+
+    def result_masters(self, keep: bool) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Yield (name, float32 values of `result_weights` on the CPU where `keep`); every rank iterates to the end."""
+        base, entries = self.base_optimizer, {entry.key: entry for entry in self.optimizer_entries()}
+        # within `result_weights` a parameter that is its own master is the result already
+        other = None if self._holds_result and not self.launch.deepspeed else averaging_key(base)
+        for name, _ in self.named_parameters:
+            master = entries[f"{name}|master"].fetch(keep)
+            if f"{name}|{other}" in entries:  # not before the first step
+                beside = entries[f"{name}|{other}"].fetch(keep)
+                master = averaged(base, master, beside) if keep else None
+            yield name, master
 
     def write_adapter(self, folder: Path) -> None:
         """Write the LoRA adapter into `folder`; every rank calls it, the main one writes."""
@@ -411,11 +452,3 @@ def _copy(tensor: torch.Tensor, dtype: torch.dtype, keep: bool) -> torch.Tensor 
 def _whole(tensor: torch.Tensor, dtype: torch.dtype, keep: bool) -> torch.Tensor | None:
     whole = zero.fetch_weight(tensor, keep)
     return whole.to(dtype) if keep else None
-
-
-def collect_masters(engine: Engine, keep: bool) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """Yield (parameter name, float32 master on the CPU where `keep`); every rank iterates it to the end."""
-    for entry in engine.optimizer_entries():
-        name, _, kind = entry.key.rpartition("|")
-        if kind == "master":
-            yield name, entry.fetch(keep)

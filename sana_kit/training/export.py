@@ -19,7 +19,7 @@ from sana_kit.models.folder import Model
 from sana_kit.training import checkpoints
 from sana_kit.training.config import TrainConfig
 from sana_kit.training.ema import WeightAverage
-from sana_kit.training.engine import Engine, collect_masters
+from sana_kit.training.engine import Engine
 from sana_kit.training.shares import MODEL_FILE_BYTES, share_out, split_files, write_shares
 from sana_kit.training.state import TrainState
 
@@ -63,15 +63,16 @@ def write_weights(config: TrainConfig, engine: Engine, output_dir: Path) -> None
     main = engine.ranks.is_main
     masters = {}
     if config.upcast_before_saving and config.train_mode == "lora":
-        masters = {name: master for name, master in collect_masters(engine, keep=main) if main}
+        masters = {name: master for name, master in engine.result_masters(keep=main) if main}
     partial = output_dir / ".final.partial"
     if main:
         remove_tree(partial)
         partial.mkdir(parents=True)
-    if config.train_mode == "lora":
-        engine.write_adapter(partial)
-    else:
-        engine.ranks.run_on_all(lambda: write_transformer(engine, config, partial))
+    with engine.result_weights():
+        if config.train_mode == "lora":
+            engine.write_adapter(partial)
+        else:
+            engine.ranks.run_on_all(lambda: write_transformer(engine, config, partial))
     if main:
         if masters:
             upcast_adapter(partial, masters)

@@ -92,7 +92,8 @@ class HeldOut:
 
     def measure(self, state: TrainState) -> dict[str, Measurement]:
         """{"raw": ..., and with an average "ema": ...}; keeps the weights in best/ where they are the best so far."""
-        found = {"raw": self._measure()}
+        with self.engine.result_weights():
+            found = {"raw": self._measure()}
         if self.average:
             with self.average.in_model():
                 found["ema"] = self._measure()

@@ -32,6 +32,9 @@ IDENTITY = (
     "mixed_precision",
     "lora_dropout",
     "optimizer",
+    "lora_plus_ratio",
+    "no_decay_norms",
+    "lr_step_rules",
     "center_crop",
     "random_flip",
     "repeats",
@@ -46,7 +49,9 @@ IDENTITY = (
     "ema_decay",
 )
 # Without these the checkpoint's tensors do not fit the run at all.
-DECISIVE = ("train_mode", "rank", "lora_alpha", "lora_layers", "optimizer")
+DECISIVE = ("train_mode", "rank", "lora_alpha", "lora_layers", "optimizer", "lora_plus_ratio", "no_decay_norms")
+# The decisive ones that say nothing about a run that trains all weights.
+OF_LORA = ("rank", "lora_alpha", "lora_layers", "lora_plus_ratio")
 
 
 @dataclasses.dataclass

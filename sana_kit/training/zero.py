@@ -7,6 +7,7 @@ by name where one is gone.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sys
@@ -16,7 +17,7 @@ import torch
 
 from sana_kit.arithmetic import bucket_elements
 from sana_kit.errors import CheckpointError, Problem, UserError
-from sana_kit.training.optim import restored_number, state_tensors
+from sana_kit.training.optim_state import restored_number, state_tensors
 
 # class: names that the kit reads or calls on it
 PRIVATE_NAMES = {
@@ -24,6 +25,7 @@ PRIVATE_NAMES = {
     "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3": ("has_overflow",),
     "deepspeed.runtime.bf16_optimizer:BF16_Optimizer": ("_lazy_init_hp_params_optimizer_state",),
 }
+LINKED = "_hp_optimizer_states_linked"  # of the first and the third: whether parameters know their states
 COMPATIBLE_OPS = "__compatible_ops__"  # of deepspeed.ops: which operators may be compiled, by name
 # The state of a dynamic loss scale (deepspeed/runtime/fp16/loss_scaler.py, DynamicLossScaler).
 LOSS_SCALE_NAMES = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -179,6 +181,15 @@ def fetch_weight(parameter: torch.Tensor, keep: bool) -> torch.Tensor | None:
         return parameter.detach().to("cpu", copy=True) if keep else None
 
 
+def writable(parameter: torch.nn.Parameter) -> contextlib.AbstractContextManager:
+    """Within it the weight is whole and may be written to, by all ranks alike; a collective under ZeRO-3 only."""
+    if not hasattr(parameter, "ds_id"):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+
+
 def restore(
     zero,
     base: torch.optim.Optimizer,
@@ -205,13 +216,8 @@ def restore(
         for name, parameter in named_parameters:
             master = read(f"{name}|master").to(device)
             safe_set_full_fp32_param(parameter, master)
-            if hasattr(parameter, "ds_id"):  # ZeRO-3 keeps a part of the bf16 copy: gathered, set, partitioned again
-                import deepspeed
-
-                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                    parameter.data.copy_(master)
-            else:
-                parameter.copy_(master.to(parameter.device))
+            with writable(parameter):  # ZeRO-3 keeps a part of the bf16 copy: gathered, set, partitioned again
+                parameter.data.copy_(master)
             for key in keys:
                 safe_set_full_optimizer_state(parameter, read(f"{name}|{key}").to(master.device), key)
 
@@ -233,7 +239,7 @@ def _create_states(zero, base: torch.optim.Optimizer, flats: list, keys: list[st
 
 
 def tensor_keys(zero, base: torch.optim.Optimizer) -> list[str]:
-    """Names of the optimizer's tensors.
+    """Names of the optimizer's tensors, each of which `fetch_state` then finds.
 
     Raises:
         CheckpointError: one is not of the partition's shape; `optim.optimizer_problems` refuses such an optimizer.
@@ -242,7 +248,20 @@ def tensor_keys(zero, base: torch.optim.Optimizer) -> list[str]:
         odd = [key for key, value in state_tensors(base.state.get(flat, {})).items() if value.shape != flat.shape]
         if odd:
             raise CheckpointError(f"{type(base).__name__} keeps {odd} in a shape of its own; ZeRO cannot save that.")
+    if len(base.param_groups) > 1 and first_state(base):
+        _link_states(zero)
     return list(state_tensors(first_state(base)))
+
+
+def _link_states(zero) -> None:
+    """Let each parameter find its part of the optimizer's state, in all groups.
+
+    DeepSpeed (0.15 to 0.19) steps group by group and links all of them after the first one's first step, when the
+    others have no state yet, and then never again.
+    """
+    if hasattr(zero, LINKED):
+        setattr(zero, LINKED, False)
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 def loss_scale(zero) -> dict[str, float] | None:

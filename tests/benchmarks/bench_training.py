@@ -181,7 +181,8 @@ def build_engine(options, *flags: str):
     engine = Engine.create(args)
     transformer = prepare_transformer(args, engine, found)
     transformer.train()
-    optimizer = build_optimizer(args, [p for p in transformer.parameters() if p.requires_grad], engine.device)
+    trainable = [(name, p) for name, p in transformer.named_parameters() if p.requires_grad]
+    optimizer = build_optimizer(args, trainable, engine.device)
     return engine.accelerator, found, transformer, *engine.prepare(transformer, optimizer)
 
 

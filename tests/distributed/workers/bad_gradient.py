@@ -34,8 +34,8 @@ def main() -> None:
     base, problems = find_model(model_folder)
     assert not problems, problems
     transformer = prepare_transformer(config, engine, base)
-    trained = [p for p in transformer.parameters() if p.requires_grad]
-    model, _ = engine.prepare(transformer, build_optimizer(config, trained, engine.device))
+    named = [(name, p) for name, p in transformer.named_parameters() if p.requires_grad]
+    model, _ = engine.prepare(transformer, build_optimizer(config, named, engine.device))
 
     def everything() -> dict[str, torch.Tensor]:
         return {entry.key: entry.fetch(True).clone() for entry in engine.optimizer_entries()}
