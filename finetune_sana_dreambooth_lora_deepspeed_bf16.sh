@@ -241,6 +241,7 @@ fi
 case " ${extra[*]-} " in *" --dry_run "*) exit 0 ;; esac
 
 # -------------------------------------------------------------------------------------------------------------- result
+[ -f "$output_dir/summary.json" ] || exit 0   # with folders of their own, the first of several machines alone has it
 "$python" -m sana_kit.reports --result-block "$output_dir" || exit $?
 if [ "$quickstart" = yes ]; then
   # The same prompts and seeds without and with the LoRA, by the kit's own inference scripts.

@@ -114,7 +114,7 @@ def run(config: TrainConfig, base_model, engine: Engine, stop: StopSignal, recor
     order = make_order(encoded.latent_shapes(), samples.num_instance, micro_step, config.seed)
     config, plan = make_plan(config, samples.num_instance, samples.num_class, ranks.world_size, order)
     ended = (plan.steps, config.early_stopping, final_weights(config))
-    if ranks.agree(resume is not None and checkpoints.is_finished(resume, *ended)):
+    if ranks.agree(checkpoints.is_finished(config.resume_from_checkpoint, resume, *ended)):
         logger.info("this run is finished: %s is there, and nothing is left to do", final_weights(config))
         engine.close()
         return 0

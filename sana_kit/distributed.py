@@ -333,6 +333,8 @@ class StopSignal:
                 os._exit(EXIT_INTERRUPTED[number])
             return
         self.signal, self._signalled_at = number, time.monotonic()
+        if not self.ranks.is_local_main:
+            return
         with contextlib.suppress(OSError):  # a closed terminal (EIO), pipe (EPIPE) or descriptor (EBADF)
             os.write(2, f"\nsignal {number}: finishing this step, then saving; once more to end at once\n".encode())
 

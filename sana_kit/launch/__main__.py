@@ -113,7 +113,10 @@ def checked(launch, config: TrainConfig, processes: int):
 
 
 def run(launch, config: TrainConfig) -> int:
-    """Train, and say last how it ended if not well. Returns the exit code."""
+    """Train, and say last how it ended if not well. Returns the exit code.
+
+    Only the first of several machines writes, so that only it can say what is saved.
+    """
     from sana_kit.launch.ranks import RunSummary, Stopped
 
     summary = RunSummary(Path(config.output_dir))
@@ -139,7 +142,8 @@ def run(launch, config: TrainConfig) -> int:
         print(f"\n{told}", file=sys.stderr)
         return code if number is None else 1
     if number is not None:
-        print(f"stopped by {NAMES.get(number, number)}; no checkpoint was written by this start", file=sys.stderr)
+        saved = "" if launch.arguments.machine_rank else "; no checkpoint was written by this start"
+        print(f"stopped by {NAMES.get(number, number)}{saved}", file=sys.stderr)
     elif code:
         print(f"error: training ended with exit code {code}", file=sys.stderr)
     return code

@@ -134,18 +134,23 @@ def _check_kind(settings, folder: Path, state: dict) -> None:
         raise UserError(problems, f"{folder} does not fit this run:")
 
 
-def is_finished(resume: Resume, steps: int, early_stopping: int | None, result: Path) -> bool:
-    """Whether the run that `resume` goes on from has made all its updates and written its result; asked on rank 0."""
-    state = resume.state
+def is_finished(wanted: str | None, resume: Resume | None, steps: int, early_stopping: int | None, result: Path) -> bool:
+    """Whether the run in `result`'s folder has made all its updates and written its result; asked on rank 0.
+
+    Its last checkpoint may be older than its end, or there may be none. Who names a checkpoint (`wanted` is not
+    "latest") goes back to it, unless it is the end itself.
+    """
+    state = resume.state if resume is not None else {"global_step": 0}
     if early_stopping is not None and state.get("since_best", 0) >= early_stopping:
         steps = state["global_step"]
     try:
         summary = json.loads((result.parent / "summary.json").read_text(encoding="utf-8"))
-        ended = summary["global_step"], summary["interrupted_by_signal"]
+        end, interrupted = int(summary["global_step"]), summary["interrupted_by_signal"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    step = resume.state["global_step"]
-    return step >= steps and ended == (step, None) and result.exists()
+    if interrupted is not None or not result.exists() or end < steps:
+        return False
+    return end == state["global_step"] or (wanted == "latest" and end > state["global_step"])
 
 
 class Checkpointer:

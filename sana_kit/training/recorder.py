@@ -70,8 +70,9 @@ class Recorder:
             self._log.close()
 
     def warn(self, message: str, step: int = 0) -> None:
-        """Tell the user on the console, and in the log."""
-        logger.warning(message)
+        """Tell the user on the console, and in the log; the first of every machine's ranks tells for the others."""
+        if self.engine.ranks.is_local_main:
+            logger.warning(message)
         self.note(message, step)
 
     def note(self, message: str, step: int = 0) -> None:

@@ -52,6 +52,21 @@ def test_a_finished_run_started_again_leaves_everything_as_it_is(flags, finished
     assert "this run is finished" in capsys.readouterr().err
 
 
+def test_a_finished_run_without_a_checkpoint_at_its_end_is_left_as_it_is_too(flags, tmp_path, capsys):
+    """Its last checkpoint is older, or there is none; naming that checkpoint goes back to it."""
+    output = tmp_path / "out"
+    run = [*flags, "--max_train_steps=3", "--seed=3", f"--output_dir={output}"]
+    for every in ("2", "9"):
+        shutil.rmtree(output, ignore_errors=True)
+        assert run_trainer(*run, f"--checkpointing_steps={every}") == 0
+        before = contents(output)
+        assert run_trainer(*run, f"--checkpointing_steps={every}", "--resume_from_checkpoint=latest") == 0
+        assert contents(output) == before and "this run is finished" in capsys.readouterr().err
+        if every == "2":
+            assert run_trainer(*run, "--checkpointing_steps=2", "--resume_from_checkpoint=checkpoint-2") == 0
+            assert contents(output) != before and "this run is finished" not in capsys.readouterr().err
+
+
 def test_a_run_that_ended_before_its_result_was_written_writes_it(flags, finished, tmp_path):
     """Killed between the last checkpoint and the end; and a result that belongs to a shorter run is written anew."""
     whole = tmp_path / "whole"
