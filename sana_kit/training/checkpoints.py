@@ -134,7 +134,9 @@ def _check_kind(settings, folder: Path, state: dict) -> None:
         raise UserError(problems, f"{folder} does not fit this run:")
 
 
-def is_finished(wanted: str | None, resume: Resume | None, steps: int, early_stopping: int | None, result: Path) -> bool:
+def is_finished(
+    wanted: str | None, resume: Resume | None, steps: int, early_stopping: int | None, result: Path
+) -> bool:
     """Whether the run in `result`'s folder has made all its updates and written its result; asked on rank 0.
 
     Its last checkpoint may be older than its end, or there may be none. Who names a checkpoint (`wanted` is not
