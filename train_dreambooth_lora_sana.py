@@ -110,9 +110,9 @@ def run(config: TrainConfig, base_model, engine: Engine, stop: StopSignal, recor
     # 4. Data: encoded once; VAE and text encoder leave memory
     samples = load_samples(config, base_model, engine, stop, recorder)
     encoded = samples.encoded
-    micro_step = config.train_batch_size * ranks.world_size
-    order = make_order(encoded.latent_shapes(), samples.num_instance, micro_step, config.seed)
-    config, plan = make_plan(config, samples.num_instance, samples.num_class, ranks.world_size, order)
+    micro_step, crops = config.train_batch_size * ranks.world_size, config.crops_per_image
+    order = make_order(encoded.latent_shapes(), samples.num_instance, micro_step, config.seed, crops)
+    config, plan = make_plan(config, order.size, samples.num_class, ranks.world_size, order)
     ended = (plan.steps, config.early_stopping, final_weights(config))
     if ranks.agree(checkpoints.is_finished(config.resume_from_checkpoint, resume, *ended)):
         logger.info("this run is finished: %s is there, and nothing is left to do", final_weights(config))
@@ -141,9 +141,8 @@ def run(config: TrainConfig, base_model, engine: Engine, stop: StopSignal, recor
 
     # 7. Train
     recipe = RECIPES[base_model.pipeline_class].of(config)
-    stream = SampleStream(
-        encoded, order, plan.num_class, seed=config.seed, recipe=recipe, caption_dropout=config.caption_dropout
-    )
+    chances = {"caption_dropout": config.caption_dropout, "crops": crops}
+    stream = SampleStream(encoded, order, plan.num_class, seed=config.seed, recipe=recipe, **chances)
     state.samples_seen = order.first_position(state.samples_seen)
     workers = config.dataloader_num_workers
     loader = build_loader(stream, plan, state, ranks, workers=workers, pin_memory=engine.device.type != "cpu")

@@ -177,8 +177,9 @@ def _data_problems(config: TrainConfig) -> list[Problem]:
 def image_source(config: TrainConfig) -> dict[str, object]:
     """The settings that say where the images are, as `find_images` and `load_images` take them."""
     names = ("dataset_name", "dataset_config_name", "dataset_split", "instance_data_dir", "image_column")
-    names += ("caption_column", "cache_dir", "repeats")
-    return {name: getattr(config, name) for name in names}
+    names += ("caption_column", "cache_dir")
+    found = {name: getattr(config, name) for name in names}
+    return {**found, "repeats": config.repeats * config.crops_per_image}
 
 
 def _find_model(config: TrainConfig) -> tuple[Model | None, list[Problem]]:

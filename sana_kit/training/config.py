@@ -96,6 +96,12 @@ class DataConfig:
         0.0, "Share of the samples that train with the empty caption; SANA itself was trained with 0.1.", low=0, high=1
     )
     repeats: int = flag(1, "Use each image this often per epoch, each time with its own crop.", low=1)
+    crops_per_image: int = flag(
+        1,
+        "Random crops and flips encoded of each image; each time that it comes it takes one of them, and of several"
+        " captions in a cell the one of the same number.",
+        low=1,
+    )
     resolution: int | tuple[int, ...] = flag(
         512,
         "Side of the square training images, in pixels; with --aspect_ratio_buckets also several, such as 512,1024.",

@@ -21,16 +21,20 @@ def generator(seed: int, *key: int) -> np.random.Generator:
     return np.random.default_rng([seed & 0xFFFFFFFF, seed >> 32, *key])
 
 
-def make_order(shapes: np.ndarray, num_instance: int, samples: int, seed: int) -> PermutationOrder | BucketOrder:
+def make_order(
+    shapes: np.ndarray, num_encoded: int, samples: int, seed: int, crops: int = 1
+) -> PermutationOrder | BucketOrder:
     """The order of a run's instance images.
 
     Args:
-        shapes: (N, 2) height and width of each sample's latents, instance images first.
+        shapes: (N, 2) height and width of each encoded sample's latents, instance images first.
+        num_encoded: how many of them are of instance images.
         samples: of a micro-step over all processes.
+        crops: encoded samples of one image, which follow one another.
     """
-    _, bucket_of = np.unique(shapes[:num_instance], axis=0, return_inverse=True)
+    _, bucket_of = np.unique(shapes[:num_encoded:crops], axis=0, return_inverse=True)
     if bucket_of.max(initial=0) == 0:
-        return PermutationOrder(num_instance, seed)
+        return PermutationOrder(num_encoded // crops, seed)
     return BucketOrder(bucket_of.reshape(-1), samples, seed)
 
 

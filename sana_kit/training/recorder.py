@@ -120,7 +120,7 @@ class Recorder:
         if main:
             self._show_training_images(encoded)
         self._tell_buckets(encoded)
-        shapes = encoded.latent_shapes()[: plan.num_instance]
+        shapes = encoded.latent_shapes()[: stream.num_instance]
         tokens = float(encoded.prompt_tokens().mean())
         self.flops_per_image = flops_per_image(config, plan, dict(engine.transformer.config), shapes, tokens)
         self.encode_seconds = encoded.facts.seconds

@@ -44,6 +44,7 @@ IDENTITY = (
     "class_prompt",
     "prior_loss_weight",
     "aspect_ratio_buckets",
+    "crops_per_image",
     "bucket_no_upscale",
     "caption_dropout",
     "ema_decay",

@@ -16,7 +16,7 @@ from sana_kit.workers import prepare_worker
 # need.
 CAPTION_PAD_MULTIPLE = 16
 
-_DROPOUT_SALT = 0xD20
+_DROPOUT_SALT, _CROP_SALT = 0xD20, 0xC20
 
 
 class SampleStream(torch.utils.data.Dataset):
@@ -36,6 +36,7 @@ class SampleStream(torch.utils.data.Dataset):
         seed: int,
         recipe: FlowMatching,
         caption_dropout: float = 0.0,
+        crops: int = 1,
     ):
         """
         Args:
@@ -44,14 +45,18 @@ class SampleStream(torch.utils.data.Dataset):
             order: of the instance images.
             num_class: class images.
             caption_dropout: share of the positions that get the empty caption.
+            crops: samples of each instance image in `encoded`, one after the other; each position takes one of them.
         """
-        self.encoded, self.order, self.num_instance = encoded, order, order.size
+        self.encoded, self.order, self.crops, self.num_instance = encoded, order, crops, order.size * crops
         self.class_order = PermutationOrder(num_class, seed, salt=1) if num_class else None
         self.seed, self.recipe, self.caption_dropout = seed, recipe, caption_dropout
 
     def image_index(self, position: int) -> int:
-        """Index of the instance image at a position."""
-        return self.order(position)
+        """Index of the instance image's sample at a position."""
+        image = self.order(position)
+        if self.crops == 1:
+            return image
+        return image * self.crops + int(generator(self.seed, position, _CROP_SALT).integers(self.crops))
 
     def _sample(self, index: int, position: int) -> dict[str, torch.Tensor]:
         item = self.encoded[index]

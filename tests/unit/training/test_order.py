@@ -51,3 +51,10 @@ def test_one_size_is_the_plain_order_and_several_are_buckets():
     order = make_order(shapes, 6, 2, seed=0)
     assert isinstance(order, BucketOrder) and order.size == 6
     assert [order.first_position(seen) for seen in (0, 3, 4)] == [0, 4, 4]
+
+
+def test_crops_of_an_image_stand_together_and_are_one_image_of_the_order():
+    shapes = np.array([[8, 8]] * 6 + [[4, 16]] * 6)
+    assert make_order(shapes, 6, 2, seed=0, crops=3).size == 2
+    order = make_order(shapes, 12, 2, seed=0, crops=3)
+    assert isinstance(order, BucketOrder) and order.size == 4
