@@ -169,8 +169,9 @@ if [ "$quickstart" = yes ]; then
   is_given output_dir || output_dir="./quickstart_output"
   is_given model_name || model_name=$(quickstart_item model_path) || exit 1
   [ -n "$instance_data_dir" ] || is_given dataset_name || dataset_name=$(quickstart_item dataset_path) || exit 1
-  quickstart_flags=$(quickstart_item training_flags) || exit 1
-  prompts=$(quickstart_item prompts ${own[@]+"${own[@]}"}) || exit 1   # before training: images of one's own may be bad
+  # before training: images of one's own may be bad
+  quickstart_flags=$(quickstart_item training_flags ${own[@]+"${own[@]}"}) || exit 1
+  prompts=$(quickstart_item prompts ${own[@]+"${own[@]}"}) || exit 1
 fi
 
 # --------------------------------------------------------------------------------------------------------------- train

@@ -55,6 +55,13 @@ TRAINING_FLAGS = (
     "--mixed_precision=bf16",
     "--seed=0",
 )
+# Images along the training, so that console and report show it learning: a second for each time.
+VALIDATION_FLAGS = (
+    "--validation_steps=125",
+    "--num_validation_images=1",
+    "--validation_inference_steps=12",
+    "--validation_guidance_scale=2.0",
+)
 INFERENCE_FLAGS = (
     "--height=64",
     "--width=64",
@@ -241,6 +248,8 @@ def prepare(
         captions = tuple(_own_images(images, instance_prompt, skip_bad_images)[1])
         prompts, trigger = own_prompts(captions, [prompt.removesuffix(f" {TRIGGER}") for prompt in prompts])
         dataset_path = images
+    # one that the set holds and one that it does not, where there are both
+    shown = [f"--validation_prompt={prompt}" for prompt in dict.fromkeys((prompts[0], prompts[-1]))]
     return QuickStart(
         model_path=str(place / "model"),
         dataset_path=str(dataset_path),
@@ -249,7 +258,7 @@ def prepare(
         prompts=prompts,
         seen=tuple(prompt for prompt in prompts if prompt in captions),
         seeds=SEEDS,
-        training_flags=TRAINING_FLAGS,
+        training_flags=(*TRAINING_FLAGS, *shown, *VALIDATION_FLAGS),
         inference_flags=INFERENCE_FLAGS,
     )
 

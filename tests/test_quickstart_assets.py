@@ -111,6 +111,9 @@ def test_dataset_layout(rows):
 def test_command_line_prints_one_item_a_line(capsys):
     assert quickstart.main(["--print", "training_flags"]) == 0
     flags = capsys.readouterr().out.splitlines()
+    asked = [flag.split("=", 1)[1] for flag in flags if flag.startswith("--validation_prompt=")]
+    found = quickstart.prepare()
+    assert len(asked) == 2 and asked[0] in found.seen and asked[1] not in found.captions
     assert "--resolution=64" in flags and "--complex_human_instruction=none" in flags
     assert quickstart.main(["--print", "dataset_path"]) == 0
     assert capsys.readouterr().out.strip() == str(ASSETS / "style_dataset")
