@@ -31,38 +31,48 @@ given=()
 
 usage() {
   cat <<'HELP'
-Fine-tune SANA with LoRA under DeepSpeed ZeRO-2. Flags as --name=value or --name value:
+Fine-tune SANA with LoRA under DeepSpeed ZeRO-2. Flags as --name=value or --name value; defaults in brackets.
 
+model and images
   --model_name                   hub name or folder  [Efficient-Large-Model/Sana_1600M_4Kpx_BF16_diffusers]
   --dataset_name                 hub name or folder  [pokemon-blip-captions]
-  --batch_size                   images per device and micro-step  [8]
-  --num_processors               processes, one per device  [the devices found]
-  --max_train_steps              updates  [5000]
-  --mixed_precision              bf16, fp16 or no  [the config's, else bf16]
-  --resolution                   side of the training images in pixels  [1024]
-  --gradient_accumulation_steps  micro-steps per update  [the config's, else 1]
-  --learning_rate                peak learning rate, constant  [1e-4]
-  --seed                         of everything  [0]
-  --checkpointing_steps          write a checkpoint every so many updates  [1000]
-  --checkpoints_total_limit      keep this run's newest so many  [3]
-  --config_file                  accelerate config  [bf16_accelerate_config.yaml beside this file]
-  --output_dir                   everything is written there  [./output]
-  --caption_column               column of the captions  [text]
+  --caption_column               its column of the captions  [text]
   --instance_data_dir            folder of your own images, captions in .txt files, instead of --dataset_name
   --instance_prompt              caption of images without one  [none for your own images; "a pokemon" for the
                                  default data set, "in my style" for --quickstart with --instance_data_dir]
+  --resolution                   side of the training images in pixels  [1024]
+
+training
+  --batch_size                   images per device and micro-step  [8]
+  --gradient_accumulation_steps  micro-steps per update  [the accelerate config's, else 1]
+  --max_train_steps              updates  [5000]
+  --learning_rate                peak learning rate, constant  [1e-4]
+  --seed                         of everything  [0]
+  --mixed_precision              bf16, fp16 or no  [the accelerate config's, else bf16]
+
+output and checkpoints
+  --output_dir                   everything is written there  [./output]
+  --checkpointing_steps          write a checkpoint every so many updates  [1000]
+  --checkpoints_total_limit      keep this run's newest so many  [3]
+
+processes
+  --num_processors               processes, one per device  [the devices found; 1 on a CPU]
+  --config_file                  accelerate config  [bf16_accelerate_config.yaml beside this file]
+
   --quickstart                   a small shipped model and image set: trains, then draws without and with the LoRA;
                                  with --instance_data_dir on your own images
   --help                         this text
 
 Anything after -- goes to train_dreambooth_lora_sana.py as it is (its --help lists all flags), e.g.
   bash finetune_sana_dreambooth_lora_deepspeed_bf16.sh --batch_size 4 -- --rank=16 --validation_prompt="a blue pokemon"
+  bash finetune_sana_dreambooth_lora_deepspeed_bf16.sh --dataset_name=/data/set -- --dry_run   # checks, and tells the plan
 
 A second run in a used folder is refused unless it resumes (-- --resume_from_checkpoint=latest), or sets the old run
 aside (-- --overwrite_output_dir); --quickstart does the latter. A stop by SIGTERM, SIGHUP or Ctrl-C has
 TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds [1800] to end its update and write its checkpoint.
 
-Exit code: the trainer's (0 done; 143 or 130 after SIGTERM or Ctrl-C with a checkpoint saved; anything else failed).
+Exit code: the trainer's (0 done; 143 or 130 after SIGTERM or Ctrl-C, with a checkpoint if an update was done;
+anything else failed).
 HELP
 }
 
