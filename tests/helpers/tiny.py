@@ -38,8 +38,8 @@ def make_tokenizer(words=WORDS):
     )
 
 
-def make_scheduler():
-    """The published checkpoints' DPMSolver with flow_shift 3.0."""
+def make_scheduler(flow_shift=3.0):
+    """The published checkpoints' DPMSolver; they have flow_shift 3.0, those of 4096 px 6.0."""
     from diffusers import DPMSolverMultistepScheduler
 
     return DPMSolverMultistepScheduler(
@@ -47,25 +47,27 @@ def make_scheduler():
         solver_order=2,
         prediction_type="flow_prediction",
         use_flow_sigmas=True,
-        flow_shift=3.0,
+        flow_shift=flow_shift,
         final_sigmas_type="zero",
     )
 
 
-def build_pipeline(*, vae, text, transformer, words=WORDS, sprint=False):
+def build_pipeline(*, vae, text, transformer, words=WORDS, sprint=False, flow_shift=3.0):
     """A SanaPipeline, or a SanaSprintPipeline, with random weights from torch's generator as it stands.
 
-    The VAE is a DC-AE of factor 8 with the blocks of the published one.
+    The VAE is a DC-AE with the blocks of the published one: of factor 8 with 4 blocks, as the published of 32 with 6.
 
     Args:
-        vae: latent_channels, head_dim, channels (4), encoder_layers and decoder_layers (per block, 4 each).
+        vae: latent_channels, head_dim, channels (4 or 6), encoder_layers and decoder_layers (one per block).
         text: sizes of a Gemma2Config.
         transformer: arguments of SanaTransformer2DModel.
     """
     from diffusers import AutoencoderDC, SanaPipeline, SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
     from transformers import Gemma2Config, Gemma2Model
 
-    blocks = ("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock")
+    attending = len(vae["channels"]) - 3
+    blocks = (*("ResBlock",) * 3, *("EfficientViTBlock",) * attending)
+    multiscales = (*((),) * 3, *((5,),) * attending)
     autoencoder = AutoencoderDC(
         in_channels=3,
         latent_channels=vae["latent_channels"],
@@ -74,8 +76,8 @@ def build_pipeline(*, vae, text, transformer, words=WORDS, sprint=False):
         decoder_block_types=blocks,
         encoder_block_out_channels=vae["channels"],
         decoder_block_out_channels=vae["channels"],
-        encoder_qkv_multiscales=((), (), (), (5,)),
-        decoder_qkv_multiscales=((), (), (), (5,)),
+        encoder_qkv_multiscales=multiscales,
+        decoder_qkv_multiscales=multiscales,
         encoder_layers_per_block=vae["encoder_layers"],
         decoder_layers_per_block=vae["decoder_layers"],
         downsample_block_type="conv",
@@ -92,16 +94,27 @@ def build_pipeline(*, vae, text, transformer, words=WORDS, sprint=False):
         text_encoder=text_encoder,
         vae=autoencoder,
         transformer=SanaTransformer2DModel(**transformer),
-        scheduler=SCMScheduler() if sprint else make_scheduler(),
+        scheduler=SCMScheduler() if sprint else make_scheduler(flow_shift),
     )
 
 
 def make_tiny_pipeline(
-    folder, seed=0, sample_size=16, qk_norm=None, layers=2, latent_channels=4, heads=4, sprint=False
+    folder,
+    seed=0,
+    sample_size=16,
+    qk_norm=None,
+    layers=2,
+    latent_channels=4,
+    heads=4,
+    sprint=False,
+    interpolation_scale=None,
+    flow_shift=3.0,
+    vae_blocks=4,
 ):
     """Write a complete SanaPipeline (random weights from `seed`) to `folder` and return the folder as a Path.
 
     `sprint`: a SanaSprintPipeline instead, with the norms and the guidance embedding that its transformer has.
+    `vae_blocks`: 4 for 8 pixels a latent, 6 for the 32 of the published VAE.
 
     Latents of `latent_channels`, Gemma2 of width 32, Sana transformer of `layers` x `heads` heads of 8: at 64 px the
     latents are (4, 8, 8).
@@ -114,9 +127,9 @@ def make_tiny_pipeline(
         vae={
             "latent_channels": latent_channels,
             "head_dim": 8,
-            "channels": (8, 8, 16, 16),
-            "encoder_layers": (1, 1, 1, 1),
-            "decoder_layers": (1, 1, 1, 1),
+            "channels": (8, 8, 16, 16, 16, 16)[:vae_blocks],
+            "encoder_layers": (1,) * vae_blocks,
+            "decoder_layers": (1,) * vae_blocks,
         },
         text={
             "hidden_size": 32,
@@ -139,8 +152,10 @@ def make_tiny_pipeline(
             "sample_size": sample_size,
             "qk_norm": "rms_norm_across_heads" if sprint else qk_norm,
             **({"guidance_embeds": True, "guidance_embeds_scale": 0.1} if sprint else {}),
+            **({} if interpolation_scale is None else {"interpolation_scale": interpolation_scale}),
         },
         sprint=sprint,
+        flow_shift=flow_shift,
     ).save_pretrained(folder)
     torch.set_rng_state(generator_state)
     return Path(folder)
