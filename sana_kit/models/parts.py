@@ -14,6 +14,7 @@ import torch
 from sana_kit.errors import Problem, UserError
 from sana_kit.files import expand
 from sana_kit.models.folder import HUB_NAME, Model, first_line, folder_identity
+from sana_kit.models.loading import dtype_argument
 from sana_kit.models.weights import Part, check_part, has_variant, load_tensors, meta_vae, weight_files
 
 STEM = "diffusion_pytorch_model"
@@ -142,8 +143,8 @@ def load_controlnet(part: OwnPart, *, device: torch.device, dtype: torch.dtype) 
     """The SanaControlNetModel on `device`, in eval mode."""
     from diffusers import SanaControlNetModel
 
-    loaded = SanaControlNetModel.from_pretrained(**part.arguments())
-    return loaded.to(device, dtype).eval().requires_grad_(False)
+    loaded = SanaControlNetModel.from_pretrained(**part.arguments(), **dtype_argument("diffusers", dtype))
+    return loaded.to(device).eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

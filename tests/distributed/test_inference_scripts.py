@@ -12,7 +12,7 @@ import psutil
 import pytest
 from helpers import KIT, script_environment
 from helpers.drawing import write_lora
-from helpers.inferring import images, infer, manifest
+from helpers.inferring import draw_here, images, infer, manifest, member_runs
 
 SMALL = ("--height", 64, "--width", 96, "--num_inference_steps", 2, "--complex_human_instruction", "none")
 JOBS = ("--prompt", "a red square", "--prompt", "a dog", "--seeds", 8, 23, 42)
@@ -46,15 +46,30 @@ def test_two_processes_make_the_same_bytes(base, tiny_model, run_script, tmp_pat
     assert done.stdout.count("images/s") == 1  # the main process alone speaks
 
 
-def test_three_processes_two_of_them_idle_with_lora_and_groups(tiny_model, run_script, tmp_path):
-    """Six images in groups of four are two groups: the third rank has nothing to do."""
+def test_three_processes_two_of_them_idle_with_all_inputs_and_groups(tiny_model, tiny_sprint, run_script, tmp_path):
+    """Six images in groups of four are two groups: the third rank has nothing to do.
+
+    LoRA, ControlNet, perturbed attention, init image and mask, all in one launch.
+    """
     lora = write_lora(tiny_model, tmp_path / "lora")
-    flags = ("--lora_weights", lora, *JOBS, "--batch_size", 4)
+    inputs = member_runs(tmp_path, tiny_model, tiny_sprint)["sana"]
+    flags = (*inputs, "--lora_weights", lora, "--dtype", "bf16", "--seeds", 8, 23, 42, "--batch_size", 4)
     assert infer(tiny_model, tmp_path / "alone", *flags) == 0
-    where = ("--model_path", tiny_model, "--output_path", tmp_path / "out", *SMALL)
-    done = run_script("infer_sana_text2img_lora_bf16.py", *where, *flags, processes=3, engine="ddp")
+    where = ("--output_path", tmp_path / "out")
+    done = run_script("infer_sana_text2img_lora_bf16.py", *flags, *where, processes=3, engine="ddp")
     assert done.returncode == 0, done.stderr
     assert images(tmp_path / "out") == images(tmp_path / "alone") and len(images(tmp_path / "out")) == 6
+
+
+def test_two_processes_draw_sprint_as_one_does(tiny_model, tiny_sprint, run_script, tmp_path):
+    """Its steps draw noise anew, from the generator of each image; some images begin from others."""
+    flags = member_runs(tmp_path, tiny_model, tiny_sprint)["sprint"]
+    (alone,) = draw_here({"alone": flags}, tmp_path).values()
+    where = ("--output_path", tmp_path / "two")
+    done = run_script("infer_sana_text2img_distrib.py", *flags, *where, processes=2, engine="ddp")
+    assert done.returncode == 0, done.stderr
+    assert images(tmp_path / "two") == alone and len(set(alone.values())) == len(alone) == 6
+    assert json.loads((tmp_path / "two/summary.json").read_text())["world_size"] == 2
 
 
 @pytest.mark.parametrize(
