@@ -72,7 +72,7 @@ def _pairs(output_dir: Path, rows: dict, before: Path | None, after: Path | None
             if key in old
         ]
         if pairs:
-            return spread(pairs, _PAIRS), "The same prompts and seeds without (left) and with (right) the fine-tuning."
+            return _choose(pairs), "The same prompts and seeds without (left) and with (right) the fine-tuning."
     pairs = []
     for (prompt, seed), cells in rows.items():
         if len(cells) >= 2:
@@ -81,7 +81,17 @@ def _pairs(output_dir: Path, rows: dict, before: Path | None, after: Path | None
             pairs.append(
                 {"before_path": first["path"], "after_path": last["path"], "title": prompt, "seed": seed, **labels}
             )
-    return spread(pairs, _PAIRS), "The first (left) and the last (right) validation of each prompt."
+    return _choose(pairs), "The first (left) and the last (right) validation of each prompt."
+
+
+def _choose(pairs: list[dict]) -> list[dict]:
+    """As many pairs as the page shows: all, else one of each prompt, evenly spread."""
+    if len(pairs) <= _PAIRS:
+        return pairs
+    first: dict[str, dict] = {}
+    for pair in pairs:
+        first.setdefault(pair["title"], pair)
+    return spread(list(first.values()), _PAIRS)
 
 
 # What a run says of itself beside its settings: (key in its configuration, what the page calls it).

@@ -2,7 +2,7 @@
 
 import json
 
-from sana_kit.reports.report import circumstances, config_items, figures, write_report
+from sana_kit.reports.report import _choose, circumstances, config_items, figures, write_report
 from sana_kit.runlog import load_run
 
 
@@ -31,3 +31,10 @@ def test_the_loss_is_shown_with_the_mean_of_the_latest(tmp_path):
     (tmp_path / "one").mkdir()
     (loss,) = [row for row in figures(write_log(tmp_path / "one", [2.5]), {}) if row["name"] == "Loss"]
     assert loss["note"] == ""
+
+
+def test_of_many_pairs_each_prompt_is_shown_once():
+    pairs = [{"title": f"prompt {number // 2}", "seed": number % 2} for number in range(22)]
+    assert [(pair["title"], pair["seed"]) for pair in _choose(pairs)] == [(f"prompt {n}", 0) for n in range(11)]
+    assert _choose(pairs[:12]) == pairs[:12]
+    assert len(_choose([{"title": str(number)} for number in range(40)])) == 12
