@@ -73,6 +73,7 @@ def prepare(options: argparse.Namespace, words: list[str]):
     Raises:
         UserError: every problem that was found.
     """
+    sys.argv[0] = str(TRAINER)  # whose flags they are, and so whose name stands before what is wrong with one
     parse_args(words)  # a misspelt flag answers before anything is imported
     kind, count = find_devices()
     from sana_kit.launch import host

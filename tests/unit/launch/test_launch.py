@@ -21,6 +21,7 @@ def launched(monkeypatch, tiny_model, parquet_dataset, tmp_path):
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     monkeypatch.delenv("SANA_ERROR_FILE", raising=False)
     monkeypatch.setattr(start, "tie", lambda parent: None)
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     seen = []
 
@@ -89,7 +90,9 @@ def test_a_misspelt_flag_is_told_before_torch_is_looked_for(launched, monkeypatc
     monkeypatch.setattr(start, "find_devices", lambda: pytest.fail("the host was looked at"))
     with pytest.raises(SystemExit) as refused:
         launched("--rnk=3")
-    assert refused.value.code == 2 and "Did you mean --rank?" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert refused.value.code == 2 and "Did you mean --rank?" in told
+    assert told.startswith("train_dreambooth_lora_sana.py: error: ")
 
 
 def test_a_dry_run_starts_no_process(launched, open_config, capsys):
