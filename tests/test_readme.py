@@ -110,7 +110,7 @@ def test_the_environment_variables_of_the_pages_are_those_of_the_launcher(page):
 
 
 # What other programs' flags are called on the pages.
-OTHERS_FLAGS = {"--config_file", "--num_processes", "--multi_gpu", "--gpus-per-node"}
+OTHERS_FLAGS = {"--config_file", "--num_processes", "--multi_gpu", "--gpus-per-node", "--nodes", "--time", "--signal"}
 
 
 @functools.lru_cache
