@@ -12,12 +12,13 @@ For instance, with a checkout of the older commit in ../older:
     python tests/pins.py resume . ../pins/older ../pins/resumed
 
 Nothing of the kit is imported: its scripts are started by their command lines, on the CPU with one thread per process,
-with the tiny model and the six images of tests/tiny.py. Pinned are, of a six-step LoRA run and of two steps of full
-fine-tuning, each on one process and under ZeRO-2 with two processes: the weights of the checkpoints and of the result,
-the optimizer's masters and moments, the random states, and the encodings' keys and values; of the inference scripts,
-without and with that LoRA: the pixels of the manifest's images. A pin holds one SHA-256 per tensor, over dtype, shape
-and bytes, not over the file's header. Bits depend on processor and libraries too: compare pins of one machine and one
-environment.
+with the tiny model and the six images of tests/helpers/tiny.py, cropped at their centre: random crops belong to the
+image and belonged to the run's seed before, so they are no pin. Pinned are, of a six-step LoRA run and of two steps
+of full fine-tuning, each on one process and under ZeRO-2 with two processes: the weights of the checkpoints and of the
+result, the optimizer's masters and moments, the random states, and the encodings' keys and values; of the inference
+scripts, without and with that LoRA: the pixels of the manifest's images. A pin holds one SHA-256 per tensor, over
+dtype, shape and bytes, not over the file's header. Bits depend on processor and libraries too: compare pins of one
+machine and one environment.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ TRAINING = [
     "--caption_column=text",
     "--instance_prompt=a drawing",
     "--resolution=64",
-    "--random_flip",
+    "--center_crop",
     "--train_batch_size=2",
     "--gradient_accumulation_steps=2",
     "--lr_scheduler=cosine",
@@ -266,6 +267,7 @@ def write_pins(out: Path, kit: Path, inputs: Path, pins: dict) -> Path:
         "kit": str(kit),
         "commit": described or None,
         "inputs": str(inputs),
+        "flags": [*TRAINING, *LORA, *FULL, *INFERENCE],
         "environment": {
             **{name: version(name) for name in LIBRARIES},
             "python": sys.version.split()[0],
@@ -340,7 +342,13 @@ def difference(first: dict[str, str], second: dict[str, str]) -> str | None:
 
 
 def compare(first: dict, second: dict) -> bool:
-    """Print per pin whether it is equal; True if all are."""
+    """Print per pin whether it is equal; True if all are.
+
+    Raises:
+        PinError: they were taken with other flags.
+    """
+    if first.get("flags") != second.get("flags"):
+        raise PinError("the two were taken with other flags; record both with this file.")
     made = [content["environment"] for content in (first, second)]
     print(f"first:  {first['kit']} at {first['commit']}\nsecond: {second['kit']} at {second['commit']}")
     for key in sorted(made[0].keys() | made[1].keys()):

@@ -24,6 +24,8 @@ class EncodingFacts:
         bytes: {"latents", "prompts"} on disk for this data set.
         scaling_factor, vae_factor, latent_channels: of the VAE. The latents are already multiplied by scaling_factor.
         messages: warnings for the log (damaged shards, skipped images).
+        store: how large the store is and how much of it was not used lately, one sentence; "" on other ranks than the
+            first.
     """
 
     seconds: float
@@ -38,6 +40,7 @@ class EncodingFacts:
     vae_factor: int
     latent_channels: int
     messages: tuple[str, ...]
+    store: str = ""
 
 
 class EncodedDataset(torch.utils.data.Dataset):

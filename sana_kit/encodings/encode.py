@@ -22,7 +22,7 @@ from sana_kit.encodings.encode_prompts import encode_missing_prompts
 from sana_kit.encodings.peers import Peers, Stop
 from sana_kit.encodings.plan import PARTS, EncodingPlan, ExtraPrompts
 from sana_kit.encodings.settings import EncodingSettings, Identity, check_settings
-from sana_kit.encodings.usage import Claim, mark_used
+from sana_kit.encodings.usage import Claim, in_short, mark_used
 from sana_kit.errors import Problem, StoreError, UserError
 from sana_kit.models.folder import Model
 
@@ -110,6 +110,7 @@ def encode(
         vae_factor=base_model.vae_factor,
         latent_channels=base_model.vae_config["latent_channels"],
         messages=tuple(messages),
+        store=in_short(plan.store) if ranks.is_main else "",
     )
     return EncodedDataset(plan, facts, claim)
 

@@ -174,6 +174,17 @@ def size_text(count: int) -> str:
     return f"{count / 1e3:.1f} kB"
 
 
+def in_short(store: Path, unused_days: float = UNUSED_DAYS) -> str:
+    """One sentence on a store's size; where some of it is old, also how to remove that."""
+    shards = shards_of(store)
+    old = sum(shard.bytes for shard in shards if shard.unused_days > unused_days)
+    told = f"store of encodings {store}: {size_text(sum(shard.bytes for shard in shards))}"
+    if not old:
+        return f"{told}, all used within {unused_days:g} days"
+    remedy = f"python -m sana_kit.encodings {store} --prune removes that"
+    return f"{told}, {size_text(old)} of it not used for {unused_days:g} days ({remedy})"
+
+
 def describe(store: Path, unused_days: float = UNUSED_DAYS) -> str:
     """How large a store is, by part, and what of it no run has used lately; several lines."""
     shards, lines = shards_of(store), []

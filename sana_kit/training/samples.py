@@ -167,7 +167,6 @@ def _encode(
             vae_batch_size=config.vae_batch_size,
             skip_bad_images=config.skip_bad_images,
         ),
-        seed=config.seed,
         ranks=engine.ranks,
         extra_prompts=prompts,
         stop=stop,
@@ -182,4 +181,5 @@ def _encode(
         f" {facts.reused_images}, {facts.reused_prompts} reused; {facts.seconds:.1f} s;"
         f" {size['latents'] / 1e6:.1f} MB of latents, {size['prompts'] / 1e6:.1f} MB of embeddings"
     )
+    logger.info(facts.store)
     return encoded
