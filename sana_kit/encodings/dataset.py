@@ -57,6 +57,11 @@ class EncodedDataset(torch.utils.data.Dataset):
         self.images, self.facts = plan.images, facts
         self._plan, self._claim = plan, claim
 
+    def close(self) -> None:
+        """Let go of the shards: from now on a pruning may remove them. The end of the process does the same."""
+        if self._claim is not None:
+            self._claim.close()
+
     def __len__(self) -> int:
         return len(self._plan.latent_rows)
 
