@@ -15,8 +15,8 @@ from sana_kit.data.image_set import (
     prefetch,
     progress_bar,
 )
-from sana_kit.data.tables import Table
-from sana_kit.errors import ImageError
+from sana_kit.data.tables import Named, Table
+from sana_kit.errors import ImageError, Problem, UserError
 
 
 @dataclass
@@ -39,12 +39,12 @@ class _Captions:
     positions: list[int] = field(default_factory=list)
     empty: list[int] = field(default_factory=list)  # rows without a caption of their own
     several: int = 0
-    problems: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
 
 
-def refuse(problems: list[str]) -> None:
-    """Raise all problems of a data set as one error."""
-    raise ValueError("The training images cannot be used:" + "".join(f"\n- {p}" for p in problems))
+def refuse(problems: list[Problem]) -> None:
+    """Raise all problems of a data set as one UserError."""
+    raise UserError(problems, "The training images cannot be used:")
 
 
 def _read_headers(source) -> _Headers:
@@ -73,7 +73,7 @@ def _read_headers(source) -> _Headers:
     return found
 
 
-def _settle_captions(table: Table, flag: str, bad: dict[int, str], fallback: str, repeats: int) -> _Captions:
+def _settle_captions(table: Table, named: Named, bad: dict[int, str], fallback: str, repeats: int) -> _Captions:
     """A caption for each repeat of each good row; the r-th repeat takes caption r modulo the row's number of them."""
     settled = _Captions()
     for row in range(len(table.source)):
@@ -82,7 +82,7 @@ def _settle_captions(table: Table, flag: str, bad: dict[int, str], fallback: str
         try:
             choices = caption_choices(None if table.captions is None else table.captions[row])
         except TypeError as error:
-            settled.problems.append(f"{flag}: caption of {table.source.name(row)}: {error}")
+            settled.problems.append(named.problem(f"caption of {table.source.name(row)}: {error}"))
             if len(settled.problems) >= LISTED_PROBLEMS:
                 break
             continue
@@ -106,58 +106,62 @@ def caption_choices(cell) -> list[str]:
         return [cell.strip()] if cell.strip() else []
     if isinstance(cell, (list, tuple)) or type(cell).__name__ in ("ndarray", "Column"):
         return [text for item in cell for text in caption_choices(item)]
-    raise TypeError(f"it holds {type(cell).__name__} ({str(cell)[:60]!r}), not text; name a text column.")
+    raise TypeError(f"it holds {type(cell).__name__} ({str(cell)[:60]!r}), not text; name a text column")
 
 
-def _no_caption_problems(table: Table, flag: str, empty: list[int]) -> list[str]:
+def _no_caption_problems(table: Table, named: Named, empty: list[int]) -> list[Problem]:
     """What is wrong where images have no caption and no instance prompt was given."""
     if table.captions is None:
-        ways = "give --instance_prompt, or --caption_column for a table with captions, or .txt files beside the images"
-        return [f"{flag}: no captions: {ways} of --instance_data_dir."]
+        remedy = "Give one; or name a table's caption column, or put .txt files beside the images of a folder."
+        return [Problem("instance_prompt", None, f"{named.value} has no captions, and there is none", remedy)]
     if not empty:
         return []
     shown = ", ".join(table.source.name(row) for row in empty[:LISTED_PROBLEMS])
     more = " ..." if len(empty) > LISTED_PROBLEMS else ""
-    what = "have no caption (null, empty or only spaces) and there is no --instance_prompt to take instead"
-    return [f"{flag}: {len(empty)} image(s) {what}: {shown}{more}"]
+    what = "have no caption (null, empty or only spaces) and there is no instance prompt to take instead"
+    return [Problem("instance_prompt", None, f"{len(empty)} image(s) of {named.value} {what}: {shown}{more}")]
 
 
-def _notes(table: Table, flag: str, headers: _Headers, captions: _Captions) -> list[str]:
+def _notes(table: Table, named: Named, headers: _Headers, captions: _Captions) -> list[str]:
     notes = list(table.notes)
     if headers.bad:
-        notes.append("--skip_bad_images: " + bad_image_problems(list(headers.bad.values())))
+        notes.append("skip_bad_images: " + bad_image_problems(list(headers.bad.values())))
     if table.captions is None:
-        notes.append(f"{flag}: no captions in use; every image gets the instance prompt.")
+        notes.append(f"{named.value}: no captions in use; every image gets the instance prompt.")
     elif captions.empty:
-        notes.append(f"{flag}: {len(captions.empty)} image(s) without a caption get the instance prompt.")
+        notes.append(f"{named.value}: {len(captions.empty)} image(s) without a caption get the instance prompt.")
     if headers.animated:
-        notes.append(f"{flag}: {headers.animated} animation(s); the first frame is taken.")
+        notes.append(f"{named.value}: {headers.animated} animation(s); the first frame is taken.")
     if headers.open_ended:
         shown = ", ".join(headers.open_ended[:10])
-        notes.append(f"{flag}: {len(headers.open_ended)} PNG file(s) lack their last chunk but are whole: {shown}")
+        notes.append(
+            f"{named.value}: {len(headers.open_ended)} PNG file(s) lack their last chunk but are whole: {shown}"
+        )
     return notes
 
 
-def assemble(table: Table, flag: str, instance_prompt: str | None, repeats: int, skip_bad: bool) -> ImageSet:
+def assemble(table: Table, named: Named, instance_prompt: str | None, repeats: int, skip_bad: bool) -> ImageSet:
     """Check every header, settle every caption, and build the set.
 
     Args:
         instance_prompt: the caption of images without one; the empty text is a caption, None is none.
 
     Raises:
-        ValueError: all problems found.
+        UserError: all problems found.
     """
     source, count = table.source, len(table.source)
     headers = _read_headers(source)
     problems = []
     if headers.bad and not skip_bad:
-        problems.append(f"{flag}: " + bad_image_problems(list(headers.bad.values())))
-    captions = _settle_captions(table, flag, headers.bad, (instance_prompt or "").strip(), repeats)
+        problems.append(named.problem(bad_image_problems(list(headers.bad.values()))))
+    captions = _settle_captions(table, named, headers.bad, (instance_prompt or "").strip(), repeats)
     problems += captions.problems
     if instance_prompt is None:
-        problems += _no_caption_problems(table, flag, captions.empty)
+        problems += _no_caption_problems(table, named, captions.empty)
     if not problems and not captions.rows:
-        problems.append(f"{flag}: all {count} images are bad: " + bad_image_problems(list(headers.bad.values())))
+        problems.append(
+            named.problem(f"all {count} images are bad: " + bad_image_problems(list(headers.bad.values())))
+        )
     if problems:
         refuse(problems)
     good = count - len(headers.bad)
@@ -178,5 +182,5 @@ def assemble(table: Table, flag: str, instance_prompt: str | None, repeats: int,
         headers.digests,
         headers.sizes,
         report,
-        _notes(table, flag, headers, captions),
+        _notes(table, named, headers, captions),
     )

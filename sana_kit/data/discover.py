@@ -9,8 +9,9 @@ from sana_kit.data.assemble import assemble, refuse
 from sana_kit.data.folders import find_in_folder
 from sana_kit.data.image_set import ImageSet
 from sana_kit.data.sources import FileSource
-from sana_kit.data.tables import SPLIT_WORDS, Table, Wanted, from_files, from_hub, from_saved, refused_table
+from sana_kit.data.tables import SPLIT_WORDS, Named, Table, Wanted, from_files, from_hub, from_saved, refused_table
 from sana_kit.data.text_tables import TABLE_SUFFIXES
+from sana_kit.errors import Problem
 from sana_kit.files import expand
 
 # What hub downloads hold beside their tables.
@@ -42,16 +43,16 @@ def load_images(
         image_column: column of the images; None takes the first that holds images.
         caption_column: column of the captions; None gives every image of `dataset_name` the instance prompt. Where a
             cell lists several captions, the r-th repeat of the image takes caption r modulo their number, so without
-            --repeats the first.
+            repeats the first.
         instance_prompt: the caption of images that have none (null, empty or only spaces); the empty text is one.
         cache_dir: where `datasets` keeps what it downloads.
         repeats: how many times each image appears, consecutively.
         skip_bad_images: leave unreadable images out and count them, instead of an error.
 
     Raises:
-        ValueError: all problems found, each with flag, value and remedy; bad images are named.
+        UserError: all problems found, bad images by name.
     """
-    table, flag = find_images(
+    table, named = find_images(
         dataset_name=dataset_name,
         dataset_config_name=dataset_config_name,
         dataset_split=dataset_split,
@@ -61,7 +62,7 @@ def load_images(
         cache_dir=cache_dir,
         repeats=repeats,
     )
-    return assemble(table, flag, instance_prompt, repeats, skip_bad_images)
+    return assemble(table, named, instance_prompt, repeats, skip_bad_images)
 
 
 def find_images(
@@ -74,56 +75,58 @@ def find_images(
     caption_column: str | None,
     cache_dir: str | None,
     repeats: int = 1,
-) -> tuple[Table, str]:
-    """(the table of `load_images`, what to call it in messages): found and checked, no image opened.
+) -> tuple[Table, Named]:
+    """(the table of `load_images`, the setting that names it): found and checked, no image opened.
 
     Raises:
-        ValueError: all problems found.
+        UserError: all problems found.
     """
     problems = []
     if (dataset_name is None) == (instance_data_dir is None):
         found = "both" if dataset_name is not None else "neither"
-        problems.append(f"--dataset_name and --instance_data_dir: {found} given; give exactly one of them.")
+        reason = f"{found} given"
+        problems.append(Problem("dataset_name and instance_data_dir", None, reason, "Give exactly one of them."))
     if repeats < 1:
-        problems.append(f"--repeats={repeats}: must be at least 1.")
+        problems.append(Problem("repeats", repeats, "must be at least 1"))
     if instance_data_dir is not None and caption_column is not None:
+        remedy = "Put captions into .txt files beside the images."
         problems.append(
-            f"--caption_column={caption_column}: only tables (--dataset_name) have columns; with --instance_data_dir"
-            " put captions into .txt files beside the images."
+            Problem("caption_column", caption_column, "only tables have columns, a folder has none", remedy)
         )
     if problems:
         refuse(problems)
     if instance_data_dir is not None:
-        table = find_in_folder(instance_data_dir, "--instance_data_dir")
-        flag = f"--instance_data_dir={instance_data_dir}"
+        named = Named("instance_data_dir", instance_data_dir)
+        table = find_in_folder(named)
     else:
         table = _find_dataset(
             Wanted(dataset_name, dataset_config_name, image_column, caption_column, dataset_split, cache_dir)
         )
-        flag = f"--dataset_name={dataset_name}"
+        named = Named("dataset_name", dataset_name)
     if table.problems:
         refuse(table.problems)
     if len(table.source) == 0:
-        refuse([f"{flag}: the data set has no images."])
-    return table, flag
+        refuse([named.problem("the data set has no images")])
+    return table, named
 
 
 def load_class_images(class_data_dir: str, class_prompt: str, num_class_images: int | None) -> ImageSet:
     """The first `num_class_images` images (by name) of a folder of class images; None or fewer there: all of them.
 
     Raises:
-        ValueError: no such folder, no images, or unreadable ones, which are named.
+        UserError: no such folder, no images, or unreadable ones, which are named.
     """
-    table = find_in_folder(class_data_dir, "--class_data_dir", captions=False)
+    named = Named("class_data_dir", class_data_dir)
+    table = find_in_folder(named, captions=False)
     if not table.problems and len(table.source) == 0:
-        table.problems.append(f"--class_data_dir={class_data_dir}: no images in it.")
+        table.problems.append(named.problem("no images in it"))
     if table.problems:
         refuse(table.problems)
     source = table.source
     if num_class_images is not None:
         source = FileSource(source.paths[:num_class_images], source.names[:num_class_images])
     table = Table(source, None, [], table.notes, table.counts)
-    return assemble(table, f"--class_data_dir={class_data_dir}", class_prompt, 1, False)
+    return assemble(table, named, class_prompt, 1, False)
 
 
 def _find_dataset(wanted: Wanted) -> Table:
@@ -133,14 +136,15 @@ def _find_dataset(wanted: Wanted) -> Table:
     if not path.exists():
         if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
             remedy = "Check the path, or give the name of a data set on the hub."
-            return refused_table(f"--dataset_name={name}: no such folder or file. {remedy}")
+            return refused_table(wanted.problem("no such folder or file", remedy))
         return from_hub(wanted)
     if path.is_file():
         return from_files(wanted, {wanted.split or "train": [path]}, path.parent)
     if config is not None:
         if not (path / config).is_dir():
             present = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir())) or "none"
-            return refused_table(f"--dataset_config_name={config}: no such subfolder in {name}; present: {present}.")
+            reason = f"no such subfolder in {name}; present: {present}"
+            return refused_table(Problem("dataset_config_name", config, reason))
         path = path / config
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return from_saved(wanted, path)
@@ -149,16 +153,16 @@ def _find_dataset(wanted: Wanted) -> Table:
     for found in (metadata, *(_splits(path, kind) for kind in kinds)):
         if found:
             return from_files(wanted, found, path)
-    table = find_in_folder(path, "--dataset_name")
+    table = find_in_folder(Named("dataset_name", str(path)))
     if table.problems:
         present = ", ".join(sorted(p.name for p in path.iterdir())[:20]) or "nothing"
         layouts = "*.parquet (at its top or under data/), metadata.jsonl or metadata.csv beside images"
         layouts += ", a save_to_disk folder, *.jsonl or *.csv tables, *.tar shards, and images"
-        what = f"no data set recognised in this folder. Looked for {layouts}."
-        table.problems = [f"--dataset_name={name}: {what} Present: {present}."]
+        looked = f"Looked for {layouts}. Present: {present}."
+        table.problems = [wanted.problem("no data set recognised in this folder", looked)]
     elif wanted.caption_column is not None:
-        what = "is a folder of images without a metadata file, so it has no columns. Columns present: image."
-        table.problems.append(f"--caption_column={wanted.caption_column}: {name} {what}")
+        what = "is a folder of images without a metadata file, so it has no columns. Columns present: image"
+        table.problems.append(Problem("caption_column", wanted.caption_column, f"{name} {what}"))
     return table
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from sana_kit.data.decode import IMAGE_SUFFIXES
 from sana_kit.data.sources import FileSource
-from sana_kit.data.tables import Table, refused_table
+from sana_kit.data.tables import Named, Table, refused_table
+from sana_kit.errors import Problem
 from sana_kit.files import expand
 
 CAPTION_SUFFIXES = (".txt", ".caption")
@@ -29,7 +30,7 @@ def free_class_names(folder: Path, count: int) -> list[str]:
     return names
 
 
-def _caption_files(folder: Path, flag: str, files: list[Path], stems: set[str]) -> tuple[dict[str, Path], list[str]]:
+def _caption_files(named: Named, files: list[Path], stems: set[str]) -> tuple[dict[str, Path], list[Problem]]:
     """({stem: caption file}, problems); one image with two caption files is a problem."""
     texts: dict[str, Path] = {}
     problems = []
@@ -37,7 +38,7 @@ def _caption_files(folder: Path, flag: str, files: list[Path], stems: set[str]) 
         if file.suffix.lower() in CAPTION_SUFFIXES and file.stem in stems:
             if file.stem in texts:
                 both = f"{texts[file.stem].name} and {file.name}"
-                problems.append(f"{flag}={folder}: {both} are captions of the same image. Keep one of them.")
+                problems.append(named.problem(f"{both} are captions of the same image", "Keep one of them."))
             texts[file.stem] = file
     return texts, problems
 
@@ -46,34 +47,34 @@ def _listed(names: list[str], limit: int = 10) -> str:
     return ", ".join(names[:limit]) + (" ..." if len(names) > limit else "")
 
 
-def find_in_folder(folder: str | Path, flag: str, captions: bool = True) -> Table:
+def find_in_folder(named: Named, captions: bool = True) -> Table:
     """The images directly in a folder, each with the caption of its .txt or .caption file."""
-    folder = expand(folder)
+    folder = expand(named.value)
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "no such folder"
-        return refused_table(f"{flag}={folder}: {what}.")
+        return refused_table(named.problem(what))
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
-        return refused_table(f"{flag}={folder}: cannot be listed ({error.strerror}).")
+        return refused_table(named.problem(f"cannot be listed ({error.strerror})"))
     files = [e for e in entries if e.is_file() and not e.name.startswith(".")]
     images = image_files(folder)
-    texts, problems = _caption_files(folder, flag, files, {f.stem for f in images}) if captions else ({}, [])
+    texts, problems = _caption_files(named, files, {f.stem for f in images}) if captions else ({}, [])
     used = set(images) | set(texts.values())
     others = [f.name for f in files if f not in used]
     folders = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
     broken = [e.name for e in entries if e.is_symlink() and not e.exists()]
     if not images:
         hint = f" (it has the subfolders {_listed(folders, 5)}; images are looked for at the top)" if folders else ""
-        problems.append(f"{flag}={folder}: no images in it{hint}. Known endings: {', '.join(IMAGE_SUFFIXES)}.")
+        problems.append(named.problem(f"no images in it{hint}", f"Known endings: {', '.join(IMAGE_SUFFIXES)}."))
     cells = []
     for text in (texts.get(image.stem) for image in images):
         try:
             cells.append(None if text is None else text.read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
-            problems.append(f"{flag}={folder}: caption {text.name} cannot be read as UTF-8 text ({error}).")
+            problems.append(named.problem(f"caption {text.name} cannot be read as UTF-8 text ({error})"))
     shared = len([image for image in images if image.stem in texts]) - len(texts)
-    notes = _notes(f"{flag}={folder}", shared, others, folders, broken)
+    notes = _notes(str(folder), shared, others, folders, broken)
     counts = {"other files skipped": len(others), "captions shared by images of one name": shared}
     return Table(FileSource(images, [i.name for i in images]), cells if texts else None, problems, notes, counts)
 
@@ -90,5 +91,5 @@ def _notes(where: str, shared: int, others: list[str], folders: list[str], broke
     if broken:
         notes.append(f"{where}: {len(broken)} broken link(s): {_listed(broken)}")
     if any(name.startswith("metadata.") for name in others):
-        notes.append(f"{where}: to use its metadata file give the folder as --dataset_name.")
+        notes.append(f"{where}: its metadata file is not used; give the folder as a data set to use it.")
     return notes

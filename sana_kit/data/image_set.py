@@ -216,6 +216,6 @@ def bad_image_problems(messages: list[str]) -> str:
     shown = "".join(f"\n    {m}" for m in messages[:LISTED_PROBLEMS])
     more = f"\n    ... and {len(messages) - LISTED_PROBLEMS} more" if len(messages) > LISTED_PROBLEMS else ""
     return (
-        f"{len(messages)} image(s) cannot be used; repair or remove them, or pass --skip_bad_images to go on without"
-        f" them:{shown}{more}"
+        f"{len(messages)} image(s) cannot be used; repair or remove them, or leave them out (skip_bad_images):"
+        f"{shown}{more}"
     )

@@ -15,6 +15,7 @@ from sana_kit.data.decode import IMAGE_SUFFIXES
 from sana_kit.data.image_set import LISTED_PROBLEMS
 from sana_kit.data.sources import DatasetSource, FileSource, ParquetSource, inside
 from sana_kit.data.text_tables import TABLE_SUFFIXES, read_text_table
+from sana_kit.errors import Problem, UserError
 
 SPLIT_WORDS = {
     "train": "train",
@@ -29,6 +30,18 @@ SPLIT_WORDS = {
 
 
 @dataclass(frozen=True)
+class Named:
+    """The setting that names a data set, for problems and notes."""
+
+    field: str
+    value: str
+
+    def problem(self, reason: str, remedy: str = "") -> Problem:
+        """A Problem of this setting."""
+        return Problem(self.field, self.value, reason, remedy)
+
+
+@dataclass(frozen=True)
 class Wanted:
     """What of a data set is asked for; None for what is to be found out."""
 
@@ -39,6 +52,10 @@ class Wanted:
     split: str | None
     cache_dir: str | None
 
+    def problem(self, reason: str, remedy: str = "") -> Problem:
+        """A Problem of the data set as a whole."""
+        return Problem("dataset_name", self.name, reason, remedy)
+
 
 @dataclass
 class Table:
@@ -46,52 +63,52 @@ class Table:
 
     source: object
     captions: list | None
-    problems: list[str]
+    problems: list[Problem]
     notes: list[str]
     counts: dict[str, int]
 
 
-def refused_table(*problems: str) -> Table:
+def refused_table(*problems: Problem) -> Table:
     """No data set, for these reasons."""
     return Table(None, None, list(problems), [], {})
 
 
 def _choose_split(names, wanted: Wanted) -> str:
-    """The split asked for, else 'train', else the only one. Raises ValueError naming them all."""
+    """The split asked for, else 'train', else the only one. Raises UserError naming them all."""
     names = list(names)
     present = ", ".join(names)
     if wanted.split is not None:
         if wanted.split not in names:
-            raise ValueError(f"--dataset_split={wanted.split}: no such split in {wanted.name}; present: {present}.")
+            reason = f"no such split in {wanted.name}; present: {present}"
+            raise UserError(Problem("dataset_split", wanted.split, reason))
         return wanted.split
     if "train" in names:
         return "train"
     if len(names) == 1:
         return names[0]
-    remedy = "Choose one by --dataset_split."
-    raise ValueError(f"--dataset_name={wanted.name}: several splits and none is 'train': {present}. {remedy}")
+    reason = f"several splits and none is 'train': {present}"
+    raise UserError(Problem("dataset_name and dataset_split", wanted.name, reason, "Choose a split."))
 
 
-def _missing_column(flag: str, value: str, where: str, columns) -> str:
-    return f"{flag}={value}: no such column in {where}; columns present: {', '.join(columns)}."
+def _missing_column(field: str, value: str | None, where: str, columns) -> Problem:
+    return Problem(field, value, f"no such column in {where}; columns present: {', '.join(columns)}")
 
 
 def from_files(wanted: Wanted, splits: dict[str, list[Path]], root: Path) -> Table:
     """Parquet, Arrow, tar, jsonl or csv files of the chosen split."""
-    name = wanted.name
     try:
         split = _choose_split(splits, wanted)
-    except ValueError as error:
-        return refused_table(str(error))
+    except UserError as error:
+        return refused_table(*error.problems)
     files = splits[split]
     for file in files:
         with open(file, "rb") as handle:
             if handle.read(23) == b"version https://git-lfs":
-                remedy = "run `git lfs pull` there."
-                return refused_table(f"--dataset_name={name}: {file.name} is a Git LFS pointer; {remedy}")
+                remedy = "Run `git lfs pull` there."
+                return refused_table(wanted.problem(f"{file.name} is a Git LFS pointer", remedy))
     kinds = {f.suffix.lower() for f in files}
     if len(kinds) > 1:
-        return refused_table(f"--dataset_name={name}: files of several kinds: {', '.join(f.name for f in files)}.")
+        return refused_table(wanted.problem(f"files of several kinds: {', '.join(f.name for f in files)}"))
     kind = kinds.pop()
     if kind == ".parquet":
         return _from_parquet(wanted, files, split, root)
@@ -102,32 +119,32 @@ def from_files(wanted: Wanted, splits: dict[str, list[Path]], root: Path) -> Tab
     if kind in TABLE_SUFFIXES:
         return _from_text_tables(wanted, files)
     known = ", ".join((".parquet", ".arrow", ".tar", *TABLE_SUFFIXES))
-    return refused_table(f"--dataset_name={name}: unknown kind of file; use one of {known}.")
+    return refused_table(wanted.problem("unknown kind of file", f"Use one of {known}."))
 
 
-def _check_columns(where: str, schema: pa.Schema, wanted: Wanted) -> tuple[str | None, list[str]]:
+def _check_columns(where: str, schema: pa.Schema, wanted: Wanted) -> tuple[str | None, list[Problem]]:
     """(image column, problems) for an Arrow schema."""
     columns, problems = list(schema.names), []
     image_column, caption_column = wanted.image_column, wanted.caption_column
-    present = f"columns present: {', '.join(columns)}."
+    present = f"columns present: {', '.join(columns)}"
     if image_column is None:
         image_column = next((c for c in columns if arrow_types.holds_images(schema.field(c).type)), None)
         if image_column is None:
-            problems.append(f"--image_column: no column of {where} holds images; {present}")
+            problems.append(Problem("image_column", None, f"no column of {where} holds images; {present}"))
     elif image_column not in columns:
-        problems.append(_missing_column("--image_column", image_column, where, columns))
+        problems.append(_missing_column("image_column", image_column, where, columns))
     else:
         kind = schema.field(image_column).type
         if not arrow_types.holds_images(kind) and not arrow_types.is_text(kind):
             told = arrow_types.told(kind)
-            problems.append(f"--image_column={image_column}: it holds {told}, not images; {present}")
+            problems.append(Problem("image_column", image_column, f"it holds {told}, not images; {present}"))
     if caption_column is not None and caption_column not in columns:
-        problems.append(_missing_column("--caption_column", caption_column, where, columns))
+        problems.append(_missing_column("caption_column", caption_column, where, columns))
     elif caption_column is not None:
         kind = schema.field(caption_column).type
         if not arrow_types.holds_captions(kind):
             told = arrow_types.told(kind)
-            problems.append(f"--caption_column={caption_column}: it holds {told}, not text; {present}")
+            problems.append(Problem("caption_column", caption_column, f"it holds {told}, not text; {present}"))
     return image_column, problems
 
 
@@ -137,7 +154,7 @@ def _from_parquet(wanted: Wanted, files: list[Path], split: str, root: Path) -> 
         try:
             schema = pq.read_schema(file)
         except Exception as error:
-            problems.append(f"--dataset_name={wanted.name}: {file.name} is not a readable parquet file ({error}).")
+            problems.append(wanted.problem(f"{file.name} is not a readable parquet file ({error})"))
             continue
         if "file_name" in schema.names and wanted.image_column not in schema.names:
             return _from_text_tables(wanted, files)
@@ -147,7 +164,7 @@ def _from_parquet(wanted: Wanted, files: list[Path], split: str, root: Path) -> 
             try:
                 captions += pq.read_table(file, columns=[wanted.caption_column]).column(0).to_pylist()
             except Exception as error:
-                problems.append(f"--dataset_name={wanted.name}: {file.name} cannot be read ({error}).")
+                problems.append(wanted.problem(f"{file.name} cannot be read ({error})"))
     if problems:
         return refused_table(*problems)
     source = ParquetSource(files, column, split, root)
@@ -176,7 +193,7 @@ def _from_dataset(wanted: Wanted, dataset, split: str, root: Path | None) -> Tab
 
 
 def _pick_loaded_split(wanted: Wanted, loaded):
-    """(split name, Dataset) of what `datasets` returned. Raises ValueError naming the splits."""
+    """(split name, Dataset) of what `datasets` returned. Raises UserError naming the splits."""
     if hasattr(loaded, "keys"):
         split = _choose_split(loaded.keys(), wanted)
         return split, loaded[split]
@@ -190,11 +207,11 @@ def from_saved(wanted: Wanted, path: Path) -> Table:
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:
-        return refused_table(f"--dataset_name={wanted.name}: cannot be read as a save_to_disk folder ({error}).")
+        return refused_table(wanted.problem(f"cannot be read as a save_to_disk folder ({error})"))
     try:
         split, dataset = _pick_loaded_split(wanted, loaded)
-    except ValueError as error:
-        return refused_table(str(error))
+    except UserError as error:
+        return refused_table(*error.problems)
     return _from_dataset(wanted, dataset, split, path)
 
 
@@ -204,7 +221,7 @@ def _from_arrow(wanted: Wanted, files: list[Path], split: str, root: Path) -> Ta
     try:
         dataset = datasets.concatenate_datasets([datasets.Dataset.from_file(str(f)) for f in files])
     except Exception as error:
-        return refused_table(f"--dataset_name={wanted.name}: the Arrow files cannot be read ({error}).")
+        return refused_table(wanted.problem(f"the Arrow files cannot be read ({error})"))
     return _from_dataset(wanted, dataset, split, root)
 
 
@@ -217,7 +234,7 @@ def _from_tar(wanted: Wanted, files: list[Path], split: str) -> Table:
         dataset = datasets.load_dataset("webdataset", data_files=paths, split=split, cache_dir=wanted.cache_dir)
     except Exception as error:
         told = str(error).strip().split("\n")[0]
-        return refused_table(f"--dataset_name={wanted.name}: the tar shards cannot be read ({told}).")
+        return refused_table(wanted.problem(f"the tar shards cannot be read ({told})"))
     if wanted.image_column not in dataset.column_names:  # shards name their columns by file endings
         endings = {suffix.lstrip(".") for suffix in IMAGE_SUFFIXES}
         found = [column for column in dataset.column_names if column.lower() in endings]
@@ -230,7 +247,7 @@ def from_hub(wanted: Wanted) -> Table:
     try:
         import datasets
     except ImportError:
-        return refused_table("--dataset_name: needs the package `datasets`: pip install datasets.")
+        return refused_table(wanted.problem("needs the package `datasets`", "pip install datasets"))
     # Old versions of datasets would run a data set's own script; new ones know neither scripts nor this flag.
     known = inspect.signature(datasets.load_dataset).parameters
     guard = {"trust_remote_code": False} if "trust_remote_code" in known else {}
@@ -241,32 +258,33 @@ def from_hub(wanted: Wanted) -> Table:
         # A missing configuration's message lists those that are there below its first line.
         text = " ".join(str(error).split())[:600]
         if "onfig name is missing" in text or "BuilderConfig" in text:
-            return refused_table(f"--dataset_config_name={wanted.config}: {name} has several configurations: {text}")
+            reason = f"{name} has several configurations: {text}"
+            return refused_table(Problem("dataset_config_name", wanted.config, reason))
         where = f"neither a folder here ({Path(name).absolute()}) nor to be had from the hub"
-        return refused_table(f"--dataset_name={name}: {where} ({type(error).__name__}: {text}).")
+        return refused_table(wanted.problem(f"{where} ({type(error).__name__}: {text})"))
     try:
         split, dataset = _pick_loaded_split(wanted, loaded)
-    except ValueError as error:
-        return refused_table(str(error))
+    except UserError as error:
+        return refused_table(*error.problems)
     return _from_dataset(wanted, dataset, split, None)
 
 
 def _from_text_tables(wanted: Wanted, files: list[Path]) -> Table:
-    """Tables that name image files in the column file_name, or in --image_column, relative to the table's folder."""
+    """Tables that name image files in the column file_name, or in the image column, relative to the table's folder."""
     problems, paths, names, captions, notes = [], [], [], [], []
     root = files[0].parent
     for file in files:
         try:
             columns, rows = read_text_table(file)
         except ValueError as error:
-            problems.append(f"--dataset_name={wanted.name}: {error}.")
+            problems.append(wanted.problem(str(error)))
             continue
         column, found = _file_column(wanted, file, columns)
         problems += found
         if problems:
             continue
         for number, row in enumerate(rows, start=1):
-            where = f"--dataset_name={wanted.name}: {file.name}, row {number}"
+            where = f"{file.name}, row {number}"
             value = row.get(column)
             image = inside(file.parent, value) if isinstance(value, str) and value.strip() else None
             if image is not None:
@@ -274,9 +292,9 @@ def _from_text_tables(wanted: Wanted, files: list[Path]) -> Table:
                 names.append(os.path.relpath(image, os.path.abspath(root)))
                 captions.append(row.get(wanted.caption_column) if wanted.caption_column is not None else None)
             elif isinstance(value, str) and value.strip():
-                problems.append(f"{where}: {value} leads out of the folder.")
+                problems.append(wanted.problem(f"{where}: {value} leads out of the folder"))
             else:
-                problems.append(f"{where}: no file name in '{column}' ({value!r}).")
+                problems.append(wanted.problem(f"{where}: no file name in '{column}' ({value!r})"))
             if len(problems) >= LISTED_PROBLEMS:
                 break
     if not problems:
@@ -286,7 +304,7 @@ def _from_text_tables(wanted: Wanted, files: list[Path]) -> Table:
     )
 
 
-def _file_column(wanted: Wanted, file: Path, columns: list[str]) -> tuple[str, list[str]]:
+def _file_column(wanted: Wanted, file: Path, columns: list[str]) -> tuple[str, list[Problem]]:
     """(column of the file names, problems) of a text table."""
     where, image_column = f"{wanted.name} ({file.name})", wanted.image_column
     column = image_column if image_column in columns else "file_name"
@@ -294,9 +312,9 @@ def _file_column(wanted: Wanted, file: Path, columns: list[str]) -> tuple[str, l
     shown = ["image (from file_name)" if c == "file_name" else c for c in columns]
     problems = []
     if column not in columns or (image_column not in (None, "image", "file_name") and image_column not in columns):
-        problems.append(_missing_column("--image_column", image_column, where, shown))
+        problems.append(_missing_column("image_column", image_column, where, shown))
     if wanted.caption_column is not None and wanted.caption_column not in columns:
-        problems.append(_missing_column("--caption_column", wanted.caption_column, where, shown))
+        problems.append(_missing_column("caption_column", wanted.caption_column, where, shown))
     return column, problems
 
 
@@ -311,4 +329,4 @@ def _unnamed_images(name: str, folders: set[Path], named: list[Path]) -> list[st
     if not left:
         return []
     shown = ", ".join(sorted(os.path.basename(path) for path in left)[:10]) + (" ..." if len(left) > 10 else "")
-    return [f"--dataset_name={name}: {len(left)} image(s) that no row of the table names are left out: {shown}"]
+    return [f"{name}: {len(left)} image(s) that no row of the table names are left out: {shown}"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from sana_kit.encodings.keys import preprocess_prompt
+from sana_kit.errors import Problem, UserError
 
 TOKEN_MULTIPLE = 32  # padded caption lengths while encoding: few shapes for the device's compilers
 
@@ -98,13 +99,13 @@ def collate_prompt_embeds(embeds: list[torch.Tensor], multiple: int = 16) -> tup
 
 
 def parse_instruction(value: str | None) -> list[str] | None:
-    """`--complex_human_instruction`: the lines that go before a prompt, or None.
+    """The lines that go before a prompt (`complex_human_instruction`), or None.
 
     'default' is SanaPipeline's own; 'none' is no instruction; else a file (a JSON list, or text whose lines are taken
     one by one) or a JSON list of strings.
 
     Raises:
-        ValueError: neither a file nor a JSON list of strings.
+        UserError: neither a file nor a JSON list of strings.
     """
     if value is None or value.strip().lower() in ("none", ""):
         return None
@@ -112,21 +113,20 @@ def parse_instruction(value: str | None) -> list[str] | None:
         from diffusers import SanaPipeline
 
         return list(inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default)
-    text, source = value, "the value"
+    field, text, source = "complex_human_instruction", value, "it"
     if not value.lstrip().startswith("["):
         path = Path(value)
         if not path.is_file():
-            raise ValueError(
-                f"--complex_human_instruction={value}: no such file. Give 'default' (SanaPipeline's own), 'none', a"
-                ' file, or a JSON list such as \'["Describe the image:", "User Prompt: "]\'.'
-            )
+            example = '["Describe the image:", "User Prompt: "]'
+            remedy = f"Give 'default' (SanaPipeline's own), 'none', a file, or a JSON list such as '{example}'."
+            raise UserError(Problem(field, value, "no such file", remedy))
         text, source = path.read_text(encoding="utf-8"), f"the file {value}"
         if not text.lstrip().startswith("["):
             return text.splitlines() or None
     try:
         lines = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"--complex_human_instruction: {source} is not a JSON list: {error}.") from error
+        raise UserError(Problem(field, None, f"{source} is not a JSON list: {error}")) from error
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
-        raise ValueError(f"--complex_human_instruction: {source} must be a JSON list of strings.")
+        raise UserError(Problem(field, None, f"{source} must be a JSON list of strings"))
     return lines or None

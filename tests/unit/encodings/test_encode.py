@@ -126,7 +126,7 @@ def test_corrupt_image_is_an_error_before_any_weight_loads(run, tmp_path, no_mod
     images = load_images(instance_data_dir=str(folder), instance_prompt="x")
     with (
         no_models(),
-        pytest.raises(ValueError, match=r"1 image\(s\) cannot be used.*--skip_bad_images.*\n.*cut.jpg: corrupt"),
+        pytest.raises(ValueError, match=r"1 image\(s\) cannot be used.*skip_bad_images.*\n.*cut.jpg: corrupt"),
     ):
         run(images)
     assert not shards(tmp_path / "store", "latents")
