@@ -5,39 +5,50 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from sana_kit.data.decode import ImageFacts, inspect_image
-from sana_kit.data.image_set import (
-    LISTED_PROBLEMS,
-    ImageSet,
-    bad_image_problems,
-    default_workers,
-    prefetch,
-    progress_bar,
-)
+from sana_kit.data.image_set import LISTED_PROBLEMS, ImageSet, bad_image_problems
+from sana_kit.data.memory import ANIMATED, OPEN_ENDED, Headers, Memory
 from sana_kit.data.tables import Named, Table
-from sana_kit.errors import ImageError, Problem, UserError
+from sana_kit.data.texts import Texts
+from sana_kit.errors import Problem, UserError
+
+# What str.strip() takes off.
+WHITESPACE = (
+    "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+    "\u2028\u2029\u202f\u205f\u3000"
+)
 
 
-@dataclass
-class _Headers:
-    """What the headers of all rows say."""
+@dataclass(frozen=True)
+class Asked:
+    """What of a data set is asked for, beside its place.
 
-    digests: np.ndarray  # (rows, 32) uint8
-    sizes: np.ndarray  # (rows, 2) int32: width, height when upright
-    bad: dict[int, str] = field(default_factory=dict)  # row -> why
-    animated: int = 0
-    open_ended: list[str] = field(default_factory=list)  # PNG files without their last chunk
+    Attributes:
+        instance_prompt: the caption of images without one; the empty text is a caption, None is none.
+        repeats: how many times each image appears.
+        skip_bad: leave bad images out instead of an error.
+        caption_column: where captions come from.
+    """
+
+    instance_prompt: str | None
+    repeats: int = 1
+    skip_bad: bool = False
+    caption_column: str | None = None
 
 
 @dataclass
 class _Captions:
-    """The samples: row, caption and position of each."""
+    """The captions by sample: every good row, each repeated.
 
-    rows: list[int] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    empty: list[int] = field(default_factory=list)  # rows without a caption of their own
+    Attributes:
+        empty: rows without a caption of their own, the first few, and how many.
+        several: how many rows have more than one.
+    """
+
+    texts: Texts = field(default_factory=Texts)
+    empty: tuple[list[int], int] = ((), 0)
     several: int = 0
     problems: list[Problem] = field(default_factory=list)
 
@@ -47,54 +58,61 @@ def refuse(problems: list[Problem]) -> None:
     raise UserError(problems, "The training images cannot be used:")
 
 
-def _read_headers(source) -> _Headers:
-    count, workers = len(source), default_workers()
-    found = _Headers(np.zeros((count, 32), np.uint8), np.zeros((count, 2), np.int32))
-
-    def look(row: int) -> ImageFacts | str:
-        try:
-            return inspect_image(source.read(row), source.name(row))
-        except ImageError as error:
-            return str(error)
-
-    with progress_bar(count, "Reading images") as bar:
-        for row, result in enumerate(prefetch(look, range(count), workers, 4 * workers)):
-            bar.update()
-            if isinstance(result, str):
-                found.bad[row] = result
-                continue
-            found.digests[row] = np.frombuffer(result.sha256, np.uint8)
-            found.sizes[row] = result.width, result.height
-            found.animated += result.animated
-            if result.open_ended:
-                found.open_ended.append(source.name(row))
-    if hasattr(source, "release"):
-        source.release()
-    return found
-
-
-def _settle_captions(table: Table, named: Named, bad: dict[int, str], fallback: str, repeats: int) -> _Captions:
+def _settle_captions(table: Table, named: Named, good: np.ndarray, asked: Asked) -> _Captions:
     """A caption for each repeat of each good row; the r-th repeat takes caption r modulo the row's number of them."""
-    settled = _Captions()
-    for row in range(len(table.source)):
-        if row in bad:
-            continue
+    fallback, repeats = (asked.instance_prompt or "").strip(), asked.repeats
+    cells = table.captions() if callable(table.captions) else table.captions
+    if cells is None:
+        return _Captions(Texts(pa.repeat(pa.scalar(fallback, pa.large_string()), len(good) * repeats)))
+    if isinstance(cells, list):
         try:
-            choices = caption_choices(None if table.captions is None else table.captions[row])
+            cells = pa.chunked_array([pa.array(cells, pa.large_string())])
+        except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError):  # lists, numbers: cell by cell
+            return _settle_cells(cells, table, named, good, asked)
+    if cells.type != pa.large_string():
+        return _settle_cells(cells.to_pylist(), table, named, good, asked)
+    texts = pc.utf8_trim(cells, characters=WHITESPACE).take(pa.array(good))
+    empty = pc.fill_null(pc.equal(pc.binary_length(texts), 0), True)
+    texts = pc.if_else(empty, pa.scalar(fallback, pa.large_string()), texts)
+    rows = good[np.asarray(empty)]
+    if repeats > 1:
+        texts = texts.take(pa.array(np.repeat(np.arange(len(good)), repeats)))
+    return _Captions(Texts(texts), (rows[: LISTED_PROBLEMS + 1].tolist(), len(rows)))
+
+
+def _settle_cells(cells: list, table: Table, named: Named, good: np.ndarray, asked: Asked) -> _Captions:
+    """`_settle_captions` for cells that hold anything else than one text."""
+    texts, empty, settled = [], [], _Captions()
+    for row in good.tolist():
+        try:
+            choices = caption_choices(cells[row])
         except TypeError as error:
             settled.problems.append(named.problem(f"caption of {table.source.name(row)}: {error}"))
             if len(settled.problems) >= LISTED_PROBLEMS:
                 break
             continue
         if not choices:
-            if table.captions is not None:
-                settled.empty.append(row)
-            choices = [fallback]
+            empty.append(row)
+            choices = [(asked.instance_prompt or "").strip()]
         settled.several += len(choices) > 1
-        for repeat in range(repeats):
-            settled.rows.append(row)
-            settled.texts.append(choices[repeat % len(choices)])
-            settled.positions.append(row * repeats + repeat)
+        texts += [choices[repeat % len(choices)] for repeat in range(asked.repeats)]
+    settled.texts, settled.empty = Texts(texts), (empty[: LISTED_PROBLEMS + 1], len(empty))
+    return settled
+
+
+def _remembered_captions(table: Table, named: Named, good: np.ndarray, asked: Asked, memory: Memory) -> _Captions:
+    """`_settle_captions`, or what it gave for the same table before."""
+    identity = table.source.identity() if hasattr(table.source, "identity") else None
+    parts = (asked.caption_column, asked.instance_prompt, asked.repeats)
+    count = len(good) * asked.repeats
+    found = memory.recall_captions(identity, *parts)
+    if found is not None and len(found[0]) == count and found[1]["rows"] == len(good):
+        rows, empty = found[1]["empty"]
+        return _Captions(found[0], (rows, empty), found[1]["several"])
+    settled = _settle_captions(table, named, good, asked)
+    if not settled.problems and len(good) == len(table.source):  # with bad rows the next start may see others
+        notes = {"empty": settled.empty, "several": settled.several, "rows": len(good)}
+        memory.keep_captions(identity, *parts, captions=settled.texts, notes=notes)
     return settled
 
 
@@ -103,84 +121,85 @@ def caption_choices(cell) -> list[str]:
     if cell is None:
         return []
     if isinstance(cell, str):
+        if not cell.isascii() and any("\ud800" <= letter <= "\udfff" for letter in cell):
+            raise TypeError(f"it holds half a character ({cell[:60]!r})")
         return [cell.strip()] if cell.strip() else []
     if isinstance(cell, (list, tuple)) or type(cell).__name__ in ("ndarray", "Column"):
         return [text for item in cell for text in caption_choices(item)]
     raise TypeError(f"it holds {type(cell).__name__} ({str(cell)[:60]!r}), not text; name a text column")
 
 
-def _no_caption_problems(table: Table, named: Named, empty: list[int]) -> list[Problem]:
+def _no_caption_problems(table: Table, named: Named, captions: _Captions) -> list[Problem]:
     """What is wrong where images have no caption and no instance prompt was given."""
     if table.captions is None:
         remedy = "Give one; or name a table's caption column, or put .txt files beside the images of a folder."
         return [Problem("instance_prompt", None, f"{named.value} has no captions, and there is none", remedy)]
-    if not empty:
+    rows, count = captions.empty
+    if not count:
         return []
-    shown = ", ".join(table.source.name(row) for row in empty[:LISTED_PROBLEMS])
-    more = " ..." if len(empty) > LISTED_PROBLEMS else ""
+    shown = ", ".join(table.source.name(row) for row in rows[:LISTED_PROBLEMS])
+    more = " ..." if count > LISTED_PROBLEMS else ""
     what = "have no caption (null, empty or only spaces) and there is no instance prompt to take instead"
-    return [Problem("instance_prompt", None, f"{len(empty)} image(s) of {named.value} {what}: {shown}{more}")]
+    return [Problem("instance_prompt", None, f"{count} image(s) of {named.value} {what}: {shown}{more}")]
 
 
-def _notes(table: Table, named: Named, headers: _Headers, captions: _Captions) -> list[str]:
-    notes = list(table.notes)
+def _notes(table: Table, named: Named, headers: Headers, captions: _Captions) -> list[str]:
+    notes, animated = list(table.notes), _count(headers, ANIMATED)
     if headers.bad:
         notes.append("skip_bad_images: " + bad_image_problems(list(headers.bad.values())))
     if table.captions is None:
         notes.append(f"{named.value}: no captions in use; every image gets the instance prompt.")
-    elif captions.empty:
-        notes.append(f"{named.value}: {len(captions.empty)} image(s) without a caption get the instance prompt.")
-    if headers.animated:
-        notes.append(f"{named.value}: {headers.animated} animation(s); the first frame is taken.")
-    if headers.open_ended:
-        shown = ", ".join(headers.open_ended[:10])
-        notes.append(
-            f"{named.value}: {len(headers.open_ended)} PNG file(s) lack their last chunk but are whole: {shown}"
-        )
+    elif captions.empty[1]:
+        notes.append(f"{named.value}: {captions.empty[1]} image(s) without a caption get the instance prompt.")
+    if animated:
+        notes.append(f"{named.value}: {animated} animation(s); the first frame is taken.")
+    if _count(headers, OPEN_ENDED):
+        rows = np.flatnonzero(headers.kinds & OPEN_ENDED)[:10].tolist()
+        shown, count = ", ".join(table.source.name(row) for row in rows), _count(headers, OPEN_ENDED)
+        notes.append(f"{named.value}: {count} PNG file(s) lack their last chunk but are whole: {shown}")
     return notes
 
 
-def assemble(table: Table, named: Named, instance_prompt: str | None, repeats: int, skip_bad: bool) -> ImageSet:
-    """Check every header, settle every caption, and build the set.
+def _count(headers: Headers, kind: int) -> int:
+    """How many good rows are of this kind."""
+    kinds = headers.kinds
+    if headers.bad:
+        kinds = np.delete(kinds, list(headers.bad))
+    return int(np.count_nonzero(kinds & kind))
 
-    Args:
-        instance_prompt: the caption of images without one; the empty text is a caption, None is none.
+
+def assemble(table: Table, named: Named, headers: Headers, asked: Asked, memory: Memory) -> ImageSet:
+    """Settle every caption, and build the set.
 
     Raises:
-        UserError: all problems found.
+        UserError: all problems found, those of the headers too.
     """
-    source, count = table.source, len(table.source)
-    headers = _read_headers(source)
+    count = len(table.source)
     problems = []
-    if headers.bad and not skip_bad:
+    if headers.bad and not asked.skip_bad:
         problems.append(named.problem(bad_image_problems(list(headers.bad.values()))))
-    captions = _settle_captions(table, named, headers.bad, (instance_prompt or "").strip(), repeats)
+    good = np.delete(np.arange(count, dtype=np.int32), list(headers.bad))
+    captions = _remembered_captions(table, named, good, asked, memory)
     problems += captions.problems
-    if instance_prompt is None:
-        problems += _no_caption_problems(table, named, captions.empty)
-    if not problems and not captions.rows:
+    if asked.instance_prompt is None:
+        problems += _no_caption_problems(table, named, captions)
+    if not problems and not len(good):
         problems.append(
             named.problem(f"all {count} images are bad: " + bad_image_problems(list(headers.bad.values())))
         )
     if problems:
         refuse(problems)
-    good = count - len(headers.bad)
+    repeats = asked.repeats
+    rows = np.repeat(good, repeats)
+    positions = rows.astype(np.int64) * repeats + np.tile(np.arange(repeats), len(good))
     report = {
-        "images": good,
-        "samples": len(captions.rows),
+        "images": len(good),
+        "samples": len(rows),
         "bad images skipped": len(headers.bad),
-        "captions from instance_prompt": len(captions.empty) if table.captions is not None else good,
-        "animations, first frame taken": headers.animated,
+        "captions from instance_prompt": captions.empty[1] if table.captions is not None else len(good),
+        "animations, first frame taken": _count(headers, ANIMATED),
         "images with several captions": captions.several,
         **table.counts,
     }
-    return ImageSet(
-        source,
-        np.array(captions.rows, np.int64),
-        captions.texts,
-        np.array(captions.positions, np.int64),
-        headers.digests,
-        headers.sizes,
-        report,
-        _notes(table, named, headers, captions),
-    )
+    notes = _notes(table, named, headers, captions)
+    return ImageSet(table.source, rows, captions.texts, positions, headers.digests, headers.sizes, report, notes)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from sana_kit.data.assemble import assemble, refuse
+import torch
+
+from sana_kit.data.assemble import Asked, assemble, refuse
 from sana_kit.data.folders import find_in_folder
+from sana_kit.data.headers import read_headers
 from sana_kit.data.image_set import ImageSet
+from sana_kit.data.memory import Memory
 from sana_kit.data.sources import FileSource
 from sana_kit.data.tables import SPLIT_WORDS, Named, Table, Wanted, from_files, from_hub, from_saved, refused_table
 from sana_kit.data.text_tables import TABLE_SUFFIXES
+from sana_kit.distributed import Ranks
 from sana_kit.errors import Problem
 from sana_kit.files import expand
 
@@ -30,6 +35,8 @@ def load_images(
     cache_dir: str | None = None,
     repeats: int = 1,
     skip_bad_images: bool = False,
+    remember_in: str | Path | None = None,
+    ranks: Ranks | None = None,
 ) -> ImageSet:
     """Find, check and hash the training images.
 
@@ -48,21 +55,29 @@ def load_images(
         cache_dir: where `datasets` keeps what it downloads.
         repeats: how many times each image appears, consecutively.
         skip_bad_images: leave unreadable images out and count them, instead of an error.
+        remember_in: a folder that keeps digests and sizes for the next start; None: nothing is kept.
+        ranks: every rank calls this; those of one machine share the reading of images, and all raise the same errors.
 
     Raises:
         UserError: all problems found, bad images by name.
     """
-    table, named = find_images(
-        dataset_name=dataset_name,
-        dataset_config_name=dataset_config_name,
-        dataset_split=dataset_split,
-        instance_data_dir=instance_data_dir,
-        image_column=image_column,
-        caption_column=caption_column,
-        cache_dir=cache_dir,
-        repeats=repeats,
+    ranks = ranks or Ranks(0, 1, torch.device("cpu"))
+    table, named = ranks.run_on_all(
+        lambda: find_images(
+            dataset_name=dataset_name,
+            dataset_config_name=dataset_config_name,
+            dataset_split=dataset_split,
+            instance_data_dir=instance_data_dir,
+            image_column=image_column,
+            caption_column=caption_column,
+            cache_dir=cache_dir,
+            repeats=repeats,
+        )
     )
-    return assemble(table, named, instance_prompt, repeats, skip_bad_images)
+    memory = Memory(remember_in, writes=ranks.is_local_main)
+    headers = read_headers(table.source, memory, ranks)
+    asked = Asked(instance_prompt, repeats, skip_bad_images, caption_column)
+    return ranks.run_on_all(lambda: assemble(table, named, headers, asked, memory))
 
 
 def find_images(
@@ -124,9 +139,9 @@ def load_class_images(class_data_dir: str, class_prompt: str, num_class_images: 
         refuse(table.problems)
     source = table.source
     if num_class_images is not None:
-        source = FileSource(source.paths[:num_class_images], source.names[:num_class_images])
+        source = FileSource(source.root, source.names[:num_class_images])
     table = Table(source, None, [], table.notes, table.counts)
-    return assemble(table, named, class_prompt, 1, False)
+    return assemble(table, named, read_headers(source, Memory()), Asked(class_prompt), Memory())
 
 
 def _find_dataset(wanted: Wanted) -> Table:

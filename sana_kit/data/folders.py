@@ -76,7 +76,8 @@ def find_in_folder(named: Named, captions: bool = True) -> Table:
     shared = len([image for image in images if image.stem in texts]) - len(texts)
     notes = _notes(str(folder), shared, others, folders, broken)
     counts = {"other files skipped": len(others), "captions shared by images of one name": shared}
-    return Table(FileSource(images, [i.name for i in images]), cells if texts else None, problems, notes, counts)
+    source = FileSource(folder, [image.name for image in images])
+    return Table(source, cells if texts else None, problems, notes, counts)
 
 
 def _notes(where: str, shared: int, others: list[str], folders: list[str], broken: list[str]) -> list[str]:

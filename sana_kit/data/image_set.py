@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,8 +13,10 @@ from PIL import Image
 
 from sana_kit.data.decode import decode_image, open_image
 from sana_kit.data.sources import JoinedSource
+from sana_kit.data.texts import Texts
 from sana_kit.errors import ImageError
 
+_BLOCK = 65536  # samples that are hashed at a time
 LISTED_PROBLEMS = 20  # how many bad images an error names; the rest are counted
 
 
@@ -21,7 +24,7 @@ class ImageSet:
     """Captioned images, opened one at a time. Picklable; safe to use from several threads.
 
     Attributes:
-        captions: one string per sample.
+        captions: one string per sample, a `Texts`; any sequence of strings may be assigned.
         names: file name relative to the folder, or "train[17]" for row 17 of a table, per sample.
         report: counts of what was found and skipped, for the log and the summary.
         notes: the same as sentences, each told once by the trainer.
@@ -29,16 +32,24 @@ class ImageSet:
 
     def __init__(self, source, rows, captions, positions, digests, sizes, report, notes):
         self._source = source
-        self._rows = rows  # (N,) int64, the source's row of each sample
-        self._positions = positions  # (N,) int64, the index that random decisions are keyed by
+        self._rows = _narrow(rows)  # (N,), the source's row of each sample
+        self._positions = _narrow(positions)  # (N,), the index that random decisions are keyed by
         self._digests = digests  # (rows of the source, 32) uint8
         self._sizes = sizes  # (rows of the source, 2) int32: width, height when upright
-        self.captions: list[str] = captions
+        self.captions = captions
         self.report: dict[str, int] = report
         self.notes: list[str] = notes
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def captions(self) -> Texts:
+        return self._captions
+
+    @captions.setter
+    def captions(self, captions: Sequence[str]) -> None:
+        self._captions, self._digest = captions if isinstance(captions, Texts) else Texts(captions), None
 
     @property
     def names(self) -> list[str]:
@@ -82,7 +93,7 @@ class ImageSet:
 
     def positions(self) -> np.ndarray:
         """(N,) int64: `position` of all samples."""
-        return self._positions
+        return self._positions.astype(np.int64)
 
     def row(self, i: int) -> int:
         """The source's row number: equal for repeats of one image."""
@@ -90,21 +101,26 @@ class ImageSet:
 
     def digest(self) -> str:
         """Hex SHA-256 of the whole set: images, captions, order and positions; equal on every rank of a sound run."""
-        whole = hashlib.sha256(self._digests[self._rows].tobytes())
-        whole.update(self._positions.tobytes())
-        for caption in self.captions:
-            whole.update(f"{len(caption)}:{caption}".encode())
-        return whole.hexdigest()
+        if self._digest is None:
+            whole = hashlib.sha256()
+            for start in range(0, len(self), _BLOCK):
+                whole.update(self._digests[self._rows[start : start + _BLOCK]].tobytes())
+            for start in range(0, len(self), _BLOCK):
+                whole.update(self._positions[start : start + _BLOCK].astype(np.int64).tobytes())
+            for caption in self.captions:
+                whole.update(f"{len(caption)}:{caption}".encode())
+            self._digest = whole.hexdigest()
+        return self._digest
 
     def without(self, indices) -> ImageSet:
         """A set without these samples and the other repeats of their images; the rest keep their decisions."""
-        bad = {int(self._rows[i]) for i in indices}
-        keep = np.array([row not in bad for row in self._rows.tolist()], dtype=bool)
+        bad = np.unique(self._rows[np.asarray(indices, np.int64)])
+        keep = ~np.isin(self._rows, bad)
         report = {**self.report, "bad images skipped": self.report.get("bad images skipped", 0) + len(bad)}
         return ImageSet(
             self._source,
             self._rows[keep],
-            [c for c, k in zip(self.captions, keep, strict=True) if k],
+            self.captions.where(keep),
             self._positions[keep],
             self._digests,
             self._sizes,
@@ -118,12 +134,17 @@ class ImageSet:
             self._source.release()
 
 
+def _narrow(numbers: np.ndarray) -> np.ndarray:
+    """int32 where that holds them, else int64."""
+    return numbers.astype(np.int32 if not len(numbers) or numbers.max() < 2**31 else np.int64, copy=False)
+
+
 def concat(first: ImageSet, second: ImageSet) -> ImageSet:
     """The samples of both, in this order; each keeps its random decisions (prior preservation: instance, class)."""
     report = {k: first.report.get(k, 0) + second.report.get(k, 0) for k in {**first.report, **second.report}}
     return ImageSet(
         JoinedSource(first._source, second._source),
-        np.concatenate([first._rows, second._rows + len(first._source)]),
+        np.concatenate([first._rows, second._rows.astype(np.int64) + len(first._source)]),
         first.captions + second.captions,
         np.concatenate([first._positions, second._positions]),
         np.concatenate([first._digests, second._digests]),

@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from sana_kit.data.memory import file_identity
+from sana_kit.data.texts import Texts
 from sana_kit.errors import ImageError
 
 
 class FileSource:
-    """Image files on disk."""
+    """Image files on disk.
 
-    def __init__(self, paths: list[Path], names: list[str]):
-        self.paths, self.names = [str(p) for p in paths], names
+    Args:
+        root: their folder.
+        names: of the files, relative to it.
+    """
+
+    def __init__(self, root: str | os.PathLike, names: Sequence[str]):
+        self.root, self.names = os.path.abspath(root), Texts(names)
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.names)
 
     def name(self, row: int) -> str:
         return self.names[row]
 
+    def path(self, row: int) -> str:
+        """The file of a row."""
+        return os.path.normpath(os.path.join(self.root, self.names[row]))
+
     def read(self, row: int) -> bytes:
-        try:
-            with open(self.paths[row], "rb") as file:
-                return file.read()
-        except OSError as error:
-            raise ImageError(f"{self.names[row]}: cannot be read ({error.strerror or error}).") from None
+        return read_file(self.path(row), self.names[row])
+
+
+def read_file(path: str | os.PathLike, name: str) -> bytes:
+    """The bytes of a file. Raises ImageError, which calls it `name`."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise ImageError(f"{name}: cannot be read ({error.strerror or error}).") from None
 
 
 class ParquetSource:
@@ -48,6 +66,11 @@ class ParquetSource:
                 total += meta.row_group(group).num_rows
         self.starts, self.groups, self.total = np.array(starts, dtype=np.int64), groups, total
         self._reset()
+
+    def identity(self) -> str | None:
+        """What changes when the files or the column do; None for files that changed a moment ago."""
+        files = file_identity(self.files)
+        return files and json.dumps(["parquet", self.column, self.split, self.root, files])
 
     def _reset(self):
         self._lock, self._readers, self._held = threading.Lock(), {}, OrderedDict()
@@ -109,6 +132,11 @@ class DatasetSource:
         plain = dataset._indices is None  # otherwise rows were selected or shuffled
         self.files = [entry["filename"] for entry in dataset.cache_files] if plain else []
         self.spans = _arrow_spans(self.files, column, len(dataset))
+
+    def identity(self) -> str | None:
+        """What changes when the files or the column do; None where rows were selected or lie in memory."""
+        files = file_identity(self.files) if self.files else None
+        return files and json.dumps(["arrow", self.column, self.split, self.root, len(self), files])
 
     def __len__(self):
         return len(self.dataset)
@@ -215,7 +243,7 @@ def _cell_bytes(value, name: str, root: str | None) -> bytes:
     file = inside(Path(root), path)
     if file is None:
         raise ImageError(f"{name}: the path {path[:200]} leads out of the data set's folder.")
-    return FileSource([file], [f"{name} ({path})"]).read(0)
+    return read_file(file, f"{name} ({path})")
 
 
 def inside(root: Path, relative: str) -> Path | None:

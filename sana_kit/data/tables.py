@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,10 +60,14 @@ class Wanted:
 
 @dataclass
 class Table:
-    """A found data set: its images and, per row, the raw caption cell (`captions` None: no caption column)."""
+    """A found data set: its images and, per row, the raw caption cell.
+
+    Attributes:
+        captions: the cells, Arrow's or Python's, or what reads them; None: no caption column.
+    """
 
     source: object
-    captions: list | None
+    captions: list | pa.ChunkedArray | Callable[[], pa.ChunkedArray] | None
     problems: list[Problem]
     notes: list[str]
     counts: dict[str, int]
@@ -149,7 +154,7 @@ def _check_columns(where: str, schema: pa.Schema, wanted: Wanted) -> tuple[str |
 
 
 def _from_parquet(wanted: Wanted, files: list[Path], split: str, root: Path) -> Table:
-    problems, captions, column = [], [], None
+    problems, column = [], None
     for file in files:
         try:
             schema = pq.read_schema(file)
@@ -160,15 +165,29 @@ def _from_parquet(wanted: Wanted, files: list[Path], split: str, root: Path) -> 
             return _from_text_tables(wanted, files)
         column, found = _check_columns(f"{wanted.name} ({file.name})", schema, wanted)
         problems += found
-        if not found and wanted.caption_column is not None:
-            try:
-                captions += pq.read_table(file, columns=[wanted.caption_column]).column(0).to_pylist()
-            except Exception as error:
-                problems.append(wanted.problem(f"{file.name} cannot be read ({error})"))
     if problems:
         return refused_table(*problems)
     source = ParquetSource(files, column, split, root)
-    return Table(source, captions if wanted.caption_column is not None else None, [], [], {})
+    captions = None if wanted.caption_column is None else lambda: _parquet_column(wanted, files)
+    return Table(source, captions, [], [], {})
+
+
+def _parquet_column(wanted: Wanted, files: list[Path]) -> pa.ChunkedArray:
+    """The caption column of all files. Raises UserError for those that cannot be read."""
+    chunks, problems = [], []
+    for file in files:
+        try:
+            column = pq.read_table(file, columns=[wanted.caption_column]).column(0)
+            plain = pa.large_string() if arrow_types.is_text(column.type) else column.type
+            chunks += column.cast(plain).chunks
+        except Exception as error:
+            problems.append(wanted.problem(f"{file.name} cannot be read ({error})"))
+    if problems:
+        raise UserError(problems, "The training images cannot be used:")
+    kinds = {chunk.type for chunk in chunks}
+    if len(kinds) > 1:  # a list column that files spell in different ways
+        return pa.chunked_array([pa.array([cell for chunk in chunks for cell in chunk.to_pylist()])])
+    return pa.chunked_array(chunks)
 
 
 def _from_dataset(wanted: Wanted, dataset, split: str, root: Path | None) -> Table:
@@ -271,7 +290,7 @@ def from_hub(wanted: Wanted) -> Table:
 
 def _from_text_tables(wanted: Wanted, files: list[Path]) -> Table:
     """Tables that name image files in the column file_name, or in the image column, relative to the table's folder."""
-    problems, paths, names, captions, notes = [], [], [], [], []
+    problems, names, captions, notes = [], [], [], []
     root = files[0].parent
     for file in files:
         try:
@@ -288,7 +307,6 @@ def _from_text_tables(wanted: Wanted, files: list[Path]) -> Table:
             value = row.get(column)
             image = inside(file.parent, value) if isinstance(value, str) and value.strip() else None
             if image is not None:
-                paths.append(image)
                 names.append(os.path.relpath(image, os.path.abspath(root)))
                 captions.append(row.get(wanted.caption_column) if wanted.caption_column is not None else None)
             elif isinstance(value, str) and value.strip():
@@ -298,10 +316,9 @@ def _from_text_tables(wanted: Wanted, files: list[Path]) -> Table:
             if len(problems) >= LISTED_PROBLEMS:
                 break
     if not problems:
-        notes += _unnamed_images(wanted.name, {file.parent for file in files}, paths)
-    return Table(
-        FileSource(paths, names), captions if wanted.caption_column is not None else None, problems, notes, {}
-    )
+        notes += _unnamed_images(wanted.name, {file.parent for file in files}, root, names)
+    captions = captions if wanted.caption_column is not None else None
+    return Table(FileSource(root, names), captions, problems, notes, {})
 
 
 def _file_column(wanted: Wanted, file: Path, columns: list[str]) -> tuple[str, list[Problem]]:
@@ -318,9 +335,9 @@ def _file_column(wanted: Wanted, file: Path, columns: list[str]) -> tuple[str, l
     return column, problems
 
 
-def _unnamed_images(name: str, folders: set[Path], named: list[Path]) -> list[str]:
+def _unnamed_images(name: str, folders: set[Path], root: Path, named: list[str]) -> list[str]:
     """A note on images beside the tables that no row names."""
-    known = {os.path.abspath(path) for path in named}
+    known = {os.path.abspath(root / name) for name in named}
     left = []
     for folder in folders:
         for here, _, files in os.walk(folder):

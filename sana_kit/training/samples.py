@@ -61,16 +61,18 @@ def load_samples(
         EncodingStopped: after a signal; a new start goes on from there.
     """
     ranks, instruction = engine.ranks, parse_instruction(config.complex_human_instruction)
-    images = ranks.run_on_all(
-        lambda: load_images(
-            **image_source(config), instance_prompt=config.instance_prompt, skip_bad_images=config.skip_bad_images
-        ),
-        checks_input=True,
+    images = load_images(
+        **image_source(config),
+        instance_prompt=config.instance_prompt,
+        skip_bad_images=config.skip_bad_images,
+        remember_in=f"{_encodings_dir(config)}/images",
+        ranks=ranks,
     )
     check_same_images(images, ranks)
     for note in images.notes:
         recorder.warn(f"data: {note}")
-    images.captions = [f"{config.caption_prefix}{text}{config.caption_suffix}" for text in images.captions]
+    if config.caption_prefix or config.caption_suffix:
+        images.captions = [f"{config.caption_prefix}{text}{config.caption_suffix}" for text in images.captions]
     images, held_out = _hold_out(config, images)
     parts = [images]
     if config.with_prior_preservation:
@@ -139,6 +141,10 @@ def _class_images(
     return load_class_images(config.class_data_dir, config.class_prompt, config.num_class_images)
 
 
+def _encodings_dir(config: TrainConfig) -> str:
+    return config.encodings_dir or f"{config.output_dir}/encodings"
+
+
 def _encode(
     images: ImageSet,
     config: TrainConfig,
@@ -154,7 +160,7 @@ def _encode(
         images,
         base_model,
         EncodingSettings(
-            encodings_dir=config.encodings_dir or f"{config.output_dir}/encodings",
+            encodings_dir=_encodings_dir(config),
             resolution=config.side,
             resolutions=config.resolutions if config.aspect_ratio_buckets else (),
             bucket_no_upscale=config.bucket_no_upscale,

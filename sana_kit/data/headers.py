@@ -1,0 +1,74 @@
+"""The headers of all images of a source: read by the ranks of a machine together, or remembered."""
+
+from __future__ import annotations
+
+import socket
+
+import numpy as np
+
+from sana_kit.data.decode import ImageFacts, inspect_image
+from sana_kit.data.image_set import default_workers, prefetch, progress_bar
+from sana_kit.data.memory import ANIMATED, OPEN_ENDED, UNKNOWN, Headers, Memory
+from sana_kit.distributed import Ranks
+from sana_kit.errors import ImageError
+
+
+def read_headers(source, memory: Memory, ranks: Ranks | None = None) -> Headers:
+    """Digest, size and kind of every image of a source.
+
+    Rows that `memory` knows are not read. Of the others each rank of a machine reads its share, and all of the machine
+    get what the others found; every rank must call this, if `ranks` is given.
+    """
+    headers = memory.recall_headers(source)
+    missing = np.flatnonzero(headers.kinds & UNKNOWN)
+    if ranks is None or ranks.world_size == 1:
+        if not len(missing):
+            return headers
+        found = [(missing, *_look(source, missing))]
+    else:
+        views = ranks.gather((socket.gethostname(), len(source), _digest(missing)))
+        peers = [rank for rank, view in enumerate(views) if view == views[ranks.rank]]
+        own = missing[peers.index(ranks.rank) :: len(peers)]
+        looked = ranks.run_on_all(lambda: _look(source, own))
+        shares = ranks.gather((own, *looked))
+        found = [shares[rank] for rank in peers]
+        if not len(missing):
+            return headers
+    headers = Headers(headers.digests.copy(), headers.sizes.copy(), headers.kinds.copy(), {})
+    for rows, digests, sizes, kinds, bad in found:
+        headers.digests[rows], headers.sizes[rows], headers.kinds[rows] = digests, sizes, kinds
+        headers.bad |= bad
+    headers.bad = dict(sorted(headers.bad.items()))
+    memory.keep_headers(source, headers)
+    return headers
+
+
+def _digest(rows: np.ndarray) -> tuple[int, int]:
+    """Tells two sets of rows apart well enough: a rank that knew more than another reads its own."""
+    return len(rows), int(rows.sum())
+
+
+def _look(source, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, str]]:
+    """(digests, sizes, kinds, {row: why it is bad}) of these rows; bad ones stay UNKNOWN."""
+    workers = default_workers()
+    digests, sizes = np.zeros((len(rows), 32), np.uint8), np.zeros((len(rows), 2), np.int32)
+    kinds, bad = np.full(len(rows), UNKNOWN, np.uint8), {}
+
+    def look(row: int) -> ImageFacts | str:
+        try:
+            return inspect_image(source.read(row), source.name(row))
+        except ImageError as error:
+            return str(error)
+
+    with progress_bar(len(rows), "Reading images") as bar:
+        for k, result in enumerate(prefetch(look, rows.tolist(), workers, 4 * workers)):
+            bar.update()
+            if isinstance(result, str):
+                bad[int(rows[k])] = result
+                continue
+            digests[k] = np.frombuffer(result.sha256, np.uint8)
+            sizes[k] = result.width, result.height
+            kinds[k] = ANIMATED * result.animated + OPEN_ENDED * result.open_ended
+    if hasattr(source, "release"):
+        source.release()
+    return digests, sizes, kinds, bad

@@ -1,0 +1,192 @@
+"""What was learnt of a data set's images, remembered between runs: digest and size of each, settled captions.
+
+Image files are known again by path, size and times of change, tables by those of their files, so a warm start reads
+no image. The arrays lie in mapped Arrow files: all processes of a machine share their pages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sana_kit.data.texts import Texts
+from sana_kit.files import write_atomic
+
+FORMAT = 1
+# A file that changed less than this before it was looked at may change again within one tick of the clock.
+SETTLED_NS = 2 * 10**9
+
+
+@dataclasses.dataclass
+class Headers:
+    """What the headers of a source's rows say.
+
+    Attributes:
+        digests: (rows, 32) uint8, SHA-256 of the encoded bytes.
+        sizes: (rows, 2) int32, width and height when upright.
+        kinds: (rows,) uint8, ANIMATED and OPEN_ENDED; UNKNOWN for rows that were not looked at.
+        bad: row -> why it cannot be used.
+    """
+
+    digests: np.ndarray
+    sizes: np.ndarray
+    kinds: np.ndarray
+    bad: dict[int, str]
+
+    @classmethod
+    def unknown(cls, count: int) -> Headers:
+        """Of so many rows, none of which was looked at."""
+        kinds = np.full(count, UNKNOWN, np.uint8)
+        return cls(np.zeros((count, 32), np.uint8), np.zeros((count, 2), np.int32), kinds, {})
+
+
+ANIMATED, OPEN_ENDED, UNKNOWN = 1, 2, 128
+
+
+def file_identity(paths: list[str]) -> str | None:
+    """What changes when one of these files does; None for files that changed a moment ago, or are not there."""
+    found, now = [], time.time_ns()
+    try:
+        for path in paths:
+            stat = os.stat(path)
+            if now - max(stat.st_mtime_ns, stat.st_ctime_ns) < SETTLED_NS:
+                return None
+            found.append([os.path.abspath(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
+    except OSError:
+        return None
+    return json.dumps(found)
+
+
+class Memory:
+    """A folder of remembered facts; None: nothing is remembered. A folder that cannot be written is no error."""
+
+    def __init__(self, folder: str | os.PathLike | None = None, writes: bool = True):
+        """`writes`: False on the ranks of a machine that leave the writing to its first."""
+        self.folder, self.writes = None if folder is None else Path(folder), writes
+
+    def _path(self, *parts: object) -> Path:
+        return self.folder / f"{hashlib.sha256(json.dumps([FORMAT, *parts]).encode()).hexdigest()}.arrow"
+
+    def _read(self, path: Path) -> tuple[dict[str, pa.Array], dict] | None:
+        """(columns, notes) of a file, mapped; None where there is none or it is damaged."""
+        try:
+            with pa.memory_map(str(path)) as mapped:
+                table = pa.ipc.open_file(mapped).read_all()
+            notes = json.loads(table.schema.metadata[b"notes"])
+            with suppress(OSError):
+                os.utime(path)  # used now, for the pruning of the store
+            return {name: _single(table.column(name)) for name in table.column_names}, notes
+        except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError):
+            return None
+
+    def _write(self, path: Path, columns: dict[str, pa.Array], notes: dict) -> None:
+        table = pa.table(columns).replace_schema_metadata({"notes": json.dumps(notes)})
+
+        def write(file) -> None:
+            with pa.ipc.new_file(file, table.schema) as writer:
+                writer.write_table(table)
+
+        with suppress(OSError):
+            write_atomic(path, write, durable=False)
+
+    # ------------------------------------------------------------------------------------------------------- headers
+
+    def recall_headers(self, source) -> Headers:
+        """What is known of a source's rows."""
+        if self.folder is not None:
+            if hasattr(source, "names"):
+                return self._recall_files(source)
+            identity = source.identity()
+            found = self._read(self._path("table", identity)) if identity else None
+            if found is not None and len(found[0]["kind"]) == len(source):
+                return _headers(found[0])
+        return Headers.unknown(len(source))
+
+    def keep_headers(self, source, headers: Headers) -> None:
+        """Remember them; bad rows are looked at again next time."""
+        if self.folder is None or not self.writes or not len(source):
+            return
+        columns = {
+            "digest": pa.FixedSizeBinaryArray.from_buffers(
+                pa.binary(32), len(source), [None, pa.py_buffer(np.ascontiguousarray(headers.digests))]
+            ),
+            "size": pa.FixedSizeBinaryArray.from_buffers(
+                pa.binary(8), len(source), [None, pa.py_buffer(np.ascontiguousarray(headers.sizes))]
+            ),
+            "kind": pa.array(headers.kinds),
+        }
+        if hasattr(source, "names"):
+            bytes_, changed = stat_files(source)
+            unsettled = time.time_ns() - changed < SETTLED_NS
+            columns["kind"] = pa.array(np.where(unsettled, UNKNOWN, headers.kinds).astype(np.uint8))
+            columns |= {"name": source.names.array, "bytes": pa.array(bytes_), "changed": pa.array(changed)}
+            self._write(self._path("files", source.root), columns, {})
+            return
+        identity = source.identity()
+        if identity:
+            self._write(self._path("table", identity), columns, {})
+
+    def _recall_files(self, source) -> Headers:
+        found = self._read(self._path("files", source.root))
+        headers = Headers.unknown(len(source))
+        if found is None:
+            return headers
+        columns, known = found[0], _headers(found[0])
+        bytes_, changed = stat_files(source)
+        if source.names.array.equals(columns["name"]):
+            place = np.arange(len(source))
+        else:
+            place = pc.index_in(source.names.array, value_set=columns["name"]).fill_null(-1).to_numpy()
+        same = (place >= 0) & (bytes_ == columns["bytes"].to_numpy()[place])
+        same &= changed == columns["changed"].to_numpy()[place]
+        if same.all() and len(place) == len(known.kinds):
+            return known
+        for name in ("digests", "sizes", "kinds"):
+            getattr(headers, name)[same] = getattr(known, name)[place[same]]
+        return headers
+
+    # ------------------------------------------------------------------------------------------------------ captions
+
+    def recall_captions(self, identity: str | None, *parts: object) -> tuple[Texts, dict] | None:
+        """(captions by sample, notes) of a table that is still the same."""
+        if self.folder is None or identity is None:
+            return None
+        found = self._read(self._path("captions", identity, *parts))
+        return None if found is None else (Texts(found[0]["caption"]), found[1])
+
+    def keep_captions(self, identity: str | None, *parts: object, captions: Texts, notes: dict) -> None:
+        """Remember what `recall_captions` gives back."""
+        if self.folder is not None and self.writes and identity is not None:
+            self._write(self._path("captions", identity, *parts), {"caption": captions.array}, notes)
+
+
+def stat_files(source) -> tuple[np.ndarray, np.ndarray]:
+    """((rows,) int64 bytes, (rows,) int64 last change in ns) of the files of a source; -1 for those that are gone."""
+    sizes, changed = np.full(len(source), -1, np.int64), np.full(len(source), -1, np.int64)
+    stat, prefix = os.stat, os.path.join(source.root, "")
+    for row, name in enumerate(source.names):
+        with suppress(OSError):
+            found = stat(prefix + name)
+            sizes[row], changed[row] = found.st_size, max(found.st_mtime_ns, found.st_ctime_ns)
+    return sizes, changed
+
+
+def _single(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+
+
+def _headers(columns: dict[str, pa.Array]) -> Headers:
+    """The arrays of a remembered file, not copied."""
+    count = len(columns["kind"])
+    digests = np.frombuffer(columns["digest"].buffers()[1], np.uint8)[: 32 * count].reshape(count, 32)
+    sizes = np.frombuffer(columns["size"].buffers()[1], np.int32)[: 2 * count].reshape(count, 2)
+    return Headers(digests, sizes, columns["kind"].to_numpy(), {})

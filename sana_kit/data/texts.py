@@ -1,0 +1,62 @@
+"""Many strings in little memory: a sequence over an Arrow array, which may lie in a mapped file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+_BLOCK = 4096  # strings that are Python objects at once while all are looked at
+
+
+class Texts(Sequence):
+    """A sequence of strings: their bytes and 8 more each; equal to any sequence of the same strings."""
+
+    def __init__(self, texts: Iterable[str] | pa.Array | pa.ChunkedArray = ()):
+        if isinstance(texts, Texts):
+            texts = texts.array
+        if not isinstance(texts, (pa.Array, pa.ChunkedArray)):
+            texts = pa.array(texts if isinstance(texts, (list, tuple)) else list(texts), pa.large_string())
+        self.array: pa.Array = _whole(texts)
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return Texts(self.array.take(pa.array(np.arange(len(self))[i])))
+        i = int(i)
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
+        return self.array[i % len(self)].as_py()
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), _BLOCK):
+            yield from self.array.slice(start, _BLOCK).to_pylist()
+
+    def __eq__(self, other) -> bool:
+        if not isinstance(other, (Texts, list, tuple)):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None
+
+    def __add__(self, other: Sequence[str]) -> Texts:
+        return Texts(pa.chunked_array([self.array, Texts(other).array]))
+
+    def __repr__(self) -> str:
+        return f"Texts({self.array.slice(0, 10).to_pylist()}{' ...' if len(self) > 10 else ''})"
+
+    def where(self, keep: np.ndarray) -> Texts:
+        """Those where `keep`, bool (N,), is True."""
+        return Texts(self.array.filter(pa.array(keep)))
+
+
+def _whole(texts: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """One array of large_string."""
+    if texts.type != pa.large_string():
+        texts = texts.cast(pa.large_string())
+    if not isinstance(texts, pa.ChunkedArray):
+        return texts
+    return texts.chunk(0) if texts.num_chunks == 1 else texts.combine_chunks()
