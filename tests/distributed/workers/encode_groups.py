@@ -86,7 +86,7 @@ def encode(folder, store, **changes):
     ranks = Ranks.of(state)
     settings = {"resolution": 64, "vae_batch_size": 2, "text_batch_size": 2, "num_workers": 1}
     encoded = encode_module.encode(
-        load_images(instance_data_dir=folder, instance_prompt="x"),
+        load_images(instance_data_dir=folder, instance_prompt="x", ranks=ranks),
         find_model(MODEL)[0],
         EncodingSettings(encodings_dir=store, **{**settings, **changes}),
         ranks=ranks,
