@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sana_kit.data.image_set import LISTED_PROBLEMS, ImageSet, bad_image_problems
-from sana_kit.data.memory import ANIMATED, OPEN_ENDED, Headers, Memory
+from sana_kit.data.memory import ANIMATED, OPEN_ENDED, Headers, Memory, as_numbers
 from sana_kit.data.tables import Named, Table
 from sana_kit.data.texts import Texts
 from sana_kit.errors import Problem, UserError
@@ -74,10 +74,16 @@ def _settle_captions(table: Table, named: Named, good: np.ndarray, asked: Asked)
     texts = pc.utf8_trim(cells, characters=WHITESPACE).take(pa.array(good))
     empty = pc.fill_null(pc.equal(pc.binary_length(texts), 0), True)
     texts = pc.if_else(empty, pa.scalar(fallback, pa.large_string()), texts)
-    rows = good[np.asarray(empty)]
+    rows = good[_booleans(empty)]
     if repeats > 1:
         texts = texts.take(pa.array(np.repeat(np.arange(len(good)), repeats)))
     return _Captions(Texts(texts), (rows[: LISTED_PROBLEMS + 1].tolist(), len(rows)))
+
+
+def _booleans(column: pa.ChunkedArray) -> np.ndarray:
+    """(N,) bool."""
+    parts = [as_numbers(chunk.cast(pa.uint8()), np.uint8) for chunk in column.chunks]
+    return np.concatenate(parts).astype(bool) if parts else np.zeros(0, bool)
 
 
 def _settle_cells(cells: list, table: Table, named: Named, good: np.ndarray, asked: Asked) -> _Captions:

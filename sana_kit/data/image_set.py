@@ -107,8 +107,8 @@ class ImageSet:
                 whole.update(self._digests[self._rows[start : start + _BLOCK]].tobytes())
             for start in range(0, len(self), _BLOCK):
                 whole.update(self._positions[start : start + _BLOCK].astype(np.int64).tobytes())
-            for caption in self.captions:
-                whole.update(f"{len(caption)}:{caption}".encode())
+            for block in self.captions.blocks():
+                whole.update("".join([f"{len(caption)}:{caption}" for caption in block]).encode())
             self._digest = whole.hexdigest()
         return self._digest
 

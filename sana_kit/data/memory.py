@@ -145,9 +145,10 @@ class Memory:
         if source.names.array.equals(columns["name"]):
             place = np.arange(len(source))
         else:
-            place = pc.index_in(source.names.array, value_set=columns["name"]).fill_null(-1).to_numpy()
-        same = (place >= 0) & (bytes_ == columns["bytes"].to_numpy()[place])
-        same &= changed == columns["changed"].to_numpy()[place]
+            place = pc.index_in(source.names.array, value_set=columns["name"]).fill_null(-1)
+            place = as_numbers(place, np.int32)
+        same = (place >= 0) & (bytes_ == as_numbers(columns["bytes"], np.int64)[place])
+        same &= changed == as_numbers(columns["changed"], np.int64)[place]
         if same.all() and len(place) == len(known.kinds):
             return known
         for name in ("digests", "sizes", "kinds"):
@@ -180,6 +181,11 @@ def stat_files(source) -> tuple[np.ndarray, np.ndarray]:
     return sizes, changed
 
 
+def as_numbers(column: pa.Array, kind: type) -> np.ndarray:
+    """A column of numbers without nulls, not copied. (`to_numpy` would import pandas, which takes a second.)"""
+    return np.frombuffer(column.buffers()[1], kind)[column.offset : column.offset + len(column)]
+
+
 def _single(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
 
@@ -189,4 +195,4 @@ def _headers(columns: dict[str, pa.Array]) -> Headers:
     count = len(columns["kind"])
     digests = np.frombuffer(columns["digest"].buffers()[1], np.uint8)[: 32 * count].reshape(count, 32)
     sizes = np.frombuffer(columns["size"].buffers()[1], np.int32)[: 2 * count].reshape(count, 2)
-    return Headers(digests, sizes, columns["kind"].to_numpy(), {})
+    return Headers(digests, sizes, as_numbers(columns["kind"], np.uint8), {})

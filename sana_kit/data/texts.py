@@ -31,9 +31,14 @@ class Texts(Sequence):
             raise IndexError(i)
         return self.array[i % len(self)].as_py()
 
-    def __iter__(self) -> Iterator[str]:
+    def blocks(self) -> Iterator[list[str]]:
+        """The strings in order, some thousands at a time."""
         for start in range(0, len(self), _BLOCK):
-            yield from self.array.slice(start, _BLOCK).to_pylist()
+            yield self.array.slice(start, _BLOCK).to_pylist()
+
+    def __iter__(self) -> Iterator[str]:
+        for block in self.blocks():
+            yield from block
 
     def __eq__(self, other) -> bool:
         if not isinstance(other, (Texts, list, tuple)):
