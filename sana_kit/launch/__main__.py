@@ -93,6 +93,8 @@ def prepare(options: argparse.Namespace, words: list[str]):
         launched += ["--mixed_precision", config.mixed_precision]
     try:
         launch = Launch([*launched, str(TRAINER), *words])
+        if accelerate.machines > 1 and not config.dry_run:  # their ranks look, and each hears what another found
+            return launch, config
         return checked(launch, config, processes or accelerate.processes or 1)
     except UserError:
         raise

@@ -86,6 +86,16 @@ def test_what_is_wrong_is_told_before_a_process_starts(launched, capsys, words, 
     assert told in shown and shown.count(told) == 1 and "Traceback" not in shown
 
 
+def test_one_of_several_machines_leaves_the_checks_to_the_ranks_which_tell_all_others(launched, tmp_path):
+    """A launcher that ended by itself would leave the other machines waiting for this one."""
+    text = (KIT / "bf16_accelerate_config.yaml").read_text().replace("num_machines: 1", "num_machines: 2")
+    text = text.replace("# main_process_", "main_process_").replace("# deepspeed_multi", "deepspeed_multi")
+    (tmp_path / "two.yaml").write_text(text.replace("machine_rank: 0", "machine_rank: 1"))
+    options = ("--config_file", str(tmp_path / "two.yaml"))
+    code, arguments = launched("--resume_from_checkpoint=checkpoint-3", options=options)
+    assert code == 0 and arguments.machine_rank == 1 and arguments.num_machines == 2
+
+
 def test_a_misspelt_flag_is_told_before_torch_is_looked_for(launched, monkeypatch, capsys):
     monkeypatch.setattr(start, "find_devices", lambda: pytest.fail("the host was looked at"))
     with pytest.raises(SystemExit) as refused:
