@@ -92,7 +92,7 @@ def scaled_models(step: str, blocks: list[str], dtype: torch.dtype) -> dict:
 
 
 def time_steps(options: argparse.Namespace) -> None:
-    """Print the median milliseconds of each block's step, the blocks taking turns."""
+    """Print the median CPU milliseconds of each block's step, the blocks taking turns; other work disturbs little."""
     for step in options.step:
         models = scaled_models(step, options.block, torch.bfloat16)
         images = options.batch_size * (2 if step == "denoise" else 1)
@@ -103,13 +103,13 @@ def time_steps(options: argparse.Namespace) -> None:
         times: dict[str, list[float]] = {block: [] for block in models}
         for _ in range(options.rounds):
             for block, model in models.items():
-                start = time.perf_counter()
+                start = time.process_time()
                 with torch.set_grad_enabled(step != "denoise"):
                     out = model(latents, captions, timestep, encoder_attention_mask=mask, return_dict=False)[0]
                     if step != "denoise":
                         (out.float() ** 2).mean().backward()
                         model.zero_grad()
-                times[block].append(time.perf_counter() - start)
+                times[block].append(time.process_time() - start)
         medians = {block: statistics.median(values[2:]) * 1e3 for block, values in times.items()}
         print(f"{step}: scaled model, 256 px, batch {options.batch_size}, bf16, {torch.get_num_threads()} thread(s)")
         for block, milliseconds in medians.items():
