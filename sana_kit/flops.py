@@ -2,6 +2,7 @@
 
     python -m sana_kit.flops --config 1600M --resolution 1024 --chip 910B --images_per_second 28.7 --devices 8
     python -m sana_kit.flops --config MODEL_FOLDER --resolution 512 --mode full --batch_size 4 --chip H100
+    python -m sana_kit.flops --step --config 1600M --resolution 1024 --caption_tokens 80    where a step's time goes
 
 "TFLOP" is 10^12 operations, "TFLOP/s" a rate. The closed forms are in sana_kit/arithmetic.py.
 """
@@ -229,6 +230,25 @@ def format_report(figures: dict, options: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
+def print_steps(options: argparse.Namespace) -> None:
+    """What `--step` prints: bytes, kernels, kept activations, roofline times, by step, block and kind of operator."""
+    from sana_kit import roofline, step_table  # torch, diffusers and peft, which nothing else here needs
+
+    transformer, vae, _, title = load_configs(options.config)
+    side = options.resolution // _vae_factor(vae)
+    config = {key: value for key, value in transformer.items() if not key.startswith("_")}
+    shape = {"latent_hw": (side, side), "images": options.batch_size, "tokens": options.caption_tokens}
+    counts = step_table.count_steps({**config, "sample_size": side}, step_table.STEPS, step_table.BLOCKS, **shape)
+    sizes = f"{options.resolution} px, batch {options.batch_size}, {options.caption_tokens} caption tokens, bf16"
+    print(f"{title} at {sizes}; per image, kernels per step, counted; without the optimizer's update")
+    print(f"blocks: {step_table.BLOCK_HELP}\n\n{roofline.format_table(counts)}")
+    for name, count in counts.items():
+        if name.endswith("fused block"):
+            print(f"\n{name}: kernels, GB, roofline ms and share on {', '.join(roofline.CHIPS)}, by kind of operator")
+            print(roofline.format_rows(count, count.by_kind()))
+    print(f"\nWhat the blocks bring, beside diffusers':\n{step_table.format_changes(counts)}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sana_kit.flops", description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -246,6 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--bandwidth_tbs", type=float, help="its memory bandwidth in TB/s")
     add("--devices", type=int, default=1, help="devices of the run (default 1)")
     add("--images_per_second", type=float, help="measured training throughput of all devices together")
+    add("--step", action="store_true", help="count a step's bytes, kernels and roofline time instead, op by op")
     add("--json", action="store_true", help="print the figures as JSON")
     options = parser.parse_args(arguments)
     positive = ("resolution", "caption_tokens", "rank", "batch_size", "num_inference_steps", "devices")
@@ -255,6 +276,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if problems:
             raise ValueError(" ".join(problems))
+        if options.step:
+            print_steps(options)
+            return 0
         figures = report(options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -130,11 +131,31 @@ def _in_layout_of(image: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 
 
 class StepCounter(TorchDispatchMode):
-    """Counts every operator that runs under it, by name, in `rows`."""
+    """Counts every operator that runs under it, by name, in `rows`, and the bytes alive at most at once in `peak`.
+
+    What was there before it does not count as alive, nor what an operator allocates and frees within itself.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.rows: dict[str, Row] = {}
+        self.peak = self._alive = 0
+        self._storages: set[int] = set()
+
+    def _see(self, leaf: torch.Tensor) -> None:
+        """Count a result's memory as alive until it is freed."""
+        storage = leaf.untyped_storage()
+        address, size = storage._cdata, storage.nbytes()
+        if address in self._storages:
+            return
+        self._storages.add(address)
+        self._alive += size
+        self.peak = max(self.peak, self._alive)
+        weakref.finalize(storage, self._free, address, size)
+
+    def _free(self, address: int, size: int) -> None:
+        self._storages.discard(address)
+        self._alive -= size
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -142,7 +163,12 @@ class StepCounter(TorchDispatchMode):
         name = str(func)
         if name == "aten.convolution.default":
             out = _in_layout_of(args[0], out)
-        if func.is_view or name.split(".")[1] in FREE:
+        if func.is_view:
+            return out
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and not isinstance(leaf, torch.nn.Parameter):
+                self._see(leaf)
+        if name.split(".")[1] in FREE:
             return out
         flops = 0.0
         if name == "aten.convolution_backward.default":
@@ -212,11 +238,13 @@ class StepCount:
         rows: by operator.
         kept: bytes of activations kept for the backward pass; 0 without one.
         images: images of the batch that was counted.
+        peak: bytes alive at most at once beside the weights: activations, gradients and what passes.
     """
 
     rows: dict[str, Row]
     kept: int
     images: int
+    peak: int
 
     @property
     def total(self) -> Row:
@@ -281,7 +309,7 @@ def count_training_step(transformer, images: int, latent_hw: tuple[int, int], to
         loss.backward()
     for parameter in transformer.parameters():
         parameter.grad = None
-    return StepCount(counter.rows, size, images)
+    return StepCount(counter.rows, size, images, counter.peak)
 
 
 def count_denoising_step(transformer, images: int, latent_hw: tuple[int, int], tokens: int) -> StepCount:
@@ -291,7 +319,7 @@ def count_denoising_step(transformer, images: int, latent_hw: tuple[int, int], t
     with torch.no_grad(), one_attention_kernel(), StepCounter() as counter:
         without, conditional = transformer(**inputs, return_dict=False)[0].chunk(2)
         torch.lerp(without, conditional, 4.5)
-    return StepCount(counter.rows, 0, images)
+    return StepCount(counter.rows, 0, images, counter.peak)
 
 
 def format_table(counts: dict[str, StepCount]) -> str:

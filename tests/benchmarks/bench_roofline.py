@@ -21,50 +21,17 @@ KIT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(KIT), str(KIT / "tests")]
 
 import torch  # noqa: E402  after the kit's path
-from peft import LoraConfig  # noqa: E402
 
 from sana_kit import arithmetic, roofline  # noqa: E402
-from sana_kit.models import attention, fused, lora  # noqa: E402
-
-STEPS = ("lora4", "lora16", "full", "denoise")
-BLOCKS = ("diffusers", "kit", "fused")
-CPU = torch.device("cpu")
-
-
-def add_adapter(model, rank: int, kit: bool) -> None:
-    """Freeze the model and add LoRA to q, k and v of both attentions, as the trainer does by default."""
-    model.requires_grad_(False)
-    settings = {"init_lora_weights": "gaussian", "target_modules": ["to_q", "to_k", "to_v"]}
-    plain = LoraConfig(r=rank, lora_alpha=rank, **settings)
-    model.add_adapter(lora.lora_config(rank=rank, alpha=rank) if kit else plain)
-
-
-def prepare(model, step: str, block: str, dtype: torch.dtype) -> None:
-    """Make what `step` trains trainable and give the model the block's code."""
-    if step.startswith("lora"):
-        add_adapter(model, int(step.removeprefix("lora")), kit=block != "diffusers")
-        model.to(dtype)
-    else:
-        model.requires_grad_(step == "full")
-    if block == "kit":
-        attention.set_attention(model, "auto", CPU)
-    elif block == "fused":
-        attention.set_attention(model, "auto", CPU)
-        fused.fuse_blocks(model)
+from sana_kit.step_table import BLOCKS, STEPS, count_steps, prepare  # noqa: E402
 
 
 def count(options: argparse.Namespace) -> None:
     """Print the table of every step and block, then where each step's time goes."""
     config = {**arithmetic.TRANSFORMERS[options.config], "sample_size": options.resolution // 32}
     side = (options.resolution // 32,) * 2
-    counts = {}
-    for step in options.step:
-        for block in options.block:
-            model = roofline.build_on_meta(
-                config, torch.bfloat16, lambda model, s=step, b=block: prepare(model, s, b, torch.bfloat16)
-            )
-            run = roofline.count_denoising_step if step == "denoise" else roofline.count_training_step
-            counts[f"{step}, {block} block"] = run(model, options.batch_size, side, options.tokens)
+    shape = {"latent_hw": side, "images": options.batch_size, "tokens": options.tokens}
+    counts = count_steps(config, options.step, options.block, **shape)
     where = f"{options.resolution} px, batch {options.batch_size}, {options.tokens} caption tokens, bf16"
     print(f"SANA {options.config}, {where}; per image, kernels per step; without the optimizer's update\n")
     print(roofline.format_table(counts))
