@@ -51,8 +51,10 @@ def lines_of(readme):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_chinese_page_has_the_same_commands(page):
+def test_the_chinese_page_has_the_same_commands_and_sections(page):
     assert lines_of(chinese(page)) == lines_of(page)
+    levels = [re.findall(r"^(#+) ", (KIT / name).read_text(encoding="utf-8"), re.M) for name in (page, chinese(page))]
+    assert levels[0] == levels[1], "a section is on one of the two pages only"
 
 
 def test_the_readme_is_short_and_the_pages_have_commands():

@@ -302,6 +302,23 @@ def write_report(
     return write_atomic(output_dir / "report.html", lambda file: file.write(page), durable=False)
 
 
+class PagePace:
+    """When the page of a running training is written anew: once a minute, and seldom enough to cost a hundredth."""
+
+    SECONDS = 60.0
+
+    def __init__(self) -> None:
+        self._due = 0.0
+
+    def due(self, now: float) -> bool:
+        """Whether it is time, by a clock in seconds."""
+        return now >= self._due
+
+    def written(self, began: float, now: float) -> None:
+        """The page was written, from `began` to `now`."""
+        self._due = now + max(self.SECONDS, 100 * (now - began))
+
+
 _told: set[tuple] = set()
 
 

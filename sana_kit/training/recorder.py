@@ -22,7 +22,7 @@ from sana_kit import devices
 from sana_kit.encodings.dataset import EncodedDataset
 from sana_kit.files import write_atomic
 from sana_kit.model_card import package_versions, this_command
-from sana_kit.reports.report import refresh_report
+from sana_kit.reports.report import PagePace, refresh_report
 from sana_kit.reports.training_images import CroppedImages, write_training_images
 from sana_kit.runlog import JsonLinesLog, PhaseClock, ThroughputMeter, console_bar
 from sana_kit.training.config import RUN_FILE, TrainConfig
@@ -59,6 +59,7 @@ class Recorder:
         self._losses: list[torch.Tensor] = []  # not read yet
         self._interval: list[float] = []  # read, not told yet
         self._bar = None
+        self._pace = PagePace()
 
     def __enter__(self) -> Recorder:
         return self
@@ -187,7 +188,7 @@ class Recorder:
         if step % self.config.logging_steps == 0 or step == self.plan.steps or stopping:
             self.settle()
             self._tell(learning_rate)
-            if step <= self._first_step + self.config.logging_steps:
+            if step <= self._first_step + self.config.logging_steps or self._pace.due(time.monotonic()):
                 self.refresh_page()
 
     def settle(self) -> None:
@@ -290,7 +291,9 @@ class Recorder:
     def refresh_page(self) -> None:
         """Write report.html anew."""
         if self.engine.ranks.is_main:
+            began = time.monotonic()
             refresh_report(self.output_dir, self._log, self.state.global_step)
+            self._pace.written(began, time.monotonic())
 
     # ------------------------------------------------------------------------------------------------------------- end
 

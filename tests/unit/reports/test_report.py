@@ -2,7 +2,7 @@
 
 import json
 
-from sana_kit.reports.report import _choose, circumstances, config_items, figures, write_report
+from sana_kit.reports.report import PagePace, _choose, circumstances, config_items, figures, write_report
 from sana_kit.runlog import load_run
 
 
@@ -38,3 +38,12 @@ def test_of_many_pairs_each_prompt_is_shown_once():
     assert [(pair["title"], pair["seed"]) for pair in _choose(pairs)] == [(f"prompt {n}", 0) for n in range(11)]
     assert _choose(pairs[:12]) == pairs[:12]
     assert len(_choose([{"title": str(number)} for number in range(40)])) == 12
+
+
+def test_the_page_is_written_once_a_minute_and_costs_a_hundredth():
+    pace = PagePace()
+    assert pace.due(0.0)
+    pace.written(10.0, 10.2)
+    assert not pace.due(70.1) and pace.due(70.2)
+    pace.written(100.0, 103.0)  # a page of many images
+    assert not pace.due(402.9) and pace.due(403.0)
