@@ -1,7 +1,7 @@
 """Build the emulated Ascend host: fetch the torch_npu wheel and compile the stand-in CANN runtime.
 
-Used by run.sh and tests/test_ascend.py; by hand: `python tests/ascend/build_host.py`. Prints the variables, one a
-line, that make a process run on the emulated host. Ends with code 77 and a reason where it cannot be built.
+Used by run.sh and tests/ascend/test_ascend.py; by hand: `python tests/ascend/build_host.py`. Prints the variables, one
+a line, that make a process run on the emulated host. Ends with code 77 and a reason where it cannot be built.
 Everything lies in tests/ascend/dist/ (ignored by git), made once per wheel version and once per content of runtime/.
 """
 

@@ -1,6 +1,6 @@
 """Every collective that accelerate, DeepSpeed and DDP use, through torch_npu's ProcessGroupHCCL.
 
-Run by tests/test_ascend.py; by hand:
+Run by tests/ascend/test_ascend.py; by hand:
     bash tests/ascend/run.sh torchrun --nproc_per_node 2 tests/ascend/collective_checks.py OUTPUT_FOLDER
 Each rank writes OUTPUT_FOLDER/rank-N.json: the results as lists, and the calls of HCCL.
 """

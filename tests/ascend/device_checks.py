@@ -1,6 +1,6 @@
 """Compare the emulated NPU with the CPU, operator by operator, and try what a device must refuse.
 
-Run by tests/test_ascend.py; by hand:
+Run by tests/ascend/test_ascend.py; by hand:
     bash tests/ascend/run.sh python tests/ascend/device_checks.py OUTPUT_FOLDER [PIPELINE_FOLDER]
 Writes OUTPUT_FOLDER/checks.json, and OUTPUT_FOLDER/images.npz with what a SanaPipeline draws on the device.
 """
@@ -458,7 +458,7 @@ def draw_images(folder, attentions=("diffusers", "sdpa", "npu_fusion")):
 
 
 def draw(pipeline):
-    """Two images with the arguments that tests/test_ascend.py gives on the CPU."""
+    """Two images with the arguments that tests/ascend/test_ascend.py gives on the CPU."""
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
         ["a red square", "a dog"],

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run a command on an emulated Ascend host: the real torch_npu over a stand-in CANN runtime (README.md beside this file).
-#   bash tests/ascend/run.sh [command ...]        without a command: pytest on tests/test_ascend.py
+#   bash tests/ascend/run.sh [command ...]        without a command: pytest on tests/ascend/test_ascend.py
 #   ASCEND_EMULATED_DEVICES=4 bash tests/ascend/run.sh python -m sana_kit.devices
 # Ends with the command's code, or with 77 and a reason where the host cannot be built.
 set -euo pipefail
@@ -13,7 +13,7 @@ elif [ -x "$root/.venv/bin/python" ]; then python=$root/.venv/bin/python
 else python=python3
 fi
 
-if [ $# -eq 0 ]; then exec "$python" -m pytest -q "$root/tests/test_ascend.py"; fi
+if [ $# -eq 0 ]; then exec "$python" -m pytest -q "$root/tests/ascend/test_ascend.py"; fi
 
 variables=$("$python" "$here/build_host.py") || exit $?
 while IFS= read -r line; do export "${line?}"; done <<<"$variables"

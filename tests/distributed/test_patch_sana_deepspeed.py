@@ -7,12 +7,11 @@ SANA_DIFFUSERS_CHECKOUT=PATH/diffusers python -m pytest tests/distributed/test_p
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import free_port, same
+from helpers import free_port, run, same
 from helpers.tiny import write_image_folder
 from helpers.upstream import FAKE_TRAINER, REFERENCE_COMMIT, TRAINER, upstream_source
 
@@ -22,7 +21,7 @@ ADAPTER = patch_sana.ADAPTER_FILE
 WORKERS = Path(__file__).with_name("workers")
 
 
-def launch_deepspeed(folder, command, zero_stage=2, timeout=600):
+def launch_deepspeed(folder, command, zero_stage=2):
     """`accelerate launch` with DeepSpeed on two processes; returns its output, fails with it."""
     import torch
 
@@ -40,19 +39,10 @@ def launch_deepspeed(folder, command, zero_stage=2, timeout=600):
     environment["PYTHONPATH"] = os.environ.get("SANA_STACK_PATH", "")  # see tests/stacks/run.sh
     if not hasattr(torch.cpu, "set_device"):  # torch 2.1, where accelerate would call it
         environment["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-        + ["--main_process_port", str(free_port())]
-        + [str(part) for part in command],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
-    return done.stdout
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+    done = run([*launcher, "--main_process_port", free_port(), *command], cwd=folder, env=environment)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return done.stdout + done.stderr
 
 
 def test_zero2_engine_and_adapter_file(tiny_model, tmp_path):

@@ -4,13 +4,12 @@ import errno
 import multiprocessing.queues
 import os
 import socket
-import subprocess
 import sys
 import tempfile
 
 import pytest
 import torch
-from helpers import KIT, script_environment
+from helpers import KIT, run
 from torch.utils.data import DataLoader, Dataset
 
 from sana_kit import workers
@@ -47,13 +46,11 @@ def long_tmpdir(tmp_path, monkeypatch):
     return folder
 
 
-@pytest.mark.timeout(60)
 def test_a_long_tmpdir_does_not_keep_batches_back(long_tmpdir):
     assert [int(batch[0]) for batch in numbers(Numbers())] == [0, 1, 2, 3]
     assert tempfile.gettempdir() == str(long_tmpdir)  # the trainer's own stays
 
 
-@pytest.mark.timeout(60)
 def test_a_batch_that_cannot_be_sent_is_an_error_in_the_trainer(capfd):
     before = multiprocessing.queues.Queue._on_queue_feeder_error
     with pytest.raises(RuntimeError, match="exited unexpectedly"):
@@ -62,7 +59,6 @@ def test_a_batch_that_cannot_be_sent_is_an_error_in_the_trainer(capfd):
     assert multiprocessing.queues.Queue._on_queue_feeder_error is before
 
 
-@pytest.mark.timeout(60)
 def test_without_a_short_folder_the_error_reaches_the_trainer(long_tmpdir, monkeypatch):
     monkeypatch.setattr(workers, "SHORT_FOLDERS", ("/nowhere",))
     with pytest.raises(OSError, match="too long for the sockets of the loader's workers"):
@@ -81,7 +77,5 @@ def test_a_socket_fits_into_the_longest_folder_that_counts_as_short(tmp_path, mo
 
 def test_a_busy_worker_does_not_hold_up_the_end_of_a_trainer_that_failed():
     script = KIT / "tests" / "distributed" / "workers" / "stuck_loader.py"
-    done = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, timeout=300, env=script_environment()
-    )
+    done = run([sys.executable, script])
     assert done.returncode == 1 and "the update failed" in done.stderr

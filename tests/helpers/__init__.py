@@ -10,8 +10,12 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+
+from helpers import warm
+from helpers.waiting import finish
 
 KIT = Path(__file__).resolve().parents[2]
 TRAINER = "train_dreambooth_lora_sana.py"
@@ -78,22 +82,39 @@ def launch_command(script, *flags, processes=1, engine="single", config=None, po
     return [*command, str(KIT / script), *map(str, flags)]
 
 
-def launch(
-    script, *flags, processes=1, engine="single", config=None, timeout=420, env=None, cwd=None
-) -> subprocess.CompletedProcess:
+def start(command, log, *, errors=None, env=None, cwd=None, fresh=False):
+    """Start a command in a session of its own, its output going to the open file `log` (standard error to `errors`).
+
+    Returns a Popen, or a warm.Program where the command is a Python program: a fork of an interpreter that has
+    imported everything (helpers/warm.py). `fresh` or SANA_FRESH=1: a new interpreter all the same.
+    """
+    command, env, cwd = list(map(str, command)), env or script_environment(), cwd or KIT
+    errors = errors or log
+    if fresh or os.environ.get("SANA_FRESH") == "1" or not warm.is_python(command):
+        return subprocess.Popen(command, stdout=log, stderr=errors, env=env, cwd=cwd, start_new_session=True)
+    return warm.start(command, env=env, cwd=cwd, stdout=log.fileno(), stderr=errors.fileno())
+
+
+def run(command, *, env=None, cwd=None, fresh=False) -> subprocess.CompletedProcess:
+    """`start` a command, wait for its end (waiting.finish) and give its output as text."""
+    with tempfile.TemporaryFile("w+", errors="replace") as log, tempfile.TemporaryFile("w+", errors="replace") as told:
+        process = start(command, log, errors=told, env=env, cwd=cwd, fresh=fresh)
+        try:
+            code = finish(process)
+        finally:
+            for file in (log, told):
+                file.seek(0)
+        return subprocess.CompletedProcess(process.args, code, log.read(), told.read())
+
+
+def launch(script, *flags, processes=1, engine="single", config=None, env=None, cwd=None, fresh=False):
     """Run a script of the kit as a user would; returns its CompletedProcess with text output.
 
     engine: 'python' (no launcher), 'single' (accelerate, one process), 'ddp' (accelerate --multi_gpu: gloo on CPU),
-    'zero' (the kit's own yaml, DeepSpeed ZeRO-2 in bf16, or `config`).
+    'zero' (the kit's own yaml, DeepSpeed ZeRO-2 in bf16, or `config`). fresh: see `start`.
     """
-    return subprocess.run(
-        launch_command(script, *flags, processes=processes, engine=engine, config=config),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**script_environment(), **(env or {})},
-        cwd=cwd or KIT,
-    )
+    command = launch_command(script, *flags, processes=processes, engine=engine, config=config)
+    return run(command, env={**script_environment(), **(env or {})}, cwd=cwd, fresh=fresh)
 
 
 def run_trainer(*flags) -> int:

@@ -59,11 +59,11 @@ print(f"Python {platform.python_version()},", ", ".join(f"{name} {metadata.versi
 PY
 
 core=(
-  tests/test_flow_matching.py tests/test_dataset.py tests/unit/encodings tests/test_train.py
+  tests/unit/training/test_recipes.py tests/unit/data tests/unit/encodings tests/integration/test_train.py
   tests/test_generation.py tests/test_inference.py tests/test_patch_sana.py
-  tests/test_engines.py::test_zero2_resumes_to_the_bit
-  tests/test_engines.py::test_zero2_keeps_float32_masters_of_its_bf16_adapter
-  tests/test_engines.py::test_a_zero2_checkpoint_resumes_on_other_processes_and_engines
+  tests/distributed/test_engines.py::test_zero2_resumes_to_the_bit
+  tests/distributed/test_engines.py::test_zero2_keeps_float32_masters_of_its_bf16_adapter
+  tests/distributed/test_engines.py::test_a_zero2_checkpoint_resumes_on_other_processes_and_engines
 )
 # torch 2.1's gloo lacks what the engines need and a device's collectives have: gloo/ adds it there, and only there.
 SANA_STACK_PATH=$here/gloo

@@ -1,6 +1,6 @@
 """The quick start's shipped model, data set and measuring: whole, licensed, small, loadable, and honest.
 
-Run: python -m pytest tests/test_quickstart_assets.py
+Run: python -m pytest tests/docs/test_quickstart_assets.py
 """
 
 import io

@@ -1,6 +1,6 @@
 """The trainer, run as `main()` in this process on a tiny model: data sources, resume, checkpoints, logs, errors.
 
-Several processes and DeepSpeed are launched for real in test_engines.py.
+Several processes and DeepSpeed are launched for real in tests/distributed/test_engines.py.
 """
 
 import errno

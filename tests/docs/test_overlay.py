@@ -1,6 +1,6 @@
 """The overlay over a diffusers checkout: laid, laid again, undone byte for byte, and refused where it should be.
 
-Run: pytest tests/test_overlay.py. A small stand-in for the checkout serves; with
+Run: pytest tests/docs/test_overlay.py. A small stand-in for the checkout serves; with
 SANA_DIFFUSERS_CHECKOUT=PATH the scripts run from a copy of a real one.
 """
 
@@ -18,7 +18,7 @@ import pytest
 
 from sana_kit import overlay
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def snapshot(folder):

@@ -1,6 +1,6 @@
 """The kit on an emulated Ascend host: the real torch_npu over a stand-in CANN runtime (tests/ascend/README.md).
 
-    python -m pytest tests/test_ascend.py      (about 3 minutes on 2 cores)
+    python -m pytest tests/ascend/test_ascend.py      (about 3 minutes on 2 cores)
 
 Skipped with the reason where the host cannot be built; with ASCEND_EMULATION_REQUIRED=1 that is a failure instead.
 """
