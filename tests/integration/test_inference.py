@@ -17,6 +17,7 @@ import torch
 from helpers.drawing import draw, write_lora
 from helpers.inferring import images, infer, manifest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import patch_sana
 from sana_kit.generation.denoise import denoise
@@ -389,6 +390,41 @@ def test_a_lora_is_drawn_as_it_was_trained_unless_told_otherwise(tiny_model, tmp
 
     plan = planned(*words[:-1], write_lora(tiny_model, tmp_path / "silent"))
     assert plan.instruction[-1] == "User Prompt: " and not [note for note in plan.notes if "The LoRA" in note]
+
+
+def test_several_adapters_of_any_layout_are_drawn_with_and_told(tiny_model, tmp_path):
+    first = said_of_a_lora(tiny_model, tmp_path / "a", resolution=64)
+    second = said_of_a_lora(tiny_model, tmp_path / "b", resolution=96, instruction=("Say it: ",))
+    kohya = tmp_path / "kohya.safetensors"
+    names = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+    stored = {}
+    for name, tensor in load_file(first).items():
+        module, end = name.removeprefix("transformer.").rsplit(".lora_", 1)
+        stem = f"lora_unet_{module.replace('.', '_')}"
+        stored |= {f"{stem}.{names[f'lora_{end}']}": tensor, f"{stem}.alpha": torch.tensor(8.0)}
+    save_file(stored, kohya)
+    words = (
+        "--model_path",
+        tiny_model,
+        "--output_path",
+        tmp_path / "out",
+        "--prompt=a",
+        "--seeds=8",
+        "--lora_weights",
+    )
+    plan = planned(*words, f"{first}:0.5,{second}", "--lora_scale=2")
+    assert [factor for _, factor in plan.loras] == [1.0, 2.0]
+    told = "\n".join(plan.notes)
+    assert "LoRA, diffusers layout, 12 layers, strength 1." in told and "strength 2." in told
+    assert "trained with different instruction and resolution: the usual one is taken" in told
+    assert plan.instruction[-1] == "User Prompt: " and plan.jobs[0].height == 128
+    assert planned(*words, kohya, "--lora_weights", second).loras[0][0].layout == "kohya"
+
+    small = ("--prompt", "a dog", "--seeds", 8, "--lora_weights")
+    for folder, adapters in (("one", f"{first}:0.5"), ("other", f"{kohya}:0.5"), ("both", f"{first}:0.5,{second}")):
+        assert infer(tiny_model, tmp_path / folder, *small, adapters, "--dtype", "fp32") == 0
+    one, other, both = (list(images(tmp_path / folder).values()) for folder in ("one", "other", "both"))
+    assert one == other and both != one  # the same image bytes from either layout
 
 
 def test_the_plan_is_told_before_anything_is_loaded(tiny_model, tmp_path, monkeypatch, capsys):
