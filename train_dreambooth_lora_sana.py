@@ -41,7 +41,14 @@ from sana_kit.training import checkpoints
 from sana_kit.training.check import check, tell_all_ranks
 from sana_kit.training.ema import WeightAverage
 from sana_kit.training.engine import Engine
-from sana_kit.training.export import adapter_metadata, final_weights, upload, write_card, write_final_weights
+from sana_kit.training.export import (
+    adapter_metadata,
+    final_weights,
+    upload,
+    write_card,
+    write_final_weights,
+    write_merged,
+)
 from sana_kit.training.held_out import HeldOut
 from sana_kit.training.optim import build_optimizer, build_schedule
 from sana_kit.training.order import make_order
@@ -159,6 +166,8 @@ def run(config: TrainConfig, base_model, engine: Engine, stop: StopSignal, recor
     # 8. Leave
     if not stopped:
         write_final_weights(config, engine, average)
+        if config.save_merged:
+            write_merged(config, base_model, engine)
         if validator.jobs:
             validate(validator, state, recorder)
     return leave(config, engine, encoded.images, state, recorder, stop if stopped else None)

@@ -21,8 +21,8 @@ from sana_kit.flags import range_problems
 from sana_kit.launchers import announced_wait, launched_world_size, local_rank
 from sana_kit.models.attention import resolve_attention
 from sana_kit.models.folder import Model, ModelFields, find_model, read_flow_shift
-from sana_kit.models.weights import meta_transformer
 from sana_kit.training.accounts import upload_problems
+from sana_kit.training.adapter import adapter_problems
 from sana_kit.training.checkpoint_folders import find_checkpoint, folder_problems
 from sana_kit.training.config import TrainConfig
 from sana_kit.training.launch_config import LaunchConfig, settle
@@ -73,7 +73,9 @@ def check(config: TrainConfig) -> Checked:
     model, found = _find_model(config)
     problems += found
     if model is not None:
-        problems += _size_problems(config, model) + _layer_problems(config, model)
+        problems += _size_problems(config, model)
+        config, found = adapter_problems(config, model)
+        problems += found
     problems += check_output_folder(config.output_dir, "output_dir")
     if os.environ.get("RANK", "0") == "0":  # other machines may have no such folder
         problems += _checkpoint_problems(config)
@@ -208,25 +210,6 @@ def _size_problems(config: TrainConfig, model: Model) -> list[Problem]:
             reason = f"must be a multiple of {factor}, the VAE's factor: {lower} or {upper}"
             problems.append(Problem(field, value, reason))
     return problems
-
-
-def _layer_problems(config: TrainConfig, model: Model) -> list[Problem]:
-    """Names of --lora_layers that no layer has, by the model's configuration alone (meta tensors, no memory)."""
-    if config.train_mode != "lora" or config.lora_layers is None:
-        return []
-    modules = meta_transformer(model.transformer_config).named_modules()
-    names = [name for name, module in modules if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))]
-    ends = sorted({".".join(name.split(".")[2:]) for name in names if name.startswith("transformer_blocks")})
-    return [
-        Problem(
-            "lora_layers",
-            config.lora_layers,
-            f"'{layer}' matches no linear or convolution layer of the transformer",
-            f"Names in a block: {', '.join(ends)}.",
-        )
-        for layer in (part.strip() for part in config.lora_layers.split(","))
-        if not any(name == layer or name.endswith("." + layer) for name in names)
-    ]
 
 
 def _checkpoint_problems(config: TrainConfig) -> list[Problem]:

@@ -409,6 +409,11 @@ def write_model_facts(folder: Path, engine: Engine, settings, files: list[Tensor
     if len(files) > 1:
         index = folder / f"{TRANSFORMER_STEM}.safetensors.index.json"
         index.write_text(json.dumps(index_of(files), indent=2), encoding="utf-8")
+    write_base_name(folder, settings)
+
+
+def write_base_name(folder: Path, settings) -> None:
+    """Which model the other parts of a fine-tuned transformer come from."""
     base = {"base_model": settings.pretrained_model_name_or_path, "revision": settings.revision}
     (folder / "sana_kit_base.json").write_text(json.dumps(base), encoding="utf-8")
 

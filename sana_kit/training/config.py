@@ -22,6 +22,7 @@ LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "cons
 LR_SCHEDULERS += ("piecewise_constant",)
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
 WEIGHTING_SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none")
+LORA_STARTS = ("gaussian", "kaiming", "orthogonal", "pissa", "olora")
 
 RUN_FILE = "run.yaml"
 SECRETS = ("hub_token",)
@@ -71,10 +72,31 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
+    adapter_type: str = flag("lora", "Kind of adapter: lora; DoRA is lora with --use_dora.")
     rank: int = flag(4, "LoRA rank.", low=1)
-    lora_alpha: int = flag(4, "LoRA alpha; the update is scaled by alpha / rank.", low=1)
+    lora_alpha: int | None = flag(
+        None, "LoRA alpha; the update is scaled by alpha / rank. Default: the rank, a scale of 1.", low=1
+    )
     lora_dropout: float = flag(0.0, "Dropout before the LoRA's first matrix.", low=0, below=1)
-    lora_layers: str | None = flag(None, "Comma-separated names of linear layers; default to_k,to_q,to_v.")
+    lora_layers: str | None = flag(
+        None,
+        "attention, attention+ffn, all, comma-separated names of layers, or a regular expression for whole names;"
+        " default to_k,to_q,to_v.",
+    )
+    use_rslora: bool = flag(False, "rsLoRA: scale the update by alpha / sqrt(rank), for high ranks.")
+    use_dora: bool = flag(False, "DoRA: train a magnitude for each output beside the LoRA.")
+    init_lora_weights: str = flag(
+        "gaussian", "How the first matrix begins; the second is zero but with orthogonal.", choices=LORA_STARTS
+    )
+    init_lora: str | None = flag(
+        None, "Adapter (any layout) to begin with; its rank, alpha and layers are the run's.", path=True
+    )
+    save_merged: bool = flag(False, "Also write transformer/ with the LoRA merged into the weights.")
+
+    @property
+    def alpha(self) -> float:
+        """LoRA alpha as it holds."""
+        return self.rank if self.lora_alpha is None else self.lora_alpha
 
 
 @dataclasses.dataclass(frozen=True)

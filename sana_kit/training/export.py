@@ -8,14 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from safetensors import safe_open
 
 from sana_kit import model_card
 from sana_kit.data.image_set import ImageSet
-from sana_kit.errors import CheckpointError
+from sana_kit.errors import CheckpointError, UserError
 from sana_kit.files import apply_umask, remove_tree, unique_name, write_atomic
 from sana_kit.models.about import LoraAbout, about_metadata, shared_words
+from sana_kit.models.adapter import apply_lora, read_lora
 from sana_kit.models.folder import Model
+from sana_kit.models.loading import load_transformer
 from sana_kit.training import checkpoints
 from sana_kit.training.config import TrainConfig
 from sana_kit.training.ema import WeightAverage
@@ -42,10 +45,36 @@ def upcast_adapter(folder: Path, masters: dict) -> None:
         tensors = {}
         for key in keys:
             name = key.removeprefix("transformer.")
-            master = masters.get(name.replace(".weight", ".default.weight"))
-            assert master is not None, key
-            tensors[key] = master
+            # DoRA's magnitude has no .weight in the file
+            stem = name.removesuffix(".weight")
+            tensors[key] = masters[f"{stem}.default.weight"]
     write_atomic(path, lambda handle: handle.write(safetensors.torch.save(tensors, metadata=metadata)))
+
+
+def write_merged(config: TrainConfig, base_model: Model, engine: Engine) -> None:
+    """The adapter of the output folder merged into the base's weights, as transformer/; every rank calls it.
+
+    The base is loaded anew on the host: the weights of the run are cast, packed or quantised.
+    """
+
+    def merge() -> None:
+        if not engine.ranks.is_main:
+            return
+        output_dir = Path(config.output_dir)
+        lora, problems = read_lora(str(output_dir), base_model.transformer_config)
+        if lora is None:
+            raise UserError(problems)
+        transformer = load_transformer(base_model, device=torch.device("cpu"), dtype=engine.compute_dtype)
+        apply_lora(transformer, lora)
+        partial = output_dir / ".final.partial"
+        remove_tree(partial)
+        partial.mkdir(parents=True)
+        transformer.save_pretrained(partial / "transformer")
+        checkpoints.write_base_name(partial, config)
+        apply_umask(path for path in partial.rglob("*") if path.is_file())
+        _put_in_place(partial, output_dir)
+
+    engine.ranks.run_on_all(merge)
 
 
 def write_final_weights(config: TrainConfig, engine: Engine, average: WeightAverage) -> None:
@@ -110,7 +139,7 @@ def adapter_metadata(
     """What each adapter file of this run says of its training, as the hook of patch_sana.py asks for it."""
     about = LoraAbout(
         rank=config.rank,
-        alpha=config.lora_alpha,
+        alpha=config.adapter.alpha,
         base_model=model_card.hub_id(base_model.name) or Path(base_model.name).name,
         instruction=None if instruction is None else tuple(instruction),
         trigger=_trigger(config, images),
@@ -132,7 +161,7 @@ def write_card(config: TrainConfig, images: ImageSet) -> None:
         command=model_card.this_command(),
         train_mode=config.train_mode,
         rank=config.rank if lora else None,
-        lora_alpha=config.lora_alpha if lora else None,
+        lora_alpha=config.adapter.alpha if lora else None,
     )
 
 

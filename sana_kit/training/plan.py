@@ -17,8 +17,9 @@ from sana_kit.launchers import launched_world_size
 from sana_kit.models.attention import set_attention
 from sana_kit.models.folder import Model
 from sana_kit.models.fused import fuse_blocks
-from sana_kit.models.lora import DEFAULT_LORA_LAYERS, lora_config, recompute_blocks
+from sana_kit.models.lora import recompute_blocks
 from sana_kit.roofline import build_on_meta, count_training_step
+from sana_kit.training.adapter import put_adapter
 from sana_kit.training.check import image_source
 from sana_kit.training.config import TrainConfig
 from sana_kit.training.order import BucketOrder
@@ -119,11 +120,7 @@ def activation_bytes(config: TrainConfig, model: Model) -> int:
 
     def prepare(transformer: torch.nn.Module) -> None:
         if config.train_mode == "lora":
-            adapter = config.adapter
-            layers = adapter.lora_layers.split(",") if adapter.lora_layers else DEFAULT_LORA_LAYERS
-            transformer.add_adapter(
-                lora_config(rank=adapter.rank, alpha=adapter.lora_alpha, dropout=adapter.lora_dropout, layers=layers)
-            )
+            put_adapter(transformer, config.adapter)
         set_attention(transformer, "sdpa", torch.device("cpu"))
         fuse_blocks(transformer, config.fused_blocks, autocast=False, compiled=False)
         if config.gradient_checkpointing:

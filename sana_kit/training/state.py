@@ -20,6 +20,9 @@ IDENTITY = (
     "rank",
     "lora_alpha",
     "lora_layers",
+    "use_rslora",
+    "use_dora",
+    "init_lora",
     "resolution",
     "flow_shift",
     "weighting_scheme",
@@ -50,9 +53,10 @@ IDENTITY = (
     "ema_decay",
 )
 # Without these the checkpoint's tensors do not fit the run at all.
-DECISIVE = ("train_mode", "rank", "lora_alpha", "lora_layers", "optimizer", "lora_plus_ratio", "no_decay_norms")
+DECISIVE = ("train_mode", "rank", "lora_alpha", "lora_layers", "use_rslora", "use_dora", "optimizer")
+DECISIVE += ("lora_plus_ratio", "no_decay_norms")
 # The decisive ones that say nothing about a run that trains all weights.
-OF_LORA = ("rank", "lora_alpha", "lora_layers", "lora_plus_ratio")
+OF_LORA = ("rank", "lora_alpha", "lora_layers", "use_rslora", "use_dora", "lora_plus_ratio")
 
 
 @dataclasses.dataclass

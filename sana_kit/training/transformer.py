@@ -10,7 +10,8 @@ from sana_kit.models.attention import set_attention
 from sana_kit.models.folder import Model
 from sana_kit.models.fused import fuse_blocks
 from sana_kit.models.loading import load_transformer
-from sana_kit.models.lora import DEFAULT_LORA_LAYERS, lora_config, recompute_blocks
+from sana_kit.models.lora import recompute_blocks
+from sana_kit.training.adapter import put_adapter
 from sana_kit.training.config import AdapterConfig, SpeedConfig, TrainConfig
 from sana_kit.training.engine import Engine
 
@@ -31,10 +32,7 @@ def prepare_transformer(config: TrainConfig, engine: Engine, base_model: Model) 
 
 def add_lora(transformer: torch.nn.Module, config: AdapterConfig, engine: Engine) -> None:
     """Put trainable LoRA layers into the transformer, whose own weights stay frozen."""
-    layers = [part.strip() for part in config.lora_layers.split(",")] if config.lora_layers else DEFAULT_LORA_LAYERS
-    transformer.add_adapter(
-        lora_config(rank=config.rank, alpha=config.lora_alpha, dropout=config.lora_dropout, layers=layers)
-    )
+    put_adapter(transformer, config)
     if engine.under_deepspeed:  # ZeRO keeps the float32 masters
         transformer.to(engine.weight_dtype)
         return

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 WORKER = "tests/distributed/workers/several_runs.py"
 RUNS = {
     "schedulefree, LoRA+": ["--optimizer=schedulefree", "--lora_plus_ratio=4", "--upcast_before_saving"],
+    "DoRA, rsLoRA": ["--use_dora", "--use_rslora", "--lora_layers=attention", "--upcast_before_saving"],
     "AdamW, LoRA+, no decay": ["--lora_plus_ratio=4", "--no_decay_norms", "--adam_weight_decay=0.1"],
 }
 

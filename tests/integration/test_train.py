@@ -112,7 +112,7 @@ UPSTREAM_FLAGS = {
     "enable_npu_flash_attention": False,
 }
 # README.md says why these differ.
-OTHER_DEFAULTS = {"complex_human_instruction": "default"}
+OTHER_DEFAULTS = {"lora_alpha": None, "complex_human_instruction": "default"}
 
 
 @pytest.fixture

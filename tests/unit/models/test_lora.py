@@ -11,7 +11,16 @@ from diffusers import SanaTransformer2DModel
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners import lora
 
-from sana_kit.models.lora import FusedLoraLinear, LoraConv2d, lora_config, recompute_blocks
+from sana_kit.models.lora import (
+    PRESETS,
+    FusedLoraLinear,
+    LoraConv2d,
+    lora_config,
+    parse_layers,
+    recompute_blocks,
+    unmatched_layers,
+)
+from sana_kit.models.weights import meta_transformer
 
 
 def relative(found, expected):
@@ -126,3 +135,28 @@ def test_every_nth_block_is_recomputed_and_no_bit_changes(tiny_model, interval, 
     with torch.no_grad():
         blocks.gradients()
     assert blocks.runs == [1, 1]
+
+
+def test_presets_reach_every_layer_that_a_lora_fits():
+    names = {}
+    for name, module in meta_transformer({}).named_modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            names[name] = module
+    found = {}
+    for preset in PRESETS:
+        layers = parse_layers(preset)
+        assert not unmatched_layers(layers, names)
+        found[preset] = {n for n in names if any(n.endswith(f".{end}") or n == end for end in layers)}
+    assert found["attention"] < found["attention+ffn"] < found["all"]
+    assert {n for n in names if ".attn" in n} == found["attention"]
+    assert {n for n, module in names.items() if getattr(module, "groups", 1) == 1} == found["all"]
+
+
+def test_names_and_expressions_are_told_apart():
+    assert parse_layers(None) == ["to_k", "to_q", "to_v"]
+    assert parse_layers("attn1.to_q, to_out.0") == ["attn1.to_q", "to_out.0"]
+    assert parse_layers(r".*\.attn1\..*") == r".*\.attn1\..*"
+    names = ["transformer_blocks.0.attn1.to_q", "proj_out"]
+    assert not unmatched_layers(r".*\.attn1\..*", names) and unmatched_layers("attn1.*", names)
+    assert unmatched_layers(["to_q", "to_z"], names)[0][0] == "to_z"
+    assert "no regular expression" in unmatched_layers("(", names)[0][1]
