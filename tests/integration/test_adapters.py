@@ -19,9 +19,9 @@ KINDS = {
     "rsLoRA on attention+ffn": ["--use_rslora", "--rank=4", "--lora_alpha=2", "--lora_layers=attention+ffn"],
     "DoRA on attention": ["--use_dora", "--lora_layers=attention", "--lora_plus_ratio=2"],
     "DoRA, fused blocks asked for": ["--use_dora", "--fused_blocks=auto", "--lora_dropout=0.1"],
-    "orthogonal, by expression": [r"--lora_layers=transformer_blocks\.1\.attn[12]\.to_(q|k)", "--init_lora_weights=orthogonal"],
+    "orthogonal, by expression": [r"--lora_layers=.*\.1\.attn[12]\.to_(q|k)", "--init_lora_weights=orthogonal"],
     "all layers": ["--lora_layers=all", "--init_lora_weights=kaiming"],
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +95,9 @@ def test_an_adapter_resumes_to_the_bit_and_draws_as_it_was_trained(flags, tiny_m
     moved = (live[0] - untrained).abs().max()
     assert moved > 1e-3
     assert (drawn_by_the_kit(tiny_model, whole) - live[0]).abs().max() < 1e-3 * moved
-    if "DoRA" in name:  # diffusers leaves the magnitudes of a DoRA out
-        return
     pipeline = SanaPipeline.from_pretrained(tiny_model)
     pipeline.load_lora_weights(str(whole))
+    pipeline.transformer.eval()  # diffusers 0.42 leaves the new layers in training mode, with the adapter's dropout
     with torch.no_grad():
         assert (pipeline.transformer(**INPUTS)[0] - live[0]).abs().max() < 1e-3 * moved
 
