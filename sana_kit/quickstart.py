@@ -29,7 +29,7 @@ from PIL import Image
 from sana_kit.data.discover import load_images
 from sana_kit.errors import ImageError
 from sana_kit.files import file_sha256
-from sana_kit.reports.before_after import Pair, before_after_sheet, read_images
+from sana_kit.reports.before_after import COLUMNS, Pair, before_after_sheet, read_images
 
 ASSETS = Path(__file__).resolve().parent / "quickstart_assets"
 SUMS = "SHA256SUMS"
@@ -385,12 +385,17 @@ def describe(result: dict) -> str:
 
 
 def write_sheet(
-    before_dir: str | Path, after_dir: str | Path, path: str | Path, rows: list[tuple] | None = None
+    before_dir: str | Path,
+    after_dir: str | Path,
+    path: str | Path,
+    rows: list[tuple] | None = None,
+    columns: int = COLUMNS,
 ) -> Path:
     """Before/after sheet: each prompt's image without and with the LoRA, of the first seed that all prompts have.
 
     Args:
         rows: as for `measure`.
+        columns: pairs in a row; 3 for a phone, 6 for docs/quickstart.png.
 
     Raises:
         ValueError: no prompt and seed that both folders hold.
@@ -415,7 +420,8 @@ def write_sheet(
         pairs = [Pair(before[key], after[key], key[0].removesuffix(end)) for key in keys]
         sections += [(heading, pairs)] if pairs else []
     note = f"Every prompt ends with “{ending}”." if end else ""
-    return before_after_sheet(sections, path, title="Without (left) and with (right) the LoRA", note=note)
+    title = "Without (left) and with (right) the LoRA"
+    return before_after_sheet(sections, path, title=title, note=note, columns=columns)
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -437,6 +443,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--compare", nargs=3, metavar=("BEFORE_DIR", "AFTER_DIR", "OUT.png"), help="Sheet and figures."
     )
+    parser.add_argument("--columns", type=int, default=COLUMNS, help="With --compare: pairs in a row of the sheet.")
     parser.add_argument("--json", help="With --compare: also write the figures there.")
     parser.add_argument("--instance_data_dir", help="Your own images, with .txt captions, instead of the shipped.")
     parser.add_argument("--instance_prompt", help="The caption of those of your images that have none.")
@@ -453,7 +460,7 @@ def main(arguments: list[str] | None = None) -> int:
             before, after, out = args.compare
             rows = _own_rows(own, *how) if own else _shipped_rows()
             result = measure(before, after, rows)
-            write_sheet(before, after, out, rows)
+            write_sheet(before, after, out, rows, max(1, args.columns))
             print(describe(result))
             print(f"Sheet: {out}")
             if args.json:
