@@ -236,12 +236,13 @@ def _check_member(
     elif any(prompt.negative_prompt for prompt in prompts):
         notes.append(f"{model.member.name} takes no negative prompt: those of the prompts file are left out.")
     for lora, _ in loras:
-        notes.append(
-            f"The LoRA was not trained on {model.member.name}, which kits do not train, but on"
-            f" {lora.about.get('base_model') or 'a model that its file does not name'}: its layers fit and are used as"
-            " they are. The weights beneath have moved since by distillation, so it may act weaker, stronger or"
-            " otherwise than on its own model; compare with --lora_scale."
-        )
+        base = str(lora.about.get("base_model") or "a model that its file does not name")
+        if "sprint" not in base.lower():
+            notes.append(
+                f"The LoRA was trained on {base}. Its layers fit {model.member.name} and are used as they are; the"
+                " weights beneath have moved since by distillation, so it may act weaker, stronger or otherwise than"
+                " on its own model. Compare with --lora_scale."
+            )
 
 
 def _as_trained(

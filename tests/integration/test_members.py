@@ -59,7 +59,7 @@ def test_a_lora_of_another_member_acts_on_sprint_with_a_warning(tiny_sprint, tmp
     assert draw_sprint(tiny_sprint, tmp_path / "out", *ONE) == 0
     capsys.readouterr()
     assert draw_sprint(tiny_sprint, tmp_path / "out", *ONE, "--lora_weights", lora) == 0
-    assert "was not trained on SANA-Sprint" in capsys.readouterr().out
+    assert "Its layers fit SANA-Sprint and are used as they are" in capsys.readouterr().out
     assert len(set(images(tmp_path / "out").values())) == 2
 
 
@@ -126,7 +126,7 @@ def test_image_to_image_of_sprint_by_flags(tiny_sprint, files, tmp_path):
 
 
 def test_a_controlnet_and_perturbed_attention_by_flags(tiny_model, files, tmp_path, capsys):
-    controlnet = tiny.make_tiny_controlnet(tmp_path / "parts/controlnet", tiny_model)
+    controlnet = tiny.make_tiny_controlnet(tmp_path / "controlnet", tiny_model)
     control = ("--controlnet", controlnet, "--control_image", files / "init.png")
     out = tmp_path / "out"
     assert infer(tiny_model, out, *ONE) == 0
@@ -137,8 +137,13 @@ def test_a_controlnet_and_perturbed_attention_by_flags(tiny_model, files, tmp_pa
     lines = list(manifest(out).values())
     assert len(set(images(out).values())) == 5
     assert [line.get("controlnet") for line in lines] == [None, str(controlnet), str(controlnet), None, None]
-    # a pipeline's folder with controlnet/ in it; the same weights are the same images
-    assert infer(tiny_model, out, *ONE, "--controlnet", tmp_path / "parts", "--control_image", files / "init.png") == 0
+    # a pipeline's folder, which holds controlnet/ and can be the model too; the same weights are the same images
+    whole = shutil.copytree(tiny_model, tmp_path / "whole")
+    shutil.copytree(controlnet, whole / "controlnet")
+    index = json.loads((whole / "model_index.json").read_text())
+    index |= {"_class_name": "SanaControlNetPipeline", "controlnet": ["diffusers", "SanaControlNetModel"]}
+    (whole / "model_index.json").write_text(json.dumps(index))
+    assert infer(whole, out, *ONE, "--controlnet", whole, "--control_image", files / "init.png") == 0
     assert json.loads((out / "summary.json").read_text())["kept"] == 1
 
 
