@@ -1,7 +1,7 @@
 """A local web page that draws with a model, base beside LoRA, and shows running and finished trainings.
 
     python -m sana_kit.playground --model_path ./SANA --lora_weights ./output
-    python -m sana_kit.playground --model_path ./SANA --runs ./output --runs ./older
+    python -m sana_kit.playground --model_path ./SANA --runs ./output ./older
 
 Bound to this machine (127.0.0.1): nothing is sent anywhere. Needs `pip install starlette uvicorn`.
 """
