@@ -111,7 +111,7 @@ def run(config: TrainConfig, base_model, engine: Engine, stop: StopSignal, recor
     resume, notes = checkpoints.start_or_resume(config, ranks)
     for note in notes:
         recorder.warn(note)
-    config = with_seed(config, resume, ranks)
+    config = with_seeds(config, resume, ranks)
     devices.seed_everything(config.seed)
 
     # 4. Data: encoded once; VAE and text encoder leave memory
@@ -208,12 +208,14 @@ def leave(
     return 0 if stop is None else stop.exit_code
 
 
-def with_seed(config: TrainConfig, resume: checkpoints.Resume | None, ranks: Ranks) -> TrainConfig:
-    """The settings with a seed: the one given, else the checkpoint's, else one drawn now."""
+def with_seeds(config: TrainConfig, resume: checkpoints.Resume | None, ranks: Ranks) -> TrainConfig:
+    """The settings with a seed: the one given, else the checkpoint's, else one drawn now; crops as the checkpoint's."""
+    before = ranks.agree(resume.state if resume else {"seed": int.from_bytes(os.urandom(4), "little"), "run": {}})
+    if config.crop_seed is None and before["run"].get("crop_seed") is not None:
+        config = config.replaced(crop_seed=before["run"]["crop_seed"])
     if config.seed is not None:
         return config
-    drawn = resume.state["seed"] if resume else int.from_bytes(os.urandom(4), "little")
-    config = config.replaced(seed=ranks.agree(drawn))
+    config = config.replaced(seed=before["seed"])
     logger.info("seed: %d (drawn; --seed=%d repeats this run)", config.seed, config.seed)
     return config
 

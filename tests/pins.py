@@ -11,14 +11,14 @@ For instance, with a checkout of the older commit in ../older:
     python tests/pins.py compare ../pins/older/pins.json ../pins/newer/pins.json
     python tests/pins.py resume . ../pins/older ../pins/resumed
 
-Nothing of the kit is imported: its scripts are started by their command lines, on the CPU with one thread per process,
-with the tiny model and the six images of tests/helpers/tiny.py, cropped at their centre: random crops belong to the
-image and belonged to the run's seed before, so they are no pin. Pinned are, of a six-step LoRA run and of two steps
-of full fine-tuning, each on one process and under ZeRO-2 with two processes: the weights of the checkpoints and of the
-result, the optimizer's masters and moments, the random states, and the encodings' keys and values; of the inference
-scripts, without and with that LoRA: the pixels of the manifest's images. A pin holds one SHA-256 per tensor, over
-dtype, shape and bytes, not over the file's header. Bits depend on processor and libraries too: compare pins of one
-machine and one environment.
+Nothing of the kit is imported: its scripts are started by their command lines, on the CPU with one thread per
+process, with the tiny model and the six images of tests/helpers/tiny.py. Random crops follow the run's seed, in
+newer kits by --crop_seed. Pinned are, of a six-step LoRA run and of two steps of full fine-tuning, each on one
+process and under ZeRO-2 with two processes: the weights of the checkpoints and of the result, the optimizer's
+masters and moments, the random states, and the encodings' keys and values; of the inference scripts, without and
+with that LoRA: the pixels of the manifest's images. A pin holds one SHA-256 per tensor, over dtype, shape and bytes,
+not over the file's header. Bits depend on processor and libraries too: compare pins of one machine and one
+environment.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ TRAINING = [
     "--caption_column=text",
     "--instance_prompt=a drawing",
     "--resolution=64",
-    "--center_crop",
+    "--random_flip",
     "--train_batch_size=2",
     "--gradient_accumulation_steps=2",
     "--lr_scheduler=cosine",
@@ -127,6 +127,13 @@ def run_script(kit: Path, log: Path, script: str, *flags: str, processes: int = 
         raise PinError(f"{script} ended with exit code {code}; the end of {log}:\n{tail}")
 
 
+def crops_by_seed(kit: Path) -> list[str]:
+    """The flag by which a kit's crops follow the seed; older ones always did so."""
+    config = kit / "sana_kit" / "training" / "config.py"
+    known = config.is_file() and "crop_seed" in config.read_text(encoding="utf-8")
+    return ["--crop_seed=5"] if known else []
+
+
 def train(kit: Path, inputs: Path, out: Path, name: str, *more: str) -> None:
     """One of TRAINING_RUNS into out/name."""
     processes, flags, _, _ = TRAINING_RUNS[name]
@@ -134,7 +141,16 @@ def train(kit: Path, inputs: Path, out: Path, name: str, *more: str) -> None:
     target = [f"--output_dir={out / name}"]
     log = out / "logs" / f"{name}.log"
     run_script(
-        kit, log, "train_dreambooth_lora_sana.py", *source, *target, *TRAINING, *flags, *more, processes=processes
+        kit,
+        log,
+        "train_dreambooth_lora_sana.py",
+        *source,
+        *target,
+        *TRAINING,
+        *crops_by_seed(kit),
+        *flags,
+        *more,
+        processes=processes,
     )
 
 

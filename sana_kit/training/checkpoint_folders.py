@@ -99,6 +99,7 @@ def migrate(state: dict) -> dict:
     if found == FORMAT:
         return state
     run = {"images" if key == "pictures" else key: value for key, value in state["run"].items()}
+    run["crop_seed"] = state.get("seed")  # the run's own seed decided the crops then
     optimizer = state["optimizer"]
     groups = [{k: v for k, v in group.items() if k in _FORMAT_1_GROUPS} for group in optimizer["groups"]]
     # Checkpoints of one run share these; seeds are drawn at random unless given.

@@ -135,6 +135,13 @@ class DataConfig:
     )
     bucket_no_upscale: bool = flag(False, "With buckets: an image that is smaller than its bucket keeps its own size.")
     center_crop: bool = flag(False, "Crop the centre instead of a random place.")
+    crop_seed: int | None = flag(
+        None,
+        "Random crops and flips follow this number and the image's place; default: the image decides, so that every run"
+        " finds its encodings again.",
+        low=0,
+        high=2**63 - 1,
+    )
     random_flip: bool = flag(False, "Flip images horizontally at random.")
     skip_bad_images: bool = flag(False, "Leave out images that cannot be read (named and counted).")
     max_sequence_length: int = flag(300, "Most caption tokens that reach the transformer.", low=2)

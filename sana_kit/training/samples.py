@@ -173,6 +173,7 @@ def _encode(
             vae_batch_size=config.vae_batch_size,
             skip_bad_images=config.skip_bad_images,
         ),
+        seed=config.crop_seed,
         ranks=engine.ranks,
         extra_prompts=prompts,
         stop=stop,

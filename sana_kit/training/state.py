@@ -48,6 +48,7 @@ IDENTITY = (
     "prior_loss_weight",
     "aspect_ratio_buckets",
     "crops_per_image",
+    "crop_seed",
     "bucket_no_upscale",
     "caption_dropout",
     "ema_decay",

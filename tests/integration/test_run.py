@@ -192,3 +192,25 @@ def test_class_images_stop_after_the_one_at_hand(flags, tiny_model, tmp_path):
     with pytest.raises(EncodingStopped):
         generate_class_images(config, base, None, Ranks.start("cpu"), _Stop(tmp_path / "class"))
     assert len(list((tmp_path / "class").glob("*.png"))) == 1
+
+
+def test_crops_belong_to_the_image_unless_asked_and_stay_with_a_resume(tiny_model, tmp_path):
+    """Without --seed, too, a second run finds all encodings; --crop_seed asks for others, which a resume keeps."""
+    folder = tiny.write_image_folder(tmp_path / "images", count=4)
+    flags = [f"--pretrained_model_name_or_path={tiny_model}", f"--instance_data_dir={folder}", "--resolution=64"]
+    flags += ["--report_to=none", "--checkpointing_steps=1", f"--encodings_dir={tmp_path / 'store'}", "--random_flip"]
+    flags += ["--instance_prompt=x", "--train_batch_size=1"]
+
+    def shards():
+        return sorted(path.name for path in (tmp_path / "store" / "latents").glob("*.safetensors"))
+
+    assert run_trainer(*flags, "--max_train_steps=1", f"--output_dir={tmp_path / 'a'}") == 0
+    first = shards()
+    assert run_trainer(*flags, "--max_train_steps=1", f"--output_dir={tmp_path / 'b'}") == 0
+    assert shards() == first
+    output = f"--output_dir={tmp_path / 'c'}"
+    assert run_trainer(*flags, "--max_train_steps=1", "--crop_seed=3", output) == 0
+    asked = shards()
+    assert len(asked) > len(first)
+    assert run_trainer(*flags, "--max_train_steps=2", output, "--resume_from_checkpoint=latest") == 0
+    assert shards() == asked and events(tmp_path / "c", "resume")[0]["config"]["crop_seed"] == 3
