@@ -209,7 +209,7 @@ def leave(
 
 
 def with_seeds(config: TrainConfig, resume: checkpoints.Resume | None, ranks: Ranks) -> TrainConfig:
-    """The settings with a seed: the one given, else the checkpoint's, else one drawn now; crops as the checkpoint's."""
+    """The settings with a seed: the one given, else the checkpoint's, else one drawn now; its crops stay, too."""
     before = ranks.agree(resume.state if resume else {"seed": int.from_bytes(os.urandom(4), "little"), "run": {}})
     if config.crop_seed is None and before["run"].get("crop_seed") is not None:
         config = config.replaced(crop_seed=before["run"]["crop_seed"])

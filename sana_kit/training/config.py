@@ -137,8 +137,8 @@ class DataConfig:
     center_crop: bool = flag(False, "Crop the centre instead of a random place.")
     crop_seed: int | None = flag(
         None,
-        "Random crops and flips follow this number and the image's place; default: the image decides, so that every run"
-        " finds its encodings again.",
+        "Random crops and flips follow this number and the image's place; default: the image decides, so that every"
+        " run finds its encodings again.",
         low=0,
         high=2**63 - 1,
     )
