@@ -38,6 +38,7 @@ from sana_kit.models.layouts import (
 from sana_kit.models.weights import some_of
 
 _ADDED = "added"  # in CONVERTED: entries of the metadata that a conversion made
+_SPRINT_ONLY = ("time_embed.timestep_embedder.", "time_embed.guidance_embedder.")
 Layer = dict[str, torch.Tensor]
 
 
@@ -266,6 +267,8 @@ def _metadata(
     if spelling == first:
         return kept
     note = {"first": first._asdict(), _ADDED: sorted(added), "stacked": dict(sorted(stacked.items()))}
+    if any(to_nvlabs(name) and name.startswith(_SPRINT_ONLY) for name in adapter.modules()):
+        note["sprint"] = True  # NVlabs' names of the time embedding are those of the other members
     return {**kept, CONVERTED: json.dumps(note, sort_keys=True)}
 
 

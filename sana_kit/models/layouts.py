@@ -166,7 +166,8 @@ def open_any_adapter(path: str, sprint: bool = False) -> OpenAdapter:
             adapter.unknown.append(name)
         else:
             layers.setdefault(layer, {})[end] = tensor
-    ranks = json.loads(stored.metadata.get(CONVERTED, "{}")).get("stacked", {})
+    record = json.loads(stored.metadata.get(CONVERTED, "{}"))
+    ranks, sprint = record.get("stacked", {}), sprint or record.get("sprint", False)
     for layer, tensors in layers.items():
         _take(adapter, layer, tensors, sprint, ranks.get(layer))
     return adapter

@@ -182,13 +182,14 @@ SPELLED = {
     "older diffusers": lambda m: (f"transformer.{m}", "lora.down.weight", "lora.up.weight"),
     "bare": lambda m: (m, "lora_A.weight", "lora_B.weight"),
     "NVlabs": lambda m: (f"diffusion_model.{to_nvlabs(m).name}", "lora_A.weight", "lora_B.weight"),
+    "kohya of NVlabs": lambda m: flat("lora_unet_")(to_nvlabs(m).name),
 }
 
 
 @pytest.mark.parametrize("name", SPELLED)
 @pytest.mark.parametrize("alpha", [None, 2.0])
 def test_files_of_other_tools_are_read_and_given_back_byte_for_byte(tmp_path, name, alpha):
-    modules = ("attn2.to_out.0", "ff.conv_point") if name == "NVlabs" else ("attn1.to_q", "attn2.to_out.0")
+    modules = ("attn2.to_out.0", "ff.conv_point") if "NVlabs" in name else ("attn1.to_q", "attn2.to_out.0")
     file = foreign(tmp_path / "f.safetensors", SPELLED[name], torch.bfloat16, alpha, modules)
     found, problems = read_lora(str(file), CONFIG)
     assert problems == [] and set(found.scaling.values()) == {(alpha or 4) / 4}
@@ -362,6 +363,21 @@ def test_the_names_of_all_layers_go_there_and_back(sprint):
         place = to_nvlabs(name)
         assert from_nvlabs(place.name, sprint)[place.part] == name
         assert unflatten(name.replace(".", "_")) == name and unflatten(place.name.replace(".", "_")) == place.name
+
+
+def test_sprint_keeps_its_time_embedding(tmp_path):
+    """NVlabs calls it as in the other members, diffusers does not."""
+    module = "time_embed.timestep_embedder.linear_1"
+    tensors = {f"transformer.{module}.lora_A.weight": torch.ones(4, 256)}
+    tensors[f"transformer.{module}.lora_B.weight"] = torch.ones(32, 4)
+    config = {"r": 4, "lora_alpha": 4, "target_modules": [module]}
+    patch_sana.write_adapter(tmp_path / "own", tensors, config, {})
+    file = converted(tmp_path / "own", tmp_path / "comfy", "comfyui")
+    assert "diffusion_model.t_embedder.mlp.0.lora_A.weight" in load_file(file)
+    back = converted(file, tmp_path / "back", "diffusers")
+    assert back.read_bytes() == (tmp_path / "own" / patch_sana.ADAPTER_FILE).read_bytes()
+    found, problems = read_lora(str(file), {**CONFIG, "guidance_embeds": True})
+    assert problems == [] and list(found.rank) == [module]
 
 
 def test_metadata_tells_the_way_back(tmp_path):
