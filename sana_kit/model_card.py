@@ -67,7 +67,8 @@ def package_versions() -> dict[str, str]:
 
 def redact_command(command: str | Sequence[str]) -> str:
     """A command line without secrets, otherwise as it was: values of token, secret, password and key flags and
-    environment variables, hub tokens anywhere, and passwords inside URLs become REMOVED."""
+    environment variables, hub tokens anywhere, and passwords inside URLs become REMOVED.
+    """
     words = shlex.split(command) if isinstance(command, str) else list(command)
     result, hide_next = [], False
     for word in words:

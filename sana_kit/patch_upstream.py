@@ -16,7 +16,8 @@ from patch_sana import write_atomically
 
 class Edit(NamedTuple):
     """One edit: `pending` is the place as diffusers ships it, `replacement` what it becomes (re.sub template),
-    `applied` what tells that it is there already, ours or made by hand."""
+    `applied` what tells that it is there already, ours or made by hand.
+    """
 
     purpose: str
     anchor: str  # for messages: the line looked for

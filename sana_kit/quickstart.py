@@ -137,7 +137,6 @@ def _own_images(images: str | Path, instance_prompt: str | None, skip_bad_images
     Raises:
         ValueError: as `dataset.load_images`.
     """
-
     found = load_images(
         instance_data_dir=str(images), instance_prompt=instance_prompt, skip_bad_images=skip_bad_images
     )
@@ -150,7 +149,6 @@ def _own_rows(images: str | Path, instance_prompt: str | None, skip_bad_images: 
     Raises:
         ValueError: as `dataset.load_images`, or an image whose pixels cannot be read and may not be left out.
     """
-
     found, captions = _own_images(images, instance_prompt, skip_bad_images)
     rows = []
     for index, caption in enumerate(captions):
@@ -400,7 +398,6 @@ def write_sheet(
     Raises:
         ValueError: no prompt and seed that both folders hold.
     """
-
     before, after = read_images(before_dir), read_images(after_dir)
     captions = {caption for _, caption in (rows if rows is not None else _shipped_rows())}
     shared = [key for key in before if key in after]

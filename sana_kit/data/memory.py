@@ -182,7 +182,7 @@ def stat_files(source) -> tuple[np.ndarray, np.ndarray]:
 
 
 def as_numbers(column: pa.Array, kind: type) -> np.ndarray:
-    """A column of numbers without nulls, not copied. (`to_numpy` would import pandas, which takes a second.)"""
+    """A column of numbers without nulls, not copied (`to_numpy` would import pandas, which takes a second)."""
     return np.frombuffer(column.buffers()[1], kind)[column.offset : column.offset + len(column)]
 
 

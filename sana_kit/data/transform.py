@@ -34,7 +34,7 @@ def plan_transform(
     room = (scaled[0] - target[0], scaled[1] - target[1])
     digest = hashlib.sha256(f"{int(seed)}:{int(index)}".encode()).digest()
     if center_crop:
-        crop = (int(round(room[0] / 2.0)), int(round(room[1] / 2.0)))
+        crop = (round(room[0] / 2.0), round(room[1] / 2.0))
     else:
         crop = tuple(int.from_bytes(digest[8 * k : 8 * k + 8], "big") % (room[k] + 1) for k in (0, 1))
     return TransformPlan(scaled, crop, bool(random_flip and digest[16] & 1), target)

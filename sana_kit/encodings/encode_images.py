@@ -124,7 +124,7 @@ def encode_missing_images(
     encode_batch = _Encoder(model, plan, size, device, tell)
 
     def pixels_of(group: list[int]) -> torch.Tensor:
-        """uint8 (B, H, W, 3)"""
+        """uint8 (B, H, W, 3)."""
         samples = needs.first_sample[group].tolist()
         return torch.from_numpy(np.stack([apply_transform(images.load(i), needs.transform(i)) for i in samples]))
 

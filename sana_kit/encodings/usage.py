@@ -65,7 +65,7 @@ class Claim:
     def _write(self, shards: dict[str, list[str]] | None) -> None:
         """Put a new file in place, locked before it is seen."""
         temporary = self.path.with_name(unique_name(self.path.name))
-        handle = open(temporary, "w", encoding="utf-8")  # noqa: SIM115 (it stays open as long as the claim)
+        handle = open(temporary, "w", encoding="utf-8")
         with suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         json.dump({"host": socket.gethostname(), "pid": os.getpid(), "shards": shards}, handle)

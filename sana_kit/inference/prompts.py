@@ -57,7 +57,7 @@ def _with_paths(prompt: Prompt, folder: Path) -> Prompt:
 
 
 def _lines(text: str) -> list[tuple[int, str]]:
-    """(number, line) of what is not empty. A line ends with \\n: U+2028 and its like may stand inside a prompt."""
+    """(number, line) of what is not empty. A line ends with a line feed; U+2028 and its like may stand in a prompt."""
     lines = ((number, line.strip()) for number, line in enumerate(text.split("\n"), 1))
     return [(number, line) for number, line in lines if line]
 

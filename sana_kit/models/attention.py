@@ -59,7 +59,7 @@ class CrossAttentionProcessor:
         if attn.norm_k is not None:
             key = attn.norm_k(key)
         query, key, value = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (query, key, value))
-        # query (B, heads, N, d), key and value (B, heads, S, d)
+        # now query is (B, heads, N, d), key and value are (B, heads, S, d)
         out = attend(query, key, value, attention_mask, self.kernel)
         out = out.transpose(1, 2).reshape(batch, length, -1).to(query.dtype)
         out = attn.to_out[1](attn.to_out[0](out))

@@ -280,7 +280,7 @@ def find_model(
         configs = _read_configs(found, model_path, cache_dir, fields)
     except UserError as error:
         return None, list(error.problems)
-    index, transformer, vae, text, scheduler = configs
+    index, transformer, vae, _, scheduler = configs
     problems = [Problem(fields.model, model_path, *told) for told in _misfits(*configs, members)]
     if problems:
         return None, problems

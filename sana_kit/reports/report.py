@@ -55,7 +55,8 @@ def validation_cells(run: RunLog, output_dir: Path) -> dict[tuple[str, object], 
 
 def _pairs(output_dir: Path, rows: dict, before: Path | None, after: Path | None) -> tuple[list[dict], str]:
     """Images to lay over one another: from folders before/ and after/ where both are there, else the first and the
-    last validation of each prompt."""
+    last validation of each prompt.
+    """
     before, after = before or output_dir / "before", after or output_dir / "after"
     if before.is_dir() and after.is_dir():
         old, new = folder_images(before), folder_images(after)
@@ -324,7 +325,8 @@ _told: set[tuple] = set()
 
 def refresh_report(output_dir: str | os.PathLike, log: JsonLinesLog | None = None, step: int = 0) -> Path | None:
     """`write_report` for a run that must not die of its report: an error becomes a warning, on standard error and in
-    the log, once per message; None is returned then."""
+    the log, once per message; None is returned then.
+    """
     try:
         return write_report(output_dir)
     except Exception as error:  # whatever it is, the training matters more

@@ -165,14 +165,13 @@ class Checkpointer:
     """
 
     def __init__(self, settings, engine: Engine, state: TrainState, schedule=None, average=None):
-        """
-        Args:
-            settings: output_dir, checkpointing_steps, checkpoints_total_limit, and for full fine-tuning
-                pretrained_model_name_or_path and revision.
-            engine: after `prepare`.
-            state: of the run; `load` fills it, `save` reads it.
-            schedule: the learning rate's, stepped once an update; `load` replays it.
-            average: the `ema.WeightAverage` of the run; None or a false one where it keeps none.
+        """Args:
+        settings: output_dir, checkpointing_steps, checkpoints_total_limit, and for full fine-tuning
+            pretrained_model_name_or_path and revision.
+        engine: after `prepare`.
+        state: of the run; `load` fills it, `save` reads it.
+        schedule: the learning rate's, stepped once an update; `load` replays it.
+        average: the `ema.WeightAverage` of the run; None or a false one where it keeps none.
         """
         self._average = average
         self._settings, self._engine, self.state, self._schedule = settings, engine, state, schedule
@@ -393,7 +392,7 @@ def _attempt(action) -> str | None:
     """Run `action`; what it raised, in words. Disk full, quota, permission: told to every rank by the caller."""
     try:
         action()
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
 

@@ -162,7 +162,7 @@ class _Writer:
                     assert tensor.dtype == entry.dtype and tuple(tensor.shape) == entry.shape, entry.key
                     flat = tensor.contiguous().reshape(-1)
                     self._write(handle, digest, flat.view(torch.uint8).numpy().data)
-                except Exception as error:  # noqa: BLE001  disk full, quota, permission: told to every rank
+                except Exception as error:
                     self._problem = f"{type(error).__name__}: {error}"
             if self._problem is None:
                 self._close(current, handle, digest)

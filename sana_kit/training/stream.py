@@ -38,14 +38,13 @@ class SampleStream(torch.utils.data.Dataset):
         caption_dropout: float = 0.0,
         crops: int = 1,
     ):
-        """
-        Args:
-            encoded: `encoded[i]` is {"latents" (C, h, w), "prompt_embeds" (T, D)}; class images follow the instance
-                images. `encoded.prompt("", None)` is the empty caption's, where captions are dropped.
-            order: of the instance images.
-            num_class: class images.
-            caption_dropout: share of the positions that get the empty caption.
-            crops: samples of each instance image in `encoded`, one after the other; each position takes one of them.
+        """Args:
+        encoded: `encoded[i]` is {"latents" (C, h, w), "prompt_embeds" (T, D)}; class images follow the instance
+            images. `encoded.prompt("", None)` is the empty caption's, where captions are dropped.
+        order: of the instance images.
+        num_class: class images.
+        caption_dropout: share of the positions that get the empty caption.
+        crops: samples of each instance image in `encoded`, one after the other; each position takes one of them.
         """
         self.encoded, self.order, self.crops, self.num_instance = encoded, order, crops, order.size * crops
         self.class_order = PermutationOrder(num_class, seed, salt=1) if num_class else None

@@ -23,8 +23,8 @@ from PIL import Image
 
 sys.path.insert(0, str(KIT / "tests" / "ascend"))
 
-import build_host  # noqa: E402
-import device_checks  # noqa: E402
+import build_host
+import device_checks
 
 LAUNCHER = "finetune_sana_dreambooth_lora_deepspeed_bf16.sh"
 CONFIG = "bf16_accelerate_config.yaml"

@@ -46,7 +46,7 @@ class HookedRun:
         self.accelerator = accelerator or Accelerator(cpu=True)
         self.bare = lora_transformer(folder, **lora)
         args = SimpleNamespace(mixed_precision=mixed_precision)
-        parts = dict(accelerator=self.accelerator, unwrap_model=bare(self.accelerator), transformer=self.bare)
+        parts = {"accelerator": self.accelerator, "unwrap_model": bare(self.accelerator), "transformer": self.bare}
         self.save_hook = patch_sana.create_save_model_hook(**parts)
         self.load_hook = patch_sana.create_load_model_hook(**parts, args=args)
         self.accelerator.register_save_state_pre_hook(self.save_hook)

@@ -600,9 +600,8 @@ def test_a_checkpoint_of_another_adapter_is_refused(six_steps, tmp_path, flag, w
 
 
 def test_the_output_folder_belongs_to_one_live_run(base_flags, image_folder, tmp_path):
-    with lock_folder(tmp_path):
-        with pytest.raises(ValueError, match="another live run is writing there"):
-            run(*base_flags, f"--instance_data_dir={image_folder}", f"--output_dir={tmp_path}")
+    with lock_folder(tmp_path), pytest.raises(ValueError, match="another live run is writing there"):
+        run(*base_flags, f"--instance_data_dir={image_folder}", f"--output_dir={tmp_path}")
     assert run(*base_flags, f"--instance_data_dir={image_folder}", f"--output_dir={tmp_path}") == 0
 
 

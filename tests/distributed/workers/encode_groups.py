@@ -68,8 +68,7 @@ def group(world, job, timeout=90):
     if alive:
         return "hung"
     print(f"{time.time() - limit + timeout:.1f} s", file=sys.stderr)
-    results = [json.load(open(f"{WORK}/result-{rank}.json")) for rank in range(world)]
-    return results
+    return [json.load(open(f"{WORK}/result-{rank}.json")) for rank in range(world)]
 
 
 def digest(encoded):

@@ -30,7 +30,7 @@ def test_prompts_are_encoded_as_by_the_pipeline(pipeline, instruction, length):
             expected = reference[row][mask[row].bool()]
             assert embeds.shape == expected.shape and embeds.dtype == torch.bfloat16
             assert (embeds.float() - expected.float()).norm() <= TEXT_TOLERANCE * expected.float().norm()
-        assert not batch == 16 or len({e.shape[0] for e in ours}) > 1 or length == 2
+        assert batch != 16 or len({e.shape[0] for e in ours}) > 1 or length == 2
 
 
 def test_negative_prompt_is_encoded_as_by_the_pipeline(pipeline):

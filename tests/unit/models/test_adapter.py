@@ -185,7 +185,7 @@ def test_dora_is_what_peft_makes_of_it(tiny_model, tmp_path):
 
 
 def test_dora_that_cannot_be_applied_is_refused_by_its_name(tiny_model, tmp_path):
-    path, theirs = dora_pair(tiny_model, tmp_path)
+    path, _ = dora_pair(tiny_model, tmp_path)
     with pytest.raises(UserError, match="no_fuse_lora: a DoRA adapter can only be merged"):
         load_pipeline(str(tiny_model), lora_weights=str(path), fuse_lora=False, device=CPU, text_encoder=False)
     adapter = patch_sana.open_adapter(path)

@@ -18,7 +18,7 @@ def test_each_micro_step_is_of_one_bucket_and_each_epoch_shows_every_image(sampl
             assert len({int(BUCKETS[image]) for image in images}) == 1
             np.add.at(seen, images, 1)
         assert seen.min() >= epoch + 1
-        sizes = np.array([(BUCKETS == BUCKETS[image]).sum() for image in range(len(BUCKETS))])
+        sizes = np.array([(BUCKETS[image] == BUCKETS).sum() for image in range(len(BUCKETS))])
         assert (seen <= epoch + 1 + np.ceil(samples / sizes)).all()
 
 
