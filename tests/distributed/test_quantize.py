@@ -54,7 +54,7 @@ def told(libraries, tmp_path_factory):
     return {**json.loads((folder / "out/told.json").read_text()), "out": folder / "out"}
 
 
-@pytest.mark.parametrize(("name", "layer", "text"), [("int8", 0.01, 0.02), ("fp8", 0.05, 0.08), ("nf4", 0.15, 0.3)])
+@pytest.mark.parametrize(("name", "layer", "text"), [("int8", 0.01, 0.03), ("fp8", 0.05, 0.08), ("nf4", 0.15, 0.3)])
 def test_layers_and_text_are_as_near_as_the_bits_allow(told, name, layer, text):
     """Measured: layers 0.005, 0.031, 0.11; text 0.018, 0.060, 0.21."""
     assert 0 < told[name]["layer_error"] < layer and 0 < told[name]["text_error"] < text, told[name]
