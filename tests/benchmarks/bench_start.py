@@ -39,7 +39,7 @@ def environment() -> dict[str, str]:
 def measure(folder: Path) -> dict:
     """Start a run; its figures, in seconds."""
     log_file, output = folder / "out" / "train_log.jsonl", folder / "screen.txt"
-    started = time.perf_counter()
+    started, begun = time.perf_counter(), time.time()
     more = ["--overwrite_output_dir"]
     with open(output, "w") as screen:
         run = subprocess.Popen(
@@ -47,7 +47,7 @@ def measure(folder: Path) -> dict:
         )
         at, spent = None, []
         while run.poll() is None:
-            if at is None and log_file.is_file() and log_file.stat().st_mtime > time.time() - 60:
+            if at is None and log_file.is_file() and log_file.stat().st_mtime > begun:
                 lines = log_file.read_text().splitlines()
                 if any('"event": "step"' in line for line in lines):
                     at = time.perf_counter() - started
@@ -60,12 +60,17 @@ def measure(folder: Path) -> dict:
     return {**found, **start, "CPU s a rank": sum(spent) / max(len(spent), 1), "whole": time.perf_counter() - started}
 
 
+def is_trainer(process: psutil.Process) -> bool:
+    """Whether it runs the trainer's script; a loader's workers have the same command line."""
+    return any(word.endswith("train_dreambooth_lora_sana.py") for word in process.cmdline()[:3])
+
+
 def cpu_of_ranks(launcher: int) -> list[float]:
     """CPU seconds of each training process below the launcher."""
     spent = []
     for process in psutil.Process(launcher).children(recursive=True):
         try:
-            if any(word.endswith("train_dreambooth_lora_sana.py") for word in process.cmdline()[:3]):
+            if is_trainer(process) and not is_trainer(process.parent()):
                 spent.append(process.cpu_times().user + process.cpu_times().system)
         except psutil.NoSuchProcess:
             continue
