@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from sana_kit.models import fused_ops
 from sana_kit.models.attention import set_attention
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -100,6 +101,27 @@ def linear_attention(q, k, v):
     return (out[:, :, :-1] / (out[:, :, -1:] + 1e-3)).to(v.dtype)
 
 
+def fused_projection(*scales):
+    """LoraProjection of a frozen weight of ones and sines, one update of 8 outputs for each scale."""
+
+    def run(x, *matrices):
+        weight = torch.arange(8 * len(scales) * x.shape[1], dtype=torch.float32).sin().view(-1, x.shape[1]) / 4
+        parts = [fused_ops.Part(8 * number, 8 * number + 8, scale) for number, scale in enumerate(scales)]
+        return fused_ops.LoraProjection.apply(x, None, weight.to(x), None, parts, False, *matrices)
+
+    return run
+
+
+def fused_attention(*qkv):
+    """LinearAttention of positive features, whose sums are far from zero."""
+    query, *rest = (part.abs() for part in qkv)
+    return fused_ops.LinearAttention.apply(2, query, *(rest or (None, None)))
+
+
+def fused_convolution(x, weight, bias):
+    return fused_ops.GatedConvolution.apply(x, weight, bias, (6, 6), False)
+
+
 def in_place(x, y):
     out = x.clone()
     out.add_(y).mul_(0.5).sub_(y, alpha=2).clamp_(-2, 2)
@@ -165,6 +187,18 @@ OPERATORS = [
     ("npu_fusion_attention BSH, mask 11SS", fusion("BSH", (1, 1, 7, 5)), QKV),
     ("npu_fusion_attention SBH, mask SS", fusion("SBH", (7, 5)), QKV),
     ("linear attention of Sana", linear_attention, [(2, 3, 4, 6)] * 3),
+    (
+        "fused block: norm",
+        lambda x, f, s: fused_ops.ModulatedNorm.apply(x, f, s, 1e-6),
+        [(2, 5, 16), *[(2, 1, 16)] * 2],
+    ),
+    ("fused block: residual", fused_ops.GatedResidual.apply, [(2, 5, 16), (2, 1, 16), (2, 5, 16)]),
+    ("fused block: one projection", fused_projection(2.0), [(10, 16), (3, 16), (8, 3)]),
+    ("fused block: alike projections", fused_projection(0.5, 0.5), [(10, 16), *[(3, 16)] * 2, *[(8, 3)] * 2]),
+    ("fused block: projections", fused_projection(0.5, 2.0), [(10, 16), *[(3, 16)] * 2, *[(8, 3)] * 2]),
+    ("fused block: linear attention", fused_attention, [(2, 6, 3 * 16)]),
+    ("fused block: linear attention, apart", fused_attention, [(2, 6, 16)] * 3),
+    ("fused block: mix-FFN", fused_convolution, [(2, 16, 6, 6), (16, 1, 3, 3), (16,)]),
     ("silu", F.silu, [(3, 5, 4)]),
     ("gelu tanh", lambda x: F.gelu(x, approximate="tanh"), [(3, 5, 4)]),
     ("gelu", F.gelu, [(3, 5, 4)]),
