@@ -7,6 +7,7 @@ tools=$("$python" -c "import sysconfig; print(sysconfig.get_path('scripts'))")
 
 "$python" -m ruff check .
 "$python" -m ruff format --check .
+"$python" -m mypy --config-file .mypy.ini --cache-dir .mypy_cache
 PYTHONPATH=. "$tools/lint-imports" --no-logo --no-cache
 "$tools/codespell"
 "$tools/shellcheck" -e SC2086,SC2317,SC2329 ./*.sh tests/*.sh tests/*/*.sh docs/*.sh .ci/run
