@@ -7,7 +7,7 @@
 A start is `load_images` and `encode`, as the trainer calls them, in a process of its own. The table holds a few
 distinct tiny images, each row one of them, and 16 distinct captions (or one a row). The store is filled by the cold
 start, whose tiny model encodes each distinct thing once; where every row has a caption of its own, the embeddings are
-made up, since the start and not the text encoder is measured. Memory is what the process holds for itself (RssAnon)
+made up, since the start and not the text encoder is measured. Time a row is CPU time. Memory is what the process holds for itself (RssAnon)
 after the start, less what it held before; pages of mapped files, which all processes share, are told beside it.
 """
 
@@ -102,7 +102,7 @@ def start(model: str, field: str, name: str, store: str, made_up: bool) -> dict:
         store_module.SHARD_ITEMS = 4096
     ranks, base_model = Ranks(0, 1, torch.device("cpu")), find_model(model)[0]
     column = "text" if field == "dataset_name" else None
-    before, clock = memory(), time.perf_counter()
+    before, clock, cpu = memory(), time.perf_counter(), time.process_time()
     images = load_images(
         **{field: name}, caption_column=column, instance_prompt="x", remember_in=f"{store}/images", ranks=ranks
     )
@@ -112,6 +112,7 @@ def start(model: str, field: str, name: str, store: str, made_up: bool) -> dict:
     ended, after = time.perf_counter(), memory()
     assert int(encoded.latents(len(encoded) - 1).shape[0]) == 4
     return {
+        "cpu_seconds": time.process_time() - cpu,
         "images_seconds": loaded - clock,
         "encodings_seconds": ended - loaded,
         "own_bytes": after["RssAnon"] - before["RssAnon"],
@@ -134,7 +135,8 @@ def measure(work: Path, model: Path, rows: int, kind: str, distinct: bool) -> No
         found = json.loads(done.stdout.splitlines()[-1])
         seconds = found["images_seconds"] + found["encodings_seconds"]
         print(
-            f"{rows:>10,} rows, {kind}, {name}: {seconds:7.2f} s = {seconds / rows * 1e6:6.2f} us a row"
+            f"{rows:>10,} rows, {kind}, {name}: {seconds:7.2f} s, {found['cpu_seconds']:.2f} s of CPU ="
+            f" {found['cpu_seconds'] / rows * 1e6:6.2f} us a row"
             f" (images {found['images_seconds']:.2f} s, encodings {found['encodings_seconds']:.2f} s);"
             f" {found['own_bytes'] / rows:6.1f} bytes a row, {found['mapped_bytes'] / rows:6.1f} more mapped;"
             f" {found['encoded']} encoded",
