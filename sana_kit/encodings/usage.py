@@ -248,9 +248,13 @@ def prune(store: Path, unused_days: float = UNUSED_DAYS, dry_run: bool = False) 
 
 
 def _forget_plans(store: Path, unused_days: float, gone: set[str]) -> None:
-    """Remove remembered plans that are old or name a shard that is gone."""
+    """Remove remembered plans that are old or name a shard that is gone, and what is remembered of old data sets."""
     from safetensors import safe_open
 
+    for path in (store / "images").glob("*.arrow"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > unused_days * DAY:
+                path.unlink()
     for path in (store / "plans").glob("*.safetensors"):
         with suppress(OSError):
             useless = time.time() - path.stat().st_mtime > unused_days * DAY

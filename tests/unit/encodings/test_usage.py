@@ -79,7 +79,12 @@ def test_a_claim_of_a_dead_run_holds_nothing(used):
     assert not claim.exists()
     claim.write_text(kept)  # as a killed run leaves it
     age(store, 40)
+    (store / "images").mkdir()
+    for name, days in (("old.arrow", 40), ("new.arrow", 1)):  # as `sana_kit.data.memory` leaves them
+        (store / "images" / name).touch()
+        os.utime(store / "images" / name, (time.time() - days * DAY,) * 2)
     assert len(usage.prune(store)) == 2 and not claim.exists()
+    assert [path.name for path in (store / "images").iterdir()] == ["new.arrow"]
 
 
 def test_copies_of_the_data_set_in_workers_do_not_give_the_claim_up(used):
