@@ -27,7 +27,7 @@ TARGET = Path("examples") / "dreambooth"
 RECORD = ".sana_kit_overlay"
 # Never part of the kit: environments, caches, hidden folders, and what runs or downloads left beside it.
 _SKIPPED_FOLDERS = {"venv", "__pycache__", "node_modules", "wandb"}
-_SKIPPED_TOP_FOLDERS = {"output", "infer_result", "quickstart_output", "logs", "runs"}
+_SKIPPED_TOP_FOLDERS = {"output", "infer_result", "quickstart_output", "playground", "logs", "runs"}
 _SKIPPED_SUFFIXES = {".pyc", ".pyo", ".log", ".tmp", ".swp"}
 _USERS_MARKS = ("train_log.jsonl", "summary.json", "manifest.jsonl", "model_index.json")
 _KIT_MARKS = ("train_dreambooth_lora_sana.py", "patch_sana.py", "sana_kit/devices.py")
