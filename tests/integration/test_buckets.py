@@ -47,6 +47,7 @@ def test_a_run_in_buckets_tells_them_and_resumes_to_the_bit(flags, whole, tmp_pa
     shutil.copytree(whole, output)
     for step in (6, 9):
         shutil.rmtree(output / f"checkpoint-{step}", ignore_errors=True)
+    (output / "summary.json").unlink()  # as if it had been killed before its end
     assert run_trainer(*flags, f"--output_dir={output}", "--resume_from_checkpoint=latest") == 0
     assert same(adapter_weights(whole), adapter_weights(output))
 
@@ -92,5 +93,6 @@ def test_an_image_takes_one_of_its_crops_each_time(tiny_model, tmp_path):
     whole = [line["loss"] for line in events(tmp_path / "o", "step")]
     assert len(whole) == 6 and len(set(whole)) == 6
     shutil.rmtree(tmp_path / "o" / "checkpoint-6")
+    (tmp_path / "o" / "summary.json").unlink()  # as if it had been killed before its end
     assert run_trainer(*flags, f"--output_dir={tmp_path / 'o'}", "--resume_from_checkpoint=latest") == 0
     assert [line["loss"] for line in events(tmp_path / "o", "step")][6:] == whole[3:]

@@ -144,7 +144,7 @@ def test_a_resume_tells_what_has_changed_about_data_and_flags(flags, tmp_path):
     (images / "image_03.txt").write_text("another caption")
     shutil.copy(images / "image_02.png", images / "image_03.png")
     before = len(events(output, "warning"))
-    run_trainer(*flags, f"--output_dir={output}", *more[1:], "--max_train_steps=2")
+    run_trainer(*flags, f"--output_dir={output}", *more[1:], "--max_train_steps=4")
     told = "\n".join(entry["message"] for entry in events(output, "warning")[before:])
     assert "are other ones than when the checkpoint was written" in told
 
