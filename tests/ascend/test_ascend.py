@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import KIT, script_environment
-from helpers.inferring import draw_here, member_runs
 from helpers.upstream import REFERENCE_COMMIT, TRAINER, upstream_source
 from PIL import Image
 
@@ -357,20 +356,6 @@ def test_inference_scripts(ascend, trained, tiny_model, tmp_path):
         assert np.array_equal(on_two[name], on_three[name]), name
         assert np.abs(on_two[name].astype(int) - expected).max() <= 1, name
         assert np.abs(on_one[name].astype(int) - expected).max() <= 1, name
-
-
-def test_every_member_and_way_to_draw(ascend, tiny_model, tiny_sprint, tmp_path):
-    """SANA-Sprint, ControlNet, perturbed attention, init image and mask on an NPU: the CPU's images."""
-    runs = member_runs(tmp_path, tiny_model, tiny_sprint)
-    expected = draw_here(runs, tmp_path / "cpu")
-    told = [[*flags, "--output_path", str(tmp_path / "npu" / name)] for name, flags in runs.items()]
-    (tmp_path / "runs.json").write_text(json.dumps(told))
-    run([sys.executable, KIT / "tests/distributed/workers/draw_several.py", tmp_path / "runs.json"], ascend(1))
-    for name, files in expected.items():
-        assert json.loads((tmp_path / "npu" / name / "summary.json").read_text())["device"] == "npu"
-        for file in files:
-            mine, other = (np.asarray(Image.open(tmp_path / place / name / file)) for place in ("npu", "cpu"))
-            assert np.abs(mine.astype(int) - other).max() <= 1, file
 
 
 @pytest.mark.slow
