@@ -131,9 +131,14 @@ def base_model_fingerprint(model: torch.nn.Module) -> dict[str, Any]:
     Returns a dict of JSON values: `class`, `name` (hub name, or the last part of a local path), `config` (without
     private keys), `dtype`, `sha256` (of names, shapes and the values read, in that dtype) and `sample` (at most 32 of
     the values as floats: they let models be compared that were cast to different dtypes). `sha256` and `sample` are
-    None where ZeRO-3 has already cut the weights up.
+    None where ZeRO-3 has already cut the weights up. A trainer that changes how the weights are kept (quantised, say)
+    leaves what this function gave before as the model's attribute `sana_base_model`.
     """
     import torch
+
+    before = getattr(model, "sana_base_model", None)
+    if before is not None:
+        return before
 
     config = dict(getattr(model, "config", None) or {})
     name = str(config.get("_name_or_path") or "")

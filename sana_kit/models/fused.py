@@ -206,7 +206,9 @@ def _attention_obstacles(attn: nn.Module) -> Iterator[str]:
     for name in ("to_q", "to_k", "to_v"):
         module = getattr(attn, name)
         base = base_linear(module)
-        if type(base) is not nn.Linear or not base.weight.is_floating_point():
+        if type(base) is nn.Linear and type(base.weight) is not nn.Parameter:
+            yield f"the weight of {name} is kept in few bits"
+        elif type(base) is not nn.Linear or not base.weight.is_floating_point():
             yield f"{name} is a {type(base).__name__}, not a plain linear layer"
         if module is base:
             continue

@@ -61,7 +61,9 @@ class _InBaseDtype:
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """hidden_states in the base layer's dtype -> the layer's output in the same dtype."""
-        dtype = self.base_layer.weight.dtype
+        weight = getattr(self.base_layer, "weight", None)
+        # a quantised weight is kept in another dtype than it computes in
+        dtype = weight.dtype if type(weight) is torch.nn.Parameter else hidden_states.dtype
         if self.lora_A[self.active_adapters[0]].weight.dtype == dtype:
             return self.compute(hidden_states, *args, **kwargs)
         with torch.autocast(hidden_states.device.type, dtype=dtype):

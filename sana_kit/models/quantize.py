@@ -173,3 +173,17 @@ def quantize_weights(root: nn.Module, name: str, dtype: torch.dtype) -> int:
             continue
         count += 1
     return count
+
+
+def saved_bytes(name: str, transformer_config: dict) -> int:
+    """Bytes that a transformer of that config takes less on the device than in bfloat16; scales are counted."""
+    total = 0
+    for _, _, layer in _layers(meta_transformer(transformer_config).transformer_blocks):
+        if type(layer) is nn.Linear or _pointwise(layer):
+            outputs, inputs = layer.weight.shape[:2]
+            if name == "nf4":
+                kept = outputs * inputs * (1 / 2 + 4 / (64 if inputs % 64 == 0 else 32))
+            else:
+                kept = outputs * inputs + outputs * (2 if name == "int8" else 4)
+            total += 2 * outputs * inputs - kept
+    return round(total)

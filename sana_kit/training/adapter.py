@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from peft.utils import set_peft_model_state_dict
 
+from patch_sana import base_model_fingerprint
 from sana_kit.errors import Problem
 from sana_kit.models.adapter import Lora, read_lora
 from sana_kit.models.folder import Model
 from sana_kit.models.lora import lora_config, parse_layers, unmatched_layers
+from sana_kit.models.quantize import QUANTIZATIONS, quantize_problems, quantize_weights
 from sana_kit.models.weights import meta_transformer
 from sana_kit.training.config import AdapterConfig, TrainConfig
 
@@ -48,6 +52,36 @@ def adapter_problems(config: TrainConfig, model: Model) -> tuple[TrainConfig, li
     if lora is None:
         return config, [*problems, *(Problem("init_lora", p.value, p.reason, p.remedy) for p in found)]
     return _begin_with(lora, config, problems)
+
+
+def quantization_problems(config: TrainConfig, model: Model | None, device: str, deepspeed: bool) -> list[Problem]:
+    """Why the base's weights cannot be kept in few bits."""
+    name, field = config.base_quantization, "base_quantization"
+    if name not in QUANTIZATIONS:  # None, or told with the choices
+        return []
+    shapes = None if model is None else model.transformer_config
+    problems = [dataclasses.replace(p, field=field) for p in quantize_problems(name, torch.device(device), shapes)]
+    for wrong, reason, remedy in (
+        (config.train_mode != "lora", "such weights cannot be trained", "Use train_mode lora."),
+        (deepspeed, "DeepSpeed casts the base's weights to its own dtype", "Use one process or DDP."),
+        (config.use_dora, "DoRA needs the norms of whole weights", "Leave use_dora out."),
+        (config.compile, "compiled blocks were not tried with it", "Leave compile out."),
+        (config.mixed_precision == "fp16", "fp16 was not tried with it", "Use bf16."),
+    ):
+        if wrong:
+            problems.append(Problem(field, name, reason, remedy))
+    return problems
+
+
+def quantize_base(transformer: torch.nn.Module, name: str, dtype: torch.dtype) -> None:
+    """Keep the blocks' frozen weights in few bits; adapters beside them stay, and files name the whole base.
+
+    Args:
+        transformer: on the CPU, with its adapter.
+        name: of QUANTIZATIONS; dtype: of the products.
+    """
+    transformer.sana_base_model = base_model_fingerprint(transformer)
+    quantize_weights(transformer.transformer_blocks, name, dtype)
 
 
 def _begin_with(lora: Lora, config: TrainConfig, problems: list[Problem]) -> tuple[TrainConfig, list[Problem]]:

@@ -22,7 +22,7 @@ from sana_kit.launchers import announced_wait, launched_world_size, local_rank
 from sana_kit.models.attention import resolve_attention
 from sana_kit.models.folder import Model, ModelFields, find_model, read_flow_shift
 from sana_kit.training.accounts import upload_problems
-from sana_kit.training.adapter import adapter_problems
+from sana_kit.training.adapter import adapter_problems, quantization_problems
 from sana_kit.training.checkpoint_folders import find_checkpoint, folder_problems
 from sana_kit.training.config import TrainConfig
 from sana_kit.training.launch_config import LaunchConfig, settle
@@ -76,6 +76,7 @@ def check(config: TrainConfig) -> Checked:
         problems += _size_problems(config, model)
         config, found = adapter_problems(config, model)
         problems += found
+    problems += quantization_problems(config, model, device_type, launch.deepspeed)
     problems += check_output_folder(config.output_dir, "output_dir")
     if os.environ.get("RANK", "0") == "0":  # other machines may have no such folder
         problems += _checkpoint_problems(config)

@@ -204,6 +204,12 @@ class SpeedConfig:
     mixed_precision: str | None = flag(
         None, "Default: what the accelerate config says.", choices=("no", "fp16", "bf16")
     )
+    base_quantization: str | None = flag(
+        None,
+        "Keep the frozen weights of the blocks in few bits under the LoRA (nf4: bitsandbytes; int8, fp8: torchao); one"
+        " process or DDP.",
+        choices=("nf4", "int8", "fp8"),
+    )
     allow_tf32: bool = flag(False, "TF32 matrix products on CUDA.")
     attention: str = flag("auto", "Kernel of the cross-attention.", choices=("auto", "sdpa", "npu_fusion"))
     enable_npu_flash_attention: bool = flag(False, "The same as --attention=npu_fusion.")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from patch_sana import check_adapter, create_save_model_hook
 from sana_kit import devices
@@ -180,6 +181,10 @@ class Engine:
         if self.launch.deepspeed:
             numel = sum(p.numel() for _, p in self.named_parameters)
             zero.fit_buckets(self.accelerator.state.deepspeed_plugin.deepspeed_config, numel)
+        if self.kind == "ddp":  # every rank has loaded the same; quantised weights have no broadcast
+            odd = [name for name, p in transformer.named_parameters() if type(p) is not torch.nn.Parameter]
+            if odd:  # DDP has no public setting for that (torch 2.1 to 2.13)
+                DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, odd)
         self._model, self._optimizer = self.accelerator.prepare(transformer, optimizer)
         self._groups = GroupNumbers(self.base_optimizer)
         return self._model, self._optimizer

@@ -18,6 +18,7 @@ from sana_kit.models.attention import set_attention
 from sana_kit.models.folder import Model
 from sana_kit.models.fused import fuse_blocks
 from sana_kit.models.lora import recompute_blocks
+from sana_kit.models.quantize import saved_bytes
 from sana_kit.roofline import build_on_meta, count_training_step
 from sana_kit.training.adapter import put_adapter
 from sana_kit.training.check import image_source
@@ -162,6 +163,8 @@ def describe(config: TrainConfig, plan: Plan, model: Model, chip: devices.Chip |
     side = config.side // model.vae_factor
     flops = flops_per_image(config, plan, model.transformer_config, np.array([[side, side]]), _PLAN_CAPTION_TOKENS)
     held = training_bytes(model.transformer_config, config.train_mode, config.rank, plan.world_size)
+    if config.base_quantization is not None:
+        held["weights"] -= saved_bytes(config.base_quantization, model.transformer_config)
     trained = held["masters"] * plan.world_size // 4
     checkpoint = trained * 12 + (held["weights"] if config.train_mode == "full" else 2 * trained)
     channels = model.transformer_config["in_channels"]

@@ -23,6 +23,7 @@ IDENTITY = (
     "use_rslora",
     "use_dora",
     "init_lora",
+    "base_quantization",
     "resolution",
     "flow_shift",
     "weighting_scheme",

@@ -11,7 +11,7 @@ from sana_kit.models.folder import Model
 from sana_kit.models.fused import fuse_blocks
 from sana_kit.models.loading import load_transformer
 from sana_kit.models.lora import recompute_blocks
-from sana_kit.training.adapter import put_adapter
+from sana_kit.training.adapter import put_adapter, quantize_base
 from sana_kit.training.config import AdapterConfig, SpeedConfig, TrainConfig
 from sana_kit.training.engine import Engine
 
@@ -20,9 +20,14 @@ logger = logging.getLogger("sana")
 
 def prepare_transformer(config: TrainConfig, engine: Engine, base_model: Model) -> torch.nn.Module:
     """The transformer in the dtype of the run, on the device, with LoRA layers or all weights trainable, and tuned."""
-    transformer = load_transformer(base_model, device=engine.device, dtype=engine.weight_dtype)
+    few_bits = config.base_quantization
+    # quantised on the host: the card never holds the whole weights
+    device = engine.device if few_bits is None else torch.device("cpu")
+    transformer = load_transformer(base_model, device=device, dtype=engine.weight_dtype)
     if config.train_mode == "lora":
         add_lora(transformer, config.adapter, engine)
+        if few_bits is not None:
+            quantize_base(transformer, few_bits, engine.weight_dtype)
     else:
         transformer.requires_grad_(True)
     transformer.to(engine.device)
