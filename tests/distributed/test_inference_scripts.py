@@ -4,11 +4,10 @@ python -m pytest tests/distributed/test_inference_scripts.py
 """
 
 import json
-import subprocess
 import sys
 
 import pytest
-from helpers import KIT, launch_command, script_environment, start
+from helpers import KIT, WITHOUT_TORCH, launch_command, run, start
 from helpers.drawing import write_lora
 from helpers.inferring import draw_here, images, infer, manifest, member_runs
 from helpers.waiting import finish, kill, tree, until
@@ -113,11 +112,5 @@ def test_a_killed_run_goes_on_where_it_was(tiny_model, run_script, tmp_path):
 @pytest.mark.parametrize("script", ["bf16", "lora_bf16", "distrib"])
 def test_help_is_there_without_torch(script):
     """What makes it quick: nothing heavy is imported before the command line is read."""
-    code = (
-        "import runpy, sys; sys.argv = ['x', '--help']\n"
-        f"try: runpy.run_path({str(KIT / f'infer_sana_text2img_{script}.py')!r}, run_name='__main__')\n"
-        "except SystemExit as stop: assert not stop.code\n"
-        "heavy = {'torch', 'diffusers', 'transformers', 'peft', 'numpy'} & set(sys.modules); assert not heavy, heavy"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=script_environment())
+    done = run([sys.executable, WITHOUT_TORCH, KIT / f"infer_sana_text2img_{script}.py", "--help"], fresh=True)
     assert done.returncode == 0 and "--lora_weights" in done.stdout, done.stderr

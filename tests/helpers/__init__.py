@@ -18,6 +18,7 @@ from helpers import warm
 from helpers.waiting import finish
 
 KIT = Path(__file__).resolve().parents[2]
+WITHOUT_TORCH = KIT / "tests" / "distributed" / "workers" / "without_torch.py"
 TRAINER = "train_dreambooth_lora_sana.py"
 LAUNCHED = ("ACCELERATE_", "MASTER_", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_", "OMPI_", "SLURM_")
 

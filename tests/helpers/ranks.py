@@ -44,7 +44,7 @@ def _stopped(pid: int) -> bool:
     return psutil.Process(pid).status() == psutil.STATUS_STOPPED
 
 
-def run_ranks(job: Callable, world_size: int = 2, timeout: float = 60) -> list:
+def run_ranks(job: Callable, world_size: int = 2, timeout: float = 900) -> list:
     """What `job(ranks)` returned or raised on each rank, as (ok, value or "Class: message").
 
     A rank that ended without a word (it was killed, or stopped with nobody left to wait for it) is None.

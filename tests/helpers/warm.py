@@ -32,6 +32,7 @@ from PIL import Image
 
 KIT = Path(__file__).resolve().parents[2]
 READ_AT_IMPORT = ("PYTHON", "OMP_", "LD_", "HF_", "DS_", "TRANSFORMERS_", "DIFFUSERS_", "TORCH_DEVICE", "ASCEND_")
+MODULES = ("sana_kit.", "accelerate.commands.launch", "torch.distributed.run")
 OWN = ("sana_kit", "patch_sana", "train_dreambooth_lora_sana")
 # What the trainer, the launchers and the drawing scripts import in the end, late imports of DeepSpeed's too.
 IMPORTED = (
@@ -65,9 +66,13 @@ IMPORTED = (
 
 
 def is_python(words: Sequence[str]) -> bool:
-    """Whether a command is this interpreter with a program: PYTHON [-u] SCRIPT ..., or PYTHON -m MODULE ..."""
-    program = [word for word in words[1:3] if word != "-u"]
-    return words[0] == sys.executable and bool(program) and (program[0] == "-m" or program[0].endswith(".py"))
+    """Whether a command is this interpreter with a program: PYTHON [-u] SCRIPT ..., or PYTHON -m MODULE of MODULES."""
+    program = [word for word in words[1:4] if word != "-u"]
+    if words[0] != sys.executable or len(program) < 1:
+        return False
+    if program[0] == "-m":
+        return program[1].startswith(MODULES)
+    return program[0].endswith(".py")
 
 
 def become(words: Sequence[str], env: Mapping[str, str], cwd: str | None, files: Sequence[int] = ()) -> None:

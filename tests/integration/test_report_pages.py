@@ -5,11 +5,10 @@ The browser tests need Debian's chromium (or CHROMIUM=path) and the playwright p
 
 import io
 import json
-import subprocess
 import sys
 
 import pytest
-from helpers import KIT
+from helpers import WITHOUT_TORCH, run
 from helpers.report_runs import SUMMARY, make_images, make_run
 from PIL import Image
 
@@ -19,16 +18,10 @@ from sana_kit.reports.report import write_report
 
 def test_result_block_from_the_command_line_without_torch(tmp_path):
     (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
-    code = (
-        "import runpy, sys; sys.argv = ['reports', '--result-block', sys.argv[1]]\n"
-        "try: runpy.run_module('sana_kit.reports', run_name='__main__')\n"
-        "except SystemExit as stop: assert not stop.code, stop.code\n"
-        "heavy = {'torch', 'numpy', 'PIL', 'jinja2', 'tqdm'} & set(sys.modules); assert not heavy, heavy"
-    )
-    run = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=KIT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    done = run([sys.executable, WITHOUT_TORCH, "sana_kit.reports", "--result-block", tmp_path], fresh=True)
+    assert done.returncode == 0, done.stderr
     saved = (tmp_path / "Sana_lora_bs8_8p_npu.log").read_text()
-    assert run.stdout == saved
+    assert done.stdout == saved
     for line in (
         "Average it/s: 0.4484",
         "Final Performance images/sec: 28.700",
