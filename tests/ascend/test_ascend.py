@@ -27,7 +27,7 @@ import device_checks
 
 LAUNCHER = "finetune_sana_dreambooth_lora_deepspeed_bf16.sh"
 CONFIG = "bf16_accelerate_config.yaml"
-DROPOUT = ["--enable_npu_flash_attention", "--lora_dropout", "0.2"]
+DROPOUT = ["--enable_npu_flash_attention", "--lora_dropout", "0.2", "--fused_blocks", "auto"]
 DTYPES = ("float32", "bfloat16")
 STEPS = 4
 
@@ -261,7 +261,7 @@ def trained(ascend, tiny_model, parquet_dataset, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def warm(ascend, trained, tiny_model, parquet_dataset, tmp_path_factory):
-    """A run with dropout that finds its encodings on disk: nothing but training touches the device."""
+    """A run with dropout and fused blocks that finds its encodings: nothing but training touches the device."""
     folder = tmp_path_factory.mktemp("warm")
     shutil.copytree(trained["folder"].parent / "encodings", folder / "encodings")
     environment = ascend(2, ASCEND_EMULATED_COUNTERS=str(folder / "counters-%p.json"))
