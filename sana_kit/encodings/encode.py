@@ -77,41 +77,16 @@ def encode(
         identity = peers.run(lambda: Identity.of(base_model))
         claim = Claim(peers.store) if ranks.is_local_main else None
         try:
-            plan, work = _complete_plan(
-                partial(
-                    EncodingPlan,
-                    settings=settings,
-                    identity=identity,
-                    extra_prompts=list(extra_prompts),
-                    seed=seed,
-                    tell=tell,
-                ),
-                images,
-                base_model,
-                peers,
-                tell,
-            )
+            made_of = {"settings": settings, "identity": identity, "extra_prompts": list(extra_prompts), "seed": seed}
+            make_plan = partial(EncodingPlan, **made_of, tell=tell)
+            plan, work = _complete_plan(make_plan, images, base_model, peers, tell)
         except BaseException:
             if claim is not None:
                 claim.close()
             raise
     _settle(plan, claim, ranks)
     warn_truncation(plan, tell)
-    facts = EncodingFacts(
-        seconds=time.monotonic() - started,
-        encoded_images=work.encoded["images"],
-        encoded_prompts=work.encoded["prompts"],
-        reused_images=work.reused["images"],
-        reused_prompts=work.reused["prompts"],
-        image_seconds=work.seconds["images"],
-        prompt_seconds=work.seconds["prompts"],
-        bytes={"latents": plan.latents.total_bytes(), "prompts": plan.texts.total_bytes()},
-        scaling_factor=base_model.vae_config.get("scaling_factor", 1.0),
-        vae_factor=base_model.vae_factor,
-        latent_channels=base_model.vae_config["latent_channels"],
-        messages=tuple(messages),
-        store=in_short(plan.store) if ranks.is_main else "",
-    )
+    facts = _facts(plan, work, base_model, time.monotonic() - started, messages, ranks)
     return EncodedDataset(plan, facts, claim)
 
 
@@ -126,6 +101,26 @@ class _Work:
     encoded: dict[str, int] = dataclasses.field(default_factory=_none)
     reused: dict[str, int] = dataclasses.field(default_factory=_none)
     seconds: dict[str, float] = dataclasses.field(default_factory=_none)
+
+
+def _facts(
+    plan: EncodingPlan, work: _Work, base_model: Model, seconds: float, messages: list[str], ranks: Ranks
+) -> EncodingFacts:
+    return EncodingFacts(
+        seconds=seconds,
+        encoded_images=work.encoded["images"],
+        encoded_prompts=work.encoded["prompts"],
+        reused_images=work.reused["images"],
+        reused_prompts=work.reused["prompts"],
+        image_seconds=work.seconds["images"],
+        prompt_seconds=work.seconds["prompts"],
+        bytes={"latents": plan.latents.total_bytes(), "prompts": plan.texts.total_bytes()},
+        scaling_factor=base_model.vae_config.get("scaling_factor", 1.0),
+        vae_factor=base_model.vae_factor,
+        latent_channels=base_model.vae_config["latent_channels"],
+        messages=tuple(messages),
+        store=in_short(plan.store) if ranks.is_main else "",
+    )
 
 
 def _complete_plan(
