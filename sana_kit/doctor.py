@@ -159,7 +159,9 @@ def examine() -> tuple[list[str], list[str], list[str], str, int]:
     return lines, fatal, warnings, kind, count
 
 
-def _examine_ascend(torch_npu, cann, ascend_host: bool, fatal: list[str], warnings: list[str]) -> None:
+def _examine_ascend(
+    torch_npu: str | None, cann: str | None, ascend_host: bool, fatal: list[str], warnings: list[str]
+) -> None:
     torch = version("torch")
     if ascend_host and torch_npu is None:
         fatal.append(f"torch_npu is missing: pip install torch_npu=={'.'.join(map(str, release(torch or '0')))}")

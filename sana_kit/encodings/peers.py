@@ -47,7 +47,7 @@ class Peers:
     def __enter__(self) -> Peers:
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         self._clean_up()
 
     def find(self) -> None:

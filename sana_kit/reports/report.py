@@ -117,7 +117,7 @@ def config_items(configs: list[dict]) -> tuple[list[dict], list[dict]]:
     A log that does not say what was given ("given" in its configuration) has all rows in the first list.
     """
 
-    def shown(name, value):
+    def shown(name: str, value: object) -> str:
         if _SECRET.search(name) and value not in (None, ""):
             return "(removed)"
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
@@ -142,7 +142,7 @@ def _duration(run: RunLog) -> float:
     return told if told is not None and not run.resumes else run.duration_seconds
 
 
-def _time_left(run: RunLog, total) -> float | None:
+def _time_left(run: RunLog, total: int | None) -> float | None:
     """Seconds until the last step at the pace of the latest logged steps; None where that is not known."""
     timed = [line for line in run.steps[-21:] if isinstance(line.get("time"), (int, float))]
     if run.end is not None or not isinstance(total, int) or len(timed) < 2:

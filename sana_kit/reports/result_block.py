@@ -10,7 +10,7 @@ from pathlib import Path
 from sana_kit.files import write_atomic
 
 
-def _result_line(value, digits: int, reason: str | None) -> str:
+def _result_line(value: float | None, digits: int, reason: str | None) -> str:
     if isinstance(value, (int, float)) and math.isfinite(value):
         return f"{value:.{digits}f}"
     return f"n/a ({reason})" if reason else "n/a"
