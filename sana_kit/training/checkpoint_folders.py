@@ -43,6 +43,9 @@ RUN_FILES = (
     "training_images",
     "model_card",
     "logs",
+    "run.yaml",
+    "best",
+    "raw",
 )
 # What FORMAT 1 restored of an optimizer's groups.
 _FORMAT_1_GROUPS = ("d", "k", "d0", "d_max", "d_numerator")

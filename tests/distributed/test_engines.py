@@ -106,6 +106,8 @@ def test_zero3_and_cpu_offload_by_the_config_resume_to_the_bit(flags, tmp_path, 
     if offload == "cpu" and not (shutil.which("g++") or shutil.which("c++")):
         pytest.skip("DeepSpeed compiles its CPU optimizer, and there is no C++ compiler here")
     config = config_with(tmp_path / "config.yaml", zero_stage=stage, offload_optimizer_device=offload)
+    if stage == 3:  # which refuses an average
+        flags = [flag for flag in flags if "ema" not in flag]
     more = ["--train_batch_size=1", f"--train_mode={mode}", "--learning_rate=1e-3"]
     how = {"processes": 2, "engine": "zero", "config": config}
     train(tmp_path / "whole", flags, *more, **how)
