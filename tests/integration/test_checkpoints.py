@@ -104,10 +104,10 @@ def test_a_run_id_lives_through_resumes_and_the_sequence_grows(flags, tmp_path):
 
 
 def test_a_checkpoint_of_format_1_resumes_to_the_bit(flags, tmp_path):
-    """As the kit before run ids wrote it."""
+    """As the kit before run ids wrote it: the run's own seed decided the crops then, and still does after a resume."""
     whole, old = tmp_path / "whole", tmp_path / "old"
     more = ["--max_train_steps=4", "--checkpointing_steps=2", "--lora_dropout=0.1"]
-    run_trainer(*flags, f"--output_dir={whole}", *more)
+    run_trainer(*flags, f"--output_dir={whole}", *more, "--crop_seed=0")
     shutil.copytree(whole / "checkpoint-2", old / "checkpoint-2")
     state = state_of(old / "checkpoint-2")
     for key in ("run_id", "sequence", "written", "loss_scale"):

@@ -781,7 +781,7 @@ ERRORS = {
     "resume": (["--resume_from_checkpoint=checkpoint-7"], "no such folder.*Checkpoints there: none"),
     "instruction": (["--complex_human_instruction=nofile.txt"], "no such file"),
     "prior": (["--with_prior_preservation"], "--class_data_dir: needed"),
-    "8 bit": (["--use_8bit_adam"], "bitsandbytes needs CUDA"),
+    "8 bit": (["--optimizer=came8bit"], "no maintained package has CAME with 8-bit moments"),
     "tracker": (["--report_to=mlflow"], "unknown. Use one of tensorboard"),
     "token": (["--report_to=wandb", "--hub_token=t"], "must not be given with --report_to=wandb"),
     "column": (["--caption_column=text"], "columns belong to --dataset_name"),

@@ -15,7 +15,6 @@ LONG_FILES = {
 LONG_FUNCTIONS = {
     "sana_kit/arithmetic.py": ["transformer_ops"],  # one table of a transformer's operators, row by row
     "sana_kit/doctor.py": ["examine"],  # not yet cut: one check after the other
-    "sana_kit/encodings/encode.py": ["encode"],  # not yet cut
     "sana_kit/generation/denoise.py": ["denoise"],  # half of it is signature and docstring
     "sana_kit/generation/generate.py": ["generate"],  # half of it is signature and docstring
     "sana_kit/generation/sprint.py": ["denoise_sprint"],  # half of it is signature and docstring
