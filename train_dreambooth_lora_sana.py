@@ -149,6 +149,7 @@ def run(config: TrainConfig, base_model, engine: Engine, stop: StopSignal, recor
     # 7. Train
     recipe = RECIPES[base_model.pipeline_class].of(config)
     chances = {"caption_dropout": config.caption_dropout, "crops": crops}
+    chances["several_captions"] = encoded.several_captions
     stream = SampleStream(encoded, order, plan.num_class, seed=config.seed, recipe=recipe, **chances)
     state.samples_seen = order.first_position(state.samples_seen)
     workers = config.dataloader_num_workers

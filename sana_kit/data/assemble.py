@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sana_kit.data.captions import Choices
 from sana_kit.data.image_set import LISTED_PROBLEMS, ImageSet, bad_image_problems
 from sana_kit.data.memory import ANIMATED, OPEN_ENDED, Headers, Memory, as_numbers
 from sana_kit.data.tables import Named, Table
@@ -45,11 +46,13 @@ class _Captions:
     Attributes:
         empty: rows without a caption of their own, the first few, and how many.
         several: how many rows have more than one.
+        choices: all captions by sample; None where each has one.
     """
 
     texts: Texts = field(default_factory=Texts)
     empty: tuple[list[int], int] = ((), 0)
     several: int = 0
+    choices: Choices | None = None
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -59,7 +62,7 @@ def refuse(problems: list[Problem]) -> None:
 
 
 def _settle_captions(table: Table, named: Named, good: np.ndarray, asked: Asked) -> _Captions:
-    """A caption for each repeat of each good row; the r-th repeat takes caption r modulo the row's number of them."""
+    """The captions of each repeat of each good row."""
     fallback, repeats = (asked.instance_prompt or "").strip(), asked.repeats
     cells = table.captions() if callable(table.captions) else table.captions
     if cells is None:
@@ -88,10 +91,10 @@ def _booleans(column: pa.ChunkedArray) -> np.ndarray:
 
 def _settle_cells(cells: list, table: Table, named: Named, good: np.ndarray, asked: Asked) -> _Captions:
     """`_settle_captions` for cells that hold anything else than one text."""
-    texts, empty, settled = [], [], _Captions()
+    texts, counts, weights, empty, settled = [], [], [], [], _Captions()
     for row in good.tolist():
         try:
-            choices = caption_choices(cells[row])
+            choices, shares = _weighted(cells[row], table.weights)
         except TypeError as error:
             settled.problems.append(named.problem(f"caption of {table.source.name(row)}: {error}"))
             if len(settled.problems) >= LISTED_PROBLEMS:
@@ -99,26 +102,49 @@ def _settle_cells(cells: list, table: Table, named: Named, good: np.ndarray, ask
             continue
         if not choices:
             empty.append(row)
-            choices = [(asked.instance_prompt or "").strip()]
+            choices, shares = [(asked.instance_prompt or "").strip()], [1.0]
         settled.several += len(choices) > 1
-        texts += [choices[repeat % len(choices)] for repeat in range(asked.repeats)]
-    settled.texts, settled.empty = Texts(texts), (empty[: LISTED_PROBLEMS + 1], len(empty))
+        texts += choices
+        weights += shares
+        counts.append(len(choices))
+    if settled.problems:
+        return settled
+    starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+    repeated = np.repeat(np.arange(len(counts)), asked.repeats)
+    whole = Texts(texts)
+    settled.texts = Texts(whole.array.take(pa.array(starts[:-1][repeated])))
+    settled.empty = (empty[: LISTED_PROBLEMS + 1], len(empty))
+    if settled.several:
+        settled.choices = Choices(whole, starts, np.array(weights)).take(repeated)
     return settled
+
+
+def _weighted(cell, columns: tuple[float, ...] | None) -> tuple[list[str], list[float]]:
+    """(captions, their weights) of a cell, or of a row's cells in columns of these weights.
+
+    A column's weight is shared by the captions of its cell; an empty cell leaves its share to the others.
+    """
+    texts, weights = [], []
+    for part, weight in [(cell, 1.0)] if columns is None else zip(cell, columns, strict=True):
+        found = caption_choices(part)
+        texts += found
+        weights += [weight / len(found) for _ in found]
+    return texts, weights
 
 
 def _remembered_captions(table: Table, named: Named, good: np.ndarray, asked: Asked, memory: Memory) -> _Captions:
     """`_settle_captions`, or what it gave for the same table before."""
     identity = table.source.identity() if hasattr(table.source, "identity") else None
-    parts = (asked.caption_column, asked.instance_prompt, asked.repeats)
+    parts = ("drawn", asked.caption_column, asked.instance_prompt, asked.repeats)
     count = len(good) * asked.repeats
     found = memory.recall_captions(identity, *parts)
-    if found is not None and len(found[0]) == count and found[1]["rows"] == len(good):
-        rows, empty = found[1]["empty"]
-        return _Captions(found[0], (rows, empty), found[1]["several"])
+    if found is not None and len(found[0]) == count and found[2]["rows"] == len(good):
+        texts, choices, notes = found
+        return _Captions(texts, tuple(notes["empty"]), notes["several"], choices)
     settled = _settle_captions(table, named, good, asked)
     if not settled.problems and len(good) == len(table.source):  # with bad rows the next start may see others
         notes = {"empty": settled.empty, "several": settled.several, "rows": len(good)}
-        memory.keep_captions(identity, *parts, captions=settled.texts, notes=notes)
+        memory.keep_captions(identity, *parts, captions=settled.texts, choices=settled.choices, notes=notes)
     return settled
 
 
@@ -157,6 +183,10 @@ def _notes(table: Table, named: Named, headers: Headers, captions: _Captions) ->
         notes.append(f"{named.value}: no captions in use; every image gets the instance prompt.")
     elif captions.empty[1]:
         notes.append(f"{named.value}: {captions.empty[1]} image(s) without a caption get the instance prompt.")
+    if captions.several:
+        what = "lines of a caption file, texts of a cell or columns"
+        drawn = f"{captions.several} image(s) have several captions ({what}); each time that one comes, one is drawn"
+        notes.append(f"{named.value}: {drawn}.")
     if animated:
         notes.append(f"{named.value}: {animated} animation(s); the first frame is taken.")
     if _count(headers, OPEN_ENDED):
@@ -208,4 +238,5 @@ def assemble(table: Table, named: Named, headers: Headers, asked: Asked, memory:
         **table.counts,
     }
     notes = _notes(table, named, headers, captions)
-    return ImageSet(table.source, rows, captions.texts, positions, headers.digests, headers.sizes, report, notes)
+    facts = (positions, headers.digests, headers.sizes, report, notes)
+    return ImageSet(table.source, rows, captions.texts, *facts, captions.choices)

@@ -48,9 +48,8 @@ def load_images(
         dataset_split: the split to take.
         instance_data_dir: a folder of images, each with an optional caption in a .txt or .caption file of its name.
         image_column: column of the images; None takes the first that holds images.
-        caption_column: column of the captions; None gives every image of `dataset_name` the instance prompt. Where a
-            cell lists several captions, the r-th repeat of the image takes caption r modulo their number, so without
-            repeats the first.
+        caption_column: column of the captions, or several ("a,b", "a:3,b:1": see `captions.caption_columns`); None
+            gives every image of `dataset_name` the instance prompt. A cell may list several captions.
         instance_prompt: the caption of images that have none (null, empty or only spaces); the empty text is one.
         cache_dir: where `datasets` keeps what it downloads.
         repeats: how many times each image appears, consecutively.

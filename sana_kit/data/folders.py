@@ -1,9 +1,10 @@
-"""Folders of images: captions in text files beside them, and everything else in the folder counted and told."""
+"""Folders of images: captions beside them, a line each, and everything else in the folder counted and told."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from sana_kit.data.captions import lines_of
 from sana_kit.data.decode import IMAGE_SUFFIXES
 from sana_kit.data.sources import FileSource
 from sana_kit.data.tables import Named, Table, refused_table
@@ -70,7 +71,7 @@ def find_in_folder(named: Named, captions: bool = True) -> Table:
     cells = []
     for text in (texts.get(image.stem) for image in images):
         try:
-            cells.append(None if text is None else text.read_text(encoding="utf-8-sig"))
+            cells.append(None if text is None else lines_of(text.read_text(encoding="utf-8-sig")))
         except (OSError, UnicodeDecodeError) as error:
             problems.append(named.problem(f"caption {text.name} cannot be read as UTF-8 text ({error})"))
     shared = len([image for image in images if image.stem in texts]) - len(texts)

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image
 
+from sana_kit.data.captions import Choices, affixed
 from sana_kit.data.decode import decode_image, open_image
 from sana_kit.data.sources import JoinedSource
 from sana_kit.data.texts import Texts
@@ -24,19 +25,22 @@ class ImageSet:
     """Captioned images, opened one at a time. Picklable; safe to use from several threads.
 
     Attributes:
-        captions: one string per sample, a `Texts`; any sequence of strings may be assigned.
+        captions: one string per sample, a `Texts`; any sequence of strings may be assigned. Where a sample has several
+            captions, its first.
+        choices: all captions by sample; None where each sample has one.
         names: file name relative to the folder, or "train[17]" for row 17 of a table, per sample.
         report: counts of what was found and skipped, for the log and the summary.
         notes: the same as sentences, each told once by the trainer.
     """
 
-    def __init__(self, source, rows, captions, positions, digests, sizes, report, notes):
+    def __init__(self, source, rows, captions, positions, digests, sizes, report, notes, choices=None):
         self._source = source
         self._rows = _narrow(rows)  # (N,), the source's row of each sample
         self._positions = _narrow(positions)  # (N,), the index that random decisions are keyed by
         self._digests = digests  # (rows of the source, 32) uint8
         self._sizes = sizes  # (rows of the source, 2) int32: width, height when upright
         self.captions = captions
+        self.choices: Choices | None = choices
         self.report: dict[str, int] = report
         self.notes: list[str] = notes
 
@@ -50,6 +54,18 @@ class ImageSet:
     @captions.setter
     def captions(self, captions: Sequence[str]) -> None:
         self._captions, self._digest = captions if isinstance(captions, Texts) else Texts(captions), None
+        self.choices = None
+
+    @property
+    def all_captions(self) -> Texts:
+        """Every caption that a sample may take."""
+        return self.captions if self.choices is None else self.choices.texts
+
+    def affix(self, prefix: str, suffix: str) -> None:
+        """Put something before and behind every caption."""
+        choices = None if self.choices is None else self.choices.affixed(prefix, suffix)
+        self.captions = affixed(self.captions, prefix, suffix)
+        self.choices = choices
 
     @property
     def names(self) -> list[str]:
@@ -109,6 +125,10 @@ class ImageSet:
                 whole.update(self._positions[start : start + _BLOCK].astype(np.int64).tobytes())
             for block in self.captions.blocks():
                 whole.update("".join([f"{len(caption)}:{caption}" for caption in block]).encode())
+            if self.choices is not None:
+                whole.update(self.choices.starts.tobytes() + self.choices.weights.tobytes())
+                for block in self.choices.texts.blocks():
+                    whole.update("".join([f"{len(caption)}:{caption}" for caption in block]).encode())
             self._digest = whole.hexdigest()
         return self._digest
 
@@ -126,6 +146,7 @@ class ImageSet:
             self._sizes,
             report,
             list(self.notes),
+            None if self.choices is None else self.choices.where(keep),
         )
 
     def release(self) -> None:
@@ -141,6 +162,10 @@ def _narrow(numbers: np.ndarray) -> np.ndarray:
 
 def concat(first: ImageSet, second: ImageSet) -> ImageSet:
     """The samples of both, in this order; each keeps its random decisions (prior preservation: instance, class)."""
+    choices = None
+    if first.choices is not None or second.choices is not None:
+        own, other = (part.choices or Choices.single(part.captions) for part in (first, second))
+        choices = own + other
     report = {k: first.report.get(k, 0) + second.report.get(k, 0) for k in {**first.report, **second.report}}
     return ImageSet(
         JoinedSource(first._source, second._source),
@@ -151,6 +176,7 @@ def concat(first: ImageSet, second: ImageSet) -> ImageSet:
         np.concatenate([first._sizes, second._sizes]),
         report,
         first.notes + second.notes,
+        choices,
     )
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sana_kit.data.captions import Choices
 from sana_kit.data.texts import Texts
 from sana_kit.files import write_atomic
 
@@ -157,17 +158,23 @@ class Memory:
 
     # ------------------------------------------------------------------------------------------------------ captions
 
-    def recall_captions(self, identity: str | None, *parts: object) -> tuple[Texts, dict] | None:
-        """(captions by sample, notes) of a table that is still the same."""
+    def recall_captions(self, identity: str | None, *parts: object) -> tuple[Texts, Choices | None, dict] | None:
+        """(captions by sample, all of them where some have several, notes) of a table that is still the same."""
         if self.folder is None or identity is None:
             return None
         found = self._read(self._path("captions", identity, *parts))
-        return None if found is None else (Texts(found[0]["caption"]), found[1])
+        if found is None:
+            return None
+        choices = Choices.of_columns(found[0]) if "choices" in found[0] else None
+        return Texts(found[0]["caption"]), choices, found[1]
 
-    def keep_captions(self, identity: str | None, *parts: object, captions: Texts, notes: dict) -> None:
+    def keep_captions(
+        self, identity: str | None, *parts: object, captions: Texts, choices: Choices | None, notes: dict
+    ) -> None:
         """Remember what `recall_captions` gives back."""
         if self.folder is not None and self.writes and identity is not None:
-            self._write(self._path("captions", identity, *parts), {"caption": captions.array}, notes)
+            columns = {"caption": captions.array, **({} if choices is None else choices.columns())}
+            self._write(self._path("captions", identity, *parts), columns, notes)
 
 
 def stat_files(source) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sana_kit.data import arrow_types
+from sana_kit.data.captions import caption_columns
 from sana_kit.data.decode import IMAGE_SUFFIXES
 from sana_kit.data.image_set import LISTED_PROBLEMS
 from sana_kit.data.sources import DatasetSource, FileSource, ParquetSource, inside
@@ -63,7 +64,9 @@ class Table:
     """A found data set: its images and, per row, the raw caption cell.
 
     Attributes:
-        captions: the cells, Arrow's or Python's, or what reads them; None: no caption column.
+        captions: the cells, Arrow's or Python's, or what reads them; None: no caption column. Of several columns each
+            is a list of a row's cells.
+        weights: of several caption columns; None for one.
     """
 
     source: object
@@ -71,6 +74,7 @@ class Table:
     problems: list[Problem]
     notes: list[str]
     counts: dict[str, int]
+    weights: tuple[float, ...] | None = None
 
 
 def refused_table(*problems: Problem) -> Table:
@@ -97,6 +101,31 @@ def _choose_split(names, wanted: Wanted) -> str:
 
 def _missing_column(field: str, value: str | None, where: str, columns) -> Problem:
     return Problem(field, value, f"no such column in {where}; columns present: {', '.join(columns)}")
+
+
+def _columns(
+    wanted: Wanted, where: str, present: Sequence[str], shown: Sequence[str] | None = None
+) -> tuple[list[tuple[str, float]], list[Problem]]:
+    """((caption column, weight) of each, problems) for a table with these columns, told as `shown`."""
+    if wanted.caption_column is None:
+        return [], []
+    try:
+        pairs = caption_columns(wanted.caption_column, present)
+    except ValueError as error:
+        remedy = "Name columns as a,b or with weights as a:3,b:1."
+        return [], [Problem("caption_column", wanted.caption_column, str(error), remedy)]
+    absent = [name for name, _ in pairs if name not in present]
+    return pairs, [_missing_column("caption_column", name, where, shown or present) for name in absent]
+
+
+def _weights(pairs: list[tuple[str, float]]) -> tuple[float, ...] | None:
+    return tuple(weight for _, weight in pairs) if len(pairs) > 1 else None
+
+
+def _one_cell_a_row(columns: list) -> list:
+    """Python cells of a column, or each row's of several."""
+    columns = [column.to_pylist() if hasattr(column, "to_pylist") else list(column) for column in columns]
+    return columns[0] if len(columns) == 1 else [list(cells) for cells in zip(*columns, strict=True)]
 
 
 def from_files(wanted: Wanted, splits: dict[str, list[Path]], root: Path) -> Table:
@@ -130,7 +159,7 @@ def from_files(wanted: Wanted, splits: dict[str, list[Path]], root: Path) -> Tab
 def _check_columns(where: str, schema: pa.Schema, wanted: Wanted) -> tuple[str | None, list[Problem]]:
     """(image column, problems) for an Arrow schema."""
     columns, problems = list(schema.names), []
-    image_column, caption_column = wanted.image_column, wanted.caption_column
+    image_column = wanted.image_column
     present = f"columns present: {', '.join(columns)}"
     if image_column is None:
         image_column = next((c for c in columns if arrow_types.holds_images(schema.field(c).type)), None)
@@ -143,13 +172,13 @@ def _check_columns(where: str, schema: pa.Schema, wanted: Wanted) -> tuple[str |
         if not arrow_types.holds_images(kind) and not arrow_types.is_text(kind):
             told = arrow_types.told(kind)
             problems.append(Problem("image_column", image_column, f"it holds {told}, not images; {present}"))
-    if caption_column is not None and caption_column not in columns:
-        problems.append(_missing_column("caption_column", caption_column, where, columns))
-    elif caption_column is not None:
-        kind = schema.field(caption_column).type
+    pairs, found = _columns(wanted, where, columns)
+    problems += found
+    for name in (name for name, _ in pairs if name in columns):
+        kind = schema.field(name).type
         if not arrow_types.holds_captions(kind):
             told = arrow_types.told(kind)
-            problems.append(Problem("caption_column", caption_column, f"it holds {told}, not text; {present}"))
+            problems.append(Problem("caption_column", name, f"it holds {told}, not text; {present}"))
     return image_column, problems
 
 
@@ -168,16 +197,23 @@ def _from_parquet(wanted: Wanted, files: list[Path], split: str, root: Path) -> 
     if problems:
         return refused_table(*problems)
     source = ParquetSource(files, column, split, root)
-    captions = None if wanted.caption_column is None else lambda: _parquet_column(wanted, files)
-    return Table(source, captions, [], [], {})
+    pairs, _ = _columns(wanted, wanted.name, schema.names)
+    captions = None if not pairs else lambda: _parquet_cells(wanted, files, pairs)
+    return Table(source, captions, [], [], {}, _weights(pairs))
 
 
-def _parquet_column(wanted: Wanted, files: list[Path]) -> pa.ChunkedArray:
-    """The caption column of all files. Raises UserError for those that cannot be read."""
+def _parquet_cells(wanted: Wanted, files: list[Path], pairs: list[tuple[str, float]]) -> pa.ChunkedArray | list:
+    """The caption cells of all files, of one column or several."""
+    columns = [_parquet_column(wanted, files, name) for name, _ in pairs]
+    return columns[0] if len(columns) == 1 else _one_cell_a_row(columns)
+
+
+def _parquet_column(wanted: Wanted, files: list[Path], name: str) -> pa.ChunkedArray:
+    """A caption column of all files. Raises UserError for those that cannot be read."""
     chunks, problems = [], []
     for file in files:
         try:
-            column = pq.read_table(file, columns=[wanted.caption_column]).column(0)
+            column = pq.read_table(file, columns=[name]).column(0)
             plain = pa.large_string() if arrow_types.is_text(column.type) else column.type
             chunks += column.cast(plain).chunks
         except Exception as error:
@@ -194,21 +230,25 @@ def _from_dataset(wanted: Wanted, dataset, split: str, root: Path | None) -> Tab
     """A `datasets.Dataset`: its image column is cast so that images stay encoded; class labels become their names."""
     import datasets
 
-    features, caption_column = dataset.features, wanted.caption_column
-    labels = features.get(caption_column) if caption_column is not None else None
-    if isinstance(labels, datasets.ClassLabel):
-        shown = dataset.cast_column(caption_column, datasets.Value("string"))  # only for the check of the columns
-        schema = shown.features.arrow_schema
-    else:
-        labels, schema = None, features.arrow_schema
-    column, problems = _check_columns(wanted.name, schema, wanted)
+    shown, labels = dataset, {}
+    pairs, _ = _columns(wanted, wanted.name, dataset.column_names)
+    for name, _ in pairs:
+        if isinstance(dataset.features.get(name), datasets.ClassLabel):
+            labels[name] = dataset.features[name]
+            shown = shown.cast_column(name, datasets.Value("string"))  # only for the check of the columns
+    column, problems = _check_columns(wanted.name, shown.features.arrow_schema, wanted)
     if problems:
         return refused_table(*problems)
-    captions = list(dataset[caption_column]) if caption_column is not None else None
-    if labels is not None:
-        captions = [None if number is None or number < 0 else labels.int2str(number) for number in captions]
+
+    def cells(name: str) -> list:
+        found, label = list(dataset[name]), labels.get(name)
+        if label is None:
+            return found
+        return [None if number is None or number < 0 else label.int2str(number) for number in found]
+
+    captions = _one_cell_a_row([cells(name) for name, _ in pairs]) if pairs else None
     dataset = dataset.cast_column(column, datasets.Image(decode=False))
-    return Table(DatasetSource(dataset, column, split, root), captions, [], [], {})
+    return Table(DatasetSource(dataset, column, split, root), captions, [], [], {}, _weights(pairs))
 
 
 def _pick_loaded_split(wanted: Wanted, loaded):
@@ -290,7 +330,7 @@ def from_hub(wanted: Wanted) -> Table:
 
 def _from_text_tables(wanted: Wanted, files: list[Path]) -> Table:
     """Tables that name image files in the column file_name, or in the image column, relative to the table's folder."""
-    problems, names, captions, notes = [], [], [], []
+    problems, names, captions, notes, pairs = [], [], [], [], []
     root = files[0].parent
     for file in files:
         try:
@@ -298,7 +338,7 @@ def _from_text_tables(wanted: Wanted, files: list[Path]) -> Table:
         except ValueError as error:
             problems.append(wanted.problem(str(error)))
             continue
-        column, found = _file_column(wanted, file, columns)
+        column, pairs, found = _file_columns(wanted, file, columns)
         problems += found
         if problems:
             continue
@@ -308,7 +348,7 @@ def _from_text_tables(wanted: Wanted, files: list[Path]) -> Table:
             image = inside(file.parent, value) if isinstance(value, str) and value.strip() else None
             if image is not None:
                 names.append(os.path.relpath(image, os.path.abspath(root)))
-                captions.append(row.get(wanted.caption_column) if wanted.caption_column is not None else None)
+                captions.append([row.get(name) for name, _ in pairs])
             elif isinstance(value, str) and value.strip():
                 problems.append(wanted.problem(f"{where}: {value} leads out of the folder"))
             else:
@@ -317,12 +357,15 @@ def _from_text_tables(wanted: Wanted, files: list[Path]) -> Table:
                 break
     if not problems:
         notes += _unnamed_images(wanted.name, {file.parent for file in files}, root, names)
-    captions = captions if wanted.caption_column is not None else None
-    return Table(FileSource(root, names), captions, problems, notes, {})
+    if len(pairs) < 2:
+        captions = [cells[0] for cells in captions] if pairs else None
+    return Table(FileSource(root, names), captions, problems, notes, {}, _weights(pairs))
 
 
-def _file_column(wanted: Wanted, file: Path, columns: list[str]) -> tuple[str, list[Problem]]:
-    """(column of the file names, problems) of a text table."""
+def _file_columns(
+    wanted: Wanted, file: Path, columns: list[str]
+) -> tuple[str, list[tuple[str, float]], list[Problem]]:
+    """(column of the file names, caption columns with weights, problems) of a text table."""
     where, image_column = f"{wanted.name} ({file.name})", wanted.image_column
     column = image_column if image_column in columns else "file_name"
     # The images are addressed as in `datasets`: the column file_name becomes the column image.
@@ -330,9 +373,8 @@ def _file_column(wanted: Wanted, file: Path, columns: list[str]) -> tuple[str, l
     problems = []
     if column not in columns or (image_column not in (None, "image", "file_name") and image_column not in columns):
         problems.append(_missing_column("image_column", image_column, where, shown))
-    if wanted.caption_column is not None and wanted.caption_column not in columns:
-        problems.append(_missing_column("caption_column", wanted.caption_column, where, shown))
-    return column, problems
+    pairs, found = _columns(wanted, where, columns, shown)
+    return column, pairs, problems + found
 
 
 def _unnamed_images(name: str, folders: set[Path], root: Path, named: list[str]) -> list[str]:

@@ -80,6 +80,15 @@ class EncodedDataset(torch.utils.data.Dataset):
         return self._plan.texts.read(int(self._plan.caption_rows[i]))
 
     @property
+    def several_captions(self) -> bool:
+        """Whether some samples have several captions."""
+        return self._plan.choice_rows is not None
+
+    def drawn_prompt_embeds(self, i: int, u: float) -> torch.Tensor:
+        """(T, D) of the caption that sample i takes for a number u in [0, 1), by the captions' weights."""
+        return self._plan.texts.read(int(self._plan.choice_rows[self.images.choices.draw(i, u)]))
+
+    @property
     def transform(self) -> Transform:
         """The decision of scale, crop and flip for each sample."""
         return Transform(self._plan.images, self._plan.settings, self._plan.seed)
@@ -91,7 +100,7 @@ class EncodedDataset(torch.utils.data.Dataset):
         return sides[latents.shape[self._plan.latent_rows]]
 
     def prompt_tokens(self) -> np.ndarray:
-        """(N,) int32: valid tokens of each sample's caption, for statistics and length-aware batches."""
+        """(N,) int32: valid tokens of each sample's caption, of several the first's, for statistics."""
         return self._plan.texts.tokens(self._plan.caption_rows)
 
     def prompt(self, prompt: str, instruction: list[str] | None = None) -> torch.Tensor:

@@ -208,7 +208,8 @@ def check_same_data(images: ImageSet, ranks: Ranks) -> None:
 def warn_truncation(plan: EncodingPlan, tell: Callable[[str], None]) -> None:
     """Say how many captions were cut and how many images had to be enlarged."""
     length, resolution = plan.settings.max_sequence_length, plan.settings.resolution
-    cut = int((plan.texts.tokens(np.unique(plan.caption_rows)) >= length).sum())
+    rows = plan.caption_rows if plan.choice_rows is None else plan.choice_rows
+    cut = int((plan.texts.tokens(np.unique(rows)) >= length).sum())
     if cut:
         tell(f"{cut} caption(s) reach max_sequence_length={length} tokens; SanaPipeline cuts the rest off, too.")
     if plan.settings.resolutions:  # the trainer tells of each bucket

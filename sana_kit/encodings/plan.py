@@ -68,6 +68,7 @@ class EncodingPlan:
 
     Attributes:
         latent_rows, caption_rows: (N,) int32, the row of each sample's latents and of its caption.
+        choice_rows: int32, the row of each of all captions where some samples have several, else None.
         latents, texts: the indexes of the store, over rows.
         short_keys: (P,) byte strings, the beginnings of the prompts' keys.
         needs: keys and what they stand for; None where an earlier run's plan was taken over.
@@ -112,6 +113,8 @@ class EncodingPlan:
         # Captions: each distinct text once, then each distinct key once.
         known: dict[str, int] = {}
         text_rows = np.fromiter((known.setdefault(c, len(known)) for c in images.captions), np.int32, len(images))
+        choices = images.all_captions if images.choices is not None else ()
+        choice_rows = np.fromiter((known.setdefault(c, len(known)) for c in choices), np.int32, len(choices))
         texts = list(known)
         instruction = settings.complex_human_instruction
         keys = [self.make_key.many(texts, instruction)]
@@ -119,6 +122,7 @@ class EncodingPlan:
         keys = np.concatenate(keys)
         first, rows = distinct(keys)
         self.caption_rows = rows[: len(texts)][text_rows]
+        self.choice_rows = None if images.choices is None else rows[: len(texts)][choice_rows]
         own = list(instruction) if instruction else None
         prompts = [(text, own) for text in texts] + [(p, list(i) if i else None) for p, i in self.extra_prompts]
         self.needs = Needs(transform, first_sample, [prompts[k] for k in first], latent_keys, keys[first])
@@ -183,6 +187,8 @@ class EncodingPlan:
             "caption_rows": self.caption_rows,
             "short_keys": self.short_keys.view(np.uint8).reshape(-1, SHORT_KEY),
         }
+        if self.choice_rows is not None:
+            arrays["choice_rows"] = self.choice_rows
         notes = {}
         for part, index in zip(PARTS, (self.latents, self.texts), strict=True):
             for name in ("shard", "offset", "shape", "crc"):
@@ -210,6 +216,7 @@ class EncodingPlan:
                     indexes.append(index)
                 self.latents, self.texts = indexes
                 self.latent_rows, self.caption_rows = file.get_tensor("latent_rows"), file.get_tensor("caption_rows")
+                self.choice_rows = file.get_tensor("choice_rows") if self.images.choices is not None else None
                 self.short_keys = np.ascontiguousarray(file.get_tensor("short_keys")).view(f"S{SHORT_KEY}").ravel()
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return False

@@ -107,10 +107,14 @@ class DataConfig:
     dataset_config_name: str | None = flag(None, "Config of the hub data set.")
     dataset_split: str | None = flag(None, "Split of the data set; default: train, or the only one.")
     instance_data_dir: str | None = flag(
-        None, "Folder of images; optional caption in a .txt of the same name.", path=True
+        None, "Folder of images; optional caption in a .txt of the same name, each line one of several.", path=True
     )
     image_column: str = flag("image", "Column of the images.")
-    caption_column: str | None = flag(None, "Column of the captions; without it every image gets --instance_prompt.")
+    caption_column: str | None = flag(
+        None,
+        "Column of the captions, or several, as a,b or weighted as a:3,b:1; a cell may list several captions. Each"
+        " time that an image comes, one of its captions is drawn. Without it every image gets --instance_prompt.",
+    )
     instance_prompt: str | None = flag(None, "Caption of images that have none, e.g. 'a photo of TOK dog'.")
     caption_prefix: str = flag("", "Put before every caption as it is, e.g. 'TOK style, '.")
     caption_suffix: str = flag("", "Put behind every caption as it is.")
@@ -120,8 +124,7 @@ class DataConfig:
     repeats: int = flag(1, "Use each image this often per epoch, each time with its own crop.", low=1)
     crops_per_image: int = flag(
         1,
-        "Random crops and flips encoded of each image; each time that it comes it takes one of them, and of several"
-        " captions in a cell the one of the same number.",
+        "Random crops and flips encoded of each image; each time that it comes it takes one of them.",
         low=1,
     )
     resolution: int | tuple[int, ...] = flag(

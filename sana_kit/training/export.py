@@ -125,7 +125,7 @@ def _put_in_place(partial: Path, output_dir: Path) -> None:
 def _trigger(config: TrainConfig, images: ImageSet) -> str | None:
     """What the user put before or behind every caption, else what the captions share by themselves."""
     given = (config.caption_prefix or config.caption_suffix).strip(" ,.;:")
-    return given or shared_words(images.captions)
+    return given or shared_words(images.all_captions)
 
 
 def final_weights(config: TrainConfig) -> Path:

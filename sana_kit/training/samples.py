@@ -72,7 +72,7 @@ def load_samples(
     for note in images.notes:
         recorder.warn(f"data: {note}")
     if config.caption_prefix or config.caption_suffix:
-        images.captions = [f"{config.caption_prefix}{text}{config.caption_suffix}" for text in images.captions]
+        images.affix(config.caption_prefix, config.caption_suffix)
     images, held_out = _hold_out(config, images)
     parts = [images]
     if config.with_prior_preservation:

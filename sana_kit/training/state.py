@@ -109,7 +109,9 @@ def run_identity(settings, num_images: int, world_size: int, data: dict[str, str
 
 def data_digests(images: ImageSet) -> dict[str, str]:
     """{"data_digest", "captions_digest"}: of the whole set, and of its captions alone."""
-    captions = hashlib.sha256("\0".join(images.captions).encode())
+    captions = hashlib.sha256("\0".join(images.all_captions).encode())
+    if images.choices is not None:
+        captions.update(images.choices.starts.tobytes() + images.choices.weights.tobytes())
     return {"data_digest": images.digest(), "captions_digest": captions.hexdigest()}
 
 

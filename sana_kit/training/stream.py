@@ -16,7 +16,7 @@ from sana_kit.workers import prepare_worker
 # need.
 CAPTION_PAD_MULTIPLE = 16
 
-_DROPOUT_SALT, _CROP_SALT = 0xD20, 0xC20
+_DROPOUT_SALT, _CROP_SALT, _CAPTION_SALT = 0xD20, 0xC20, 0xCA9
 
 
 class SampleStream(torch.utils.data.Dataset):
@@ -37,6 +37,7 @@ class SampleStream(torch.utils.data.Dataset):
         recipe: FlowMatching,
         caption_dropout: float = 0.0,
         crops: int = 1,
+        several_captions: bool = False,
     ):
         """Args:
         encoded: `encoded[i]` is {"latents" (C, h, w), "prompt_embeds" (T, D)}; class images follow the instance
@@ -45,10 +46,12 @@ class SampleStream(torch.utils.data.Dataset):
         num_class: class images.
         caption_dropout: share of the positions that get the empty caption.
         crops: samples of each instance image in `encoded`, one after the other; each position takes one of them.
+        several_captions: draw the caption of each position: `encoded.drawn_prompt_embeds(i, u)`.
         """
         self.encoded, self.order, self.crops, self.num_instance = encoded, order, crops, order.size * crops
         self.class_order = PermutationOrder(num_class, seed, salt=1) if num_class else None
         self.seed, self.recipe, self.caption_dropout = seed, recipe, caption_dropout
+        self.several_captions = several_captions
 
     def image_index(self, position: int) -> int:
         """Index of the instance image's sample at a position."""
@@ -61,6 +64,9 @@ class SampleStream(torch.utils.data.Dataset):
         item = self.encoded[index]
         if self.caption_dropout and self._drops(position):
             item = {**item, "prompt_embeds": self.encoded.prompt("", None)}
+        elif self.several_captions:
+            u = generator(self.seed, position, _CAPTION_SALT).random()
+            item = {**item, "prompt_embeds": self.encoded.drawn_prompt_embeds(index, u)}
         noise, u = self.recipe.draw(tuple(item["latents"].shape), self.seed, position)
         return {**item, "noise": noise, "u": u}
 

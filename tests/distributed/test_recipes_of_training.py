@@ -1,9 +1,10 @@
-"""Optimizers and adapters under ZeRO-2 with two processes: all runs share one launch."""
+"""Optimizers, adapters and what is drawn of the data under ZeRO-2 with two processes: all runs share one launch."""
 
 import json
 import shutil
 
 import pytest
+import tiny
 from helpers import KIT, adapter_weights, launch, run_trainer, same
 from safetensors.torch import load_file
 
@@ -20,11 +21,15 @@ def flags_of(name, common, output):
 
 
 @pytest.fixture(scope="module")
-def common(tiny_model, image_folder, tmp_path_factory):
+def common(tiny_model, tmp_path_factory):
+    """Every second image has several captions, one of which is drawn each time."""
+    folder = tiny.write_image_folder(tmp_path_factory.mktemp("data") / "images")
+    for path in sorted(folder.glob("*.txt"))[::2]:
+        path.write_text(f"{path.read_text()}\nsomething\na drawing of a square")
     encodings = tmp_path_factory.mktemp("encodings")
     return [
         f"--pretrained_model_name_or_path={tiny_model}",
-        f"--instance_data_dir={image_folder}",
+        f"--instance_data_dir={folder}",
         f"--encodings_dir={encodings}",
         "--instance_prompt=a drawing",
         "--resolution=64",

@@ -283,26 +283,17 @@ def test_caption_that_is_not_utf8_is_named(tmp_path):
         load_images(instance_data_dir=str(tmp_path))
 
 
-def test_caption_lists_are_dealt_out_over_the_repeats(tmp_path):
+def test_all_captions_of_a_cell_are_kept_for_each_repeat(tmp_path):
     texts = [["a", " ", "b"], ["c"], [], ["d", "e", "f"]]
     write_parquet(tmp_path, {"image": image_cells([photo(seed=k) for k in range(4)]), "text": texts})
     arguments = {"dataset_name": str(tmp_path), "caption_column": "text", "instance_prompt": "x"}
-    assert load_images(**arguments).captions == ["a", "c", "x", "d"]
-    assert load_images(**arguments, repeats=3).captions == [
-        "a",
-        "b",
-        "a",
-        "c",
-        "c",
-        "c",
-        "x",
-        "x",
-        "x",
-        "d",
-        "e",
-        "f",
-    ]
-    assert load_images(**arguments).report["images with several captions"] == 2
+    images = load_images(**arguments)
+    assert images.captions == ["a", "c", "x", "d"]
+    assert images.all_captions == ["a", "b", "c", "x", "d", "e", "f"]
+    assert images.choices.starts.tolist() == [0, 2, 3, 4, 7]
+    assert load_images(**arguments, repeats=2).all_captions == [*"abab", *"ccxx", *"defdef"]
+    assert images.report["images with several captions"] == 2
+    assert any("2 image(s) have several captions" in note for note in images.notes)
 
 
 def test_two_images_of_one_name_share_the_caption_file(tmp_path):

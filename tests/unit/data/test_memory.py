@@ -121,9 +121,12 @@ def test_several_captions_a_cell_are_remembered_too(tmp_path, looked, monkeypatc
     words = {"dataset_name": name, "caption_column": "text", "instance_prompt": "p", "repeats": 2}
     words["remember_in"] = tmp_path / "kept"
     first = load_images(**words)
-    assert first.captions == ["a", "b", "p", "p", "c", "c", "p", "p", "p", "p"]
+    assert first.captions == ["a", "a", "p", "p", "c", "c", "p", "p", "p", "p"]
+    assert first.all_captions == ["a", "b", "a", "b", "p", "p", "c", "c", "p", "p", "p", "p"]
     monkeypatch.setattr(tables, "_parquet_column", None)
-    assert same(load_images(**words), first) and first.report["images with several captions"] == 1
+    again = load_images(**words)
+    assert same(again, first) and first.report["images with several captions"] == 1
+    assert again.all_captions == first.all_captions and (again.choices.weights == first.choices.weights).all()
 
 
 def test_half_a_character_is_a_problem_that_names_the_image(tmp_path):
