@@ -81,6 +81,7 @@ class DeviceKind:
         prepare: one-time settings, called with `allow_tf32` before the first kernel.
         chips: those whose figures are known; the first whose name fits counts.
         channels_last: whether its convolution kernels take channels last without a copy.
+        image_by_image: whether a chain of passes over large tensors is quicker one image at a time, in the caches.
         whole_masks: whether attention kernels need masks written out along the query axis.
         fused_attention: the attention kernels, beside torch's own, that exist here.
         fused_adamw: what `torch.optim.AdamW(fused=...)` is given.
@@ -93,6 +94,7 @@ class DeviceKind:
     prepare: Callable[[bool], None]
     chips: tuple[Chip, ...] = ()
     channels_last: bool = True
+    image_by_image: bool = False
     whole_masks: bool = False
     fused_attention: tuple[str, ...] = ()
     fused_adamw: bool | None = None
@@ -157,7 +159,7 @@ KINDS = {
             ),
             fused_adamw=True,
         ),
-        DeviceKind("cpu", lambda: True, lambda allow_tf32: None, fp16=False),
+        DeviceKind("cpu", lambda: True, lambda allow_tf32: None, image_by_image=True, fp16=False),
     )
 }
 

@@ -312,9 +312,17 @@ def count_training_step(transformer, images: int, latent_hw: tuple[int, int], to
     return StepCount(counter.rows, size, images, counter.peak)
 
 
-def count_denoising_step(transformer, images: int, latent_hw: tuple[int, int], tokens: int) -> StepCount:
-    """One step with guidance: a forward pass over twice `images` and the combination of its two halves."""
+def count_denoising_step(
+    transformer, images: int, latent_hw: tuple[int, int], tokens: int, *, one_timestep: bool = False
+) -> StepCount:
+    """One step with guidance: a forward pass over twice `images` and the combination of its two halves.
+
+    Args:
+        one_timestep: give the model one time step (1,) for all images, as `generation.denoise` gives it fused blocks.
+    """
     inputs = _inputs(transformer, 2 * images, latent_hw, tokens)
+    if one_timestep:
+        inputs["timestep"] = inputs["timestep"][:1]
     transformer.eval()
     with torch.no_grad(), one_attention_kernel(), StepCounter() as counter:
         without, conditional = transformer(**inputs, return_dict=False)[0].chunk(2)

@@ -66,8 +66,10 @@ def count_step(
             lora.recompute_blocks(model, interval)
 
     model = roofline.build_on_meta(dict(config), torch.bfloat16, build)
-    run = roofline.count_denoising_step if step == "denoise" else roofline.count_training_step
-    return run(model, images, latent_hw, tokens)
+    if step == "denoise":
+        once = fused.one_timestep(model)
+        return roofline.count_denoising_step(model, images, latent_hw, tokens, one_timestep=once)
+    return roofline.count_training_step(model, images, latent_hw, tokens)
 
 
 def count_steps(

@@ -12,6 +12,7 @@ import torch
 from sana_kit.generation.inputs import Source
 from sana_kit.generation.jobs import Job
 from sana_kit.models.attention import perturbed_attention
+from sana_kit.models.fused import one_timestep
 
 # (model input, time step) -> residuals of a ControlNet, one per block that takes one
 Control = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
@@ -80,7 +81,7 @@ def denoise(
                 model_input,
                 encoder_hidden_states=prompt_embeds,
                 encoder_attention_mask=prompt_mask,
-                timestep=timestep,
+                timestep=timestep[:1] if one_timestep(transformer) else timestep,
                 return_dict=False,
                 **residuals,
             )[0].float()

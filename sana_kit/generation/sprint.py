@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from sana_kit.generation.inputs import Source
+from sana_kit.models.fused import one_timestep
 
 # Of SanaSprintPipeline: the first time, and the second one where there are two steps. Other numbers of steps have
 # their times at equal distances, for which that pipeline has to be called with intermediate_timesteps=None.
@@ -71,6 +72,7 @@ def denoise_sprint(
     guidance = torch.full((len(latents),), guidance_scale, device=latents.device).to(dtype)
     guidance = guidance * transformer.config.guidance_embeds_scale
     prompt_embeds = prompt_embeds.to(dtype)
+    once = slice(0, 1) if one_timestep(transformer) else slice(None)
     for time in scheduler.timesteps[first:-1]:
         times = time.expand(len(latents))
         flow_time = times.sin() / (times.cos() + times.sin())
@@ -81,8 +83,8 @@ def denoise_sprint(
             flow_input.to(dtype),
             encoder_hidden_states=prompt_embeds,
             encoder_attention_mask=prompt_mask,
-            guidance=guidance,
-            timestep=flow_time,
+            guidance=guidance[once],
+            timestep=flow_time[once],
             return_dict=False,
         )[0]
         turned = ((1 - 2 * share) * flow_input + (1 - 2 * share + 2 * share**2) * prediction) / length

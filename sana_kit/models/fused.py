@@ -51,9 +51,11 @@ class FusedSanaBlock(SanaTransformerBlock):
 
     Attributes:
         channels_last: layout of the mix-FFN's images.
+        image_by_image: whether drawing takes the mix-FFN, whose inner tensors are the largest, one image at a time.
     """
 
     channels_last: bool
+    image_by_image: bool
 
     def forward(
         self,
@@ -65,15 +67,14 @@ class FusedSanaBlock(SanaTransformerBlock):
         height: int | None = None,
         width: int | None = None,
     ) -> torch.Tensor:
-        """hidden_states (B, N, D), encoder_hidden_states (B, S, D), timestep (B, 6 D).
+        """hidden_states (B, N, D), encoder_hidden_states (B, S, D), timestep (B, 6 D), or (1, 6 D) for all images.
 
         encoder_attention_mask: boolean (B, 1, 1 or N, S), as the kernel of attn2's processor reads it, or diffusers'
         own additive one, (B, 1, S). attention_mask is not used, as in diffusers.
         """
-        batch = hidden_states.shape[0]
         # the patch embedding leaves channels first in memory; every later block finds tokens first
         hidden_states = hidden_states.contiguous()
-        modulation = self.scale_shift_table[None] + timestep.reshape(batch, 6, -1)
+        modulation = self.scale_shift_table[None] + timestep.reshape(len(timestep), 6, -1)
         shift1, _, gate1, shift2, _, gate2 = modulation.chunk(6, dim=1)
         factor1, factor2 = (modulation[:, 1::3] + 1).chunk(2, dim=1)
 
@@ -82,6 +83,8 @@ class FusedSanaBlock(SanaTransformerBlock):
         hidden_states = GatedResidual.apply(hidden_states, gate1, x)
         hidden_states = self._cross_attention(hidden_states, encoder_hidden_states, encoder_attention_mask)
         x = ModulatedNorm.apply(hidden_states, factor2, shift2, self.norm2.eps)
+        if len(gate2) == 1 and self.channels_last and not torch.is_grad_enabled():
+            return self._add_feed_forward(hidden_states, gate2, x, (height, width))
         return GatedResidual.apply(hidden_states, gate2, self._feed_forward(x, (height, width)))
 
     def _self_attention(self, x: torch.Tensor) -> torch.Tensor:
@@ -126,6 +129,38 @@ class FusedSanaBlock(SanaTransformerBlock):
         inner = inverted(x.unflatten(1, size).permute(0, 3, 1, 2))
         inner = GatedConvolution.apply(inner, depth.weight, depth.bias, size, False)
         return point(inner).flatten(2).transpose(1, 2)
+
+    def _add_feed_forward(
+        self, residual: torch.Tensor, gate: torch.Tensor, x: torch.Tensor, size: tuple[int, int]
+    ) -> torch.Tensor:
+        """residual + gate * mix-FFN(x), for drawing: residual and x (B, N, D), one gate (1, 1, D) -> (B, N, D).
+
+        The gate goes into the last product's weight where that is less than the tokens, and the sum into the product.
+        """
+        ff = self.ff
+        inverted, depth, point = ff.conv_inverted, ff.conv_depth, ff.conv_point
+        into = point.weight.flatten(1)
+        (images, tokens, _), inner_width = x.shape, into.shape[1]
+        fold = images * tokens > inner_width
+        if fold:
+            into = into * gate.view(-1, 1)
+        out = torch.empty_like(residual)
+        at_once = 1 if self.image_by_image else images
+        for first in range(0, images, at_once):
+            rows = slice(first, first + at_once)
+            inner = F.linear(x[rows], inverted.weight.flatten(1), inverted.bias)
+            inner = GatedConvolution.apply(inner, depth.weight, depth.bias, size, True)
+            if fold:
+                of_rows = residual[rows].flatten(0, 1), inner.flatten(0, 1), into.t()
+                torch.addmm(*of_rows, out=out[rows].flatten(0, 1))
+            else:
+                torch.addcmul(residual[rows], gate, F.linear(inner, into), out=out[rows])
+        return out
+
+
+def one_timestep(transformer: nn.Module) -> bool:
+    """Whether the model takes one time step (1,) for a whole batch, as all its blocks are fused; it is quicker so."""
+    return all(isinstance(block, FusedSanaBlock) for block in transformer.transformer_blocks)
 
 
 def project(modules: Sequence[nn.Module], x: torch.Tensor, passes: bool = False) -> list[torch.Tensor]:
@@ -273,10 +308,12 @@ def fuse_blocks(
         unfuse_blocks(transformer)
         return f"diffusers' block: {obstacles[0]}"
     device = next(transformer.parameters()).device.type
-    channels_last = device == "meta" or kind_of(device).channels_last  # counted on meta as an accelerator runs it
+    # counted on meta as an accelerator runs it
+    channels_last = device == "meta" or kind_of(device).channels_last
+    image_by_image = device != "meta" and kind_of(device).image_by_image
     for block in transformer.transformer_blocks:
         block.__class__ = FusedSanaBlock
-        block.channels_last = channels_last
+        block.channels_last, block.image_by_image = channels_last, image_by_image
         pack([base_linear(getattr(block.attn1, name)) for name in ("to_q", "to_k", "to_v")])
         pack([base_linear(getattr(block.attn2, name)) for name in ("to_k", "to_v")])
     return f"fused block, mix-FFN with channels {'last' if channels_last else 'first'}"
@@ -288,7 +325,7 @@ def unfuse_blocks(transformer: nn.Module) -> None:
         if not isinstance(block, FusedSanaBlock):
             continue
         block.__class__ = SanaTransformerBlock
-        del block.channels_last
+        del block.channels_last, block.image_by_image
         for attn in (block.attn1, block.attn2):
             for module in (attn.to_q, attn.to_k, attn.to_v):
                 for parameter in base_linear(module).parameters():

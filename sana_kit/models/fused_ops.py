@@ -26,11 +26,14 @@ DENOMINATOR_EPSILON = 1e-15
 class ModulatedNorm(torch.autograd.Function):
     """layer_norm(x) * factor + shift: x (B, N, D), factor and shift (B, 1, D) -> (B, N, D).
 
-    Keeps x, which the residual stream keeps anyway, and two numbers a token.
+    Keeps x, which the residual stream keeps anyway, and two numbers a token. Where nothing needs a gradient, and
+    factor and shift (1, 1, D) hold for all images, as in a denoising step, norm and modulation are one pass.
     """
 
     @staticmethod
     def forward(ctx, x, factor, shift, epsilon):
+        if len(factor) == 1 and not any(ctx.needs_input_grad):
+            return F.layer_norm(x, x.shape[-1:], factor.flatten(), shift.flatten(), epsilon)
         normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, epsilon)
         ctx.save_for_backward(x, factor, mean, rstd)
         return torch.addcmul(shift, normed, factor)
@@ -252,6 +255,7 @@ class GatedConvolution(torch.autograd.Function):
     Returns:
         (B, N, h) or (B, h, height, width). Keeps its input, and in place of the convolution's output the output's two
         derivatives by it, silu(gate) and a * silu'(gate): as many bytes, and the backward pass is one product.
+        Where nothing needs a gradient, x is overwritten.
     """
 
     @staticmethod
@@ -264,10 +268,11 @@ class GatedConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, size, channels_last):
         axis = -1 if channels_last else 1
-        y = GatedConvolution._convolve(F.silu(x), weight, bias, size, channels_last)
+        needed = any(ctx.needs_input_grad)
+        y = GatedConvolution._convolve(F.silu(x, inplace=not needed), weight, bias, size, channels_last)
         a, gate = y.chunk(2, axis)
-        if not any(ctx.needs_input_grad):
-            return F.silu(gate).mul_(a)
+        if not needed:
+            return F.silu(gate, inplace=True) * a
         by_y = torch.empty_like(y)
         by_a, by_gate = by_y.chunk(2, axis)
         aten.silu.out(gate, out=by_a)

@@ -23,6 +23,7 @@ sys.path[:0] = [str(KIT), str(KIT / "tests")]
 import torch  # noqa: E402  after the kit's path
 
 from sana_kit import arithmetic, roofline  # noqa: E402
+from sana_kit.models.fused import one_timestep  # noqa: E402
 from sana_kit.step_table import BLOCKS, STEPS, count_steps, prepare  # noqa: E402
 
 
@@ -71,8 +72,9 @@ def time_steps(options: argparse.Namespace) -> None:
         for _ in range(options.rounds):
             for block, model in models.items():
                 start = time.process_time()
+                times_given = timestep[:1] if step == "denoise" and one_timestep(model) else timestep  # as `denoise`
                 with torch.set_grad_enabled(step != "denoise"):
-                    out = model(latents, captions, timestep, encoder_attention_mask=mask, return_dict=False)[0]
+                    out = model(latents, captions, times_given, encoder_attention_mask=mask, return_dict=False)[0]
                     if step != "denoise":
                         (out.float() ** 2).mean().backward()
                         model.zero_grad()

@@ -10,6 +10,7 @@ from helpers.drawing import CPU, draw, encode_few, levels, load_plain, plan
 from sana_kit.errors import UserError
 from sana_kit.generation.texts import job_texts
 from sana_kit.models.folder import find_model
+from sana_kit.models.fused import fuse_blocks
 from sana_kit.models.loading import check_scheduler, load_pipeline, load_scheduler
 from sana_kit.models.members import MEMBERS, NOT_TRAINED
 
@@ -52,6 +53,15 @@ def test_images_are_those_of_sana_sprint_pipeline(pipeline, embeds, steps):
     for job, image in zip(jobs, images, strict=True):
         assert levels(image, theirs(pipeline, job)) <= 1
     assert levels(images[0], images[1]) > 20  # another seed is another image
+
+
+def test_fused_blocks_draw_the_same_images(pipeline, tiny_sprint, embeds):
+    """They get one time step and one guidance scale for the whole batch."""
+    fused = load_plain(tiny_sprint)
+    assert fuse_blocks(fused.transformer.requires_grad_(False)).startswith("fused")
+    jobs = plan_sprint(["a red square", "a small green dog"], [8, 23], 2)
+    for one, other in zip(draw(pipeline, embeds, jobs), draw(fused, embeds, jobs), strict=True):
+        assert levels(one, other) <= 1
 
 
 def test_latents_are_those_of_sana_sprint_pipeline_in_float32(pipeline, embeds, monkeypatch):

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch.autograd import gradcheck
 
 from sana_kit.models.attention import set_attention
-from sana_kit.models.fused import FusedSanaBlock, fuse_blocks, packed, unfuse_blocks
+from sana_kit.models.fused import FusedSanaBlock, fuse_blocks, one_timestep, packed, unfuse_blocks
 from sana_kit.models.fused_ops import (
     GatedConvolution,
     GatedResidual,
@@ -136,6 +136,22 @@ def test_equals_diffusers(case, layout):
         assert float((own[name] - gradient).abs().max()) < 1e-5 * scale, name
 
 
+@pytest.mark.parametrize("batch", [2, 4])  # 48 and 96 tokens for an inner width of 80: the gate in the weight, or not
+@pytest.mark.parametrize(("layout", "image_by_image"), [("last", True), ("last", False), ("first", False)])
+def test_one_time_step_for_all_images(batch, layout, image_by_image):
+    """A denoising step: norm and modulation in one pass, the gate in the last product; float32, within 1e-5."""
+    model = make_model(train="none", qk_norm="rms_norm_across_heads").eval()
+    fused = fused_of(model)
+    for block in fused.transformer_blocks:
+        block.channels_last, block.image_by_image = layout == "last", image_by_image
+    assert one_timestep(fused) and not one_timestep(model)
+    inputs = inputs_of(model, batch)
+    with torch.no_grad():
+        expected = model(**inputs | {"timestep": torch.full((batch,), 300.0)}, return_dict=False)[0]
+        found = fused(**inputs | {"timestep": torch.full((1,), 300.0)}, return_dict=False)[0]
+    assert apart(found, expected) < 1e-5
+
+
 def test_dropout_drops():
     """Another seed gives another prediction while training, the same one in evaluation."""
     fused = fused_of(make_model(lora_dropout=0.5)).train()
@@ -220,6 +236,25 @@ def test_bf16_is_as_exact_as_diffusers(qk_norm):
     assert len(logs) == 14
     for name, values in logs.items():
         assert math.exp(sum(values) / len(values)) < 1.2, name
+
+
+@pytest.mark.parametrize("batch", [2, 6])  # 512 and 1536 tokens for an inner width of 640
+def test_bf16_drawing_is_as_exact_as_diffusers(batch):
+    """One time step for all: at most 1.2 times as far from float64 as diffusers' block, in the mean of draws."""
+    model = make_model(train="none", layers=1, heads=8, width=32).bfloat16()
+    exact, theirs = (copy.deepcopy(model).to(dtype).transformer_blocks[0] for dtype in (torch.float64, torch.bfloat16))
+    ours = fused_of(model).transformer_blocks[0]
+    logs = []
+    for seed in range(8):
+        x, captions, modulation, _ = draw_block_inputs(256, seed)
+        x, captions = (tensor.repeat(batch // 2, 1, 1) for tensor in (x, captions))
+        with torch.no_grad():
+            one = modulation[:1]
+            value = exact(x.double(), None, captions.double(), None, one.double().expand(batch, -1), 16, 16)
+            other = theirs(x, None, captions, None, one.expand(batch, -1), 16, 16)
+            found = ours(x, None, captions, None, one, 16, 16)
+        logs.append(math.log(float((found.double() - value).norm() / (other.double() - value).norm())))
+    assert math.exp(sum(logs) / len(logs)) < 1.2
 
 
 def doubles(*shape, seed=0):
@@ -345,7 +380,7 @@ def test_diffusers_block_where_the_fused_cannot_be(word):
     adapter, arguments = DIFFUSERS_OWN[word]
     model = make_model(**adapter)
     for block in model.transformer_blocks if not adapter else []:
-        block.__class__, block.channels_last = FusedSanaBlock, True
+        block.__class__, block.channels_last, block.image_by_image = FusedSanaBlock, True, True
     chosen = fuse_blocks(model, **arguments)
     assert chosen.startswith("diffusers' block")
     assert word in chosen
