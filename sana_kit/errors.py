@@ -94,6 +94,10 @@ class ImageError(KitError, ValueError):
     """One image that cannot be used; the message names it and the reason."""
 
 
+class NoImageError(ImageError):
+    """A cell of an image column that is null."""
+
+
 class StoreError(KitError, RuntimeError):
     """The encodings cannot be written, or a shard changed while it was in use; the message names file and remedy."""
 

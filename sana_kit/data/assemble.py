@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sana_kit.data.captions import Choices
-from sana_kit.data.image_set import LISTED_PROBLEMS, ImageSet, bad_image_problems
+from sana_kit.data.image_set import LISTED_PROBLEMS, ImageSet, Masks, bad_image_problems
 from sana_kit.data.memory import ANIMATED, OPEN_ENDED, Headers, Memory, as_numbers
 from sana_kit.data.tables import Named, Table
 from sana_kit.data.texts import Texts
@@ -204,8 +204,27 @@ def _count(headers: Headers, kind: int) -> int:
     return int(np.count_nonzero(kinds & kind))
 
 
-def assemble(table: Table, named: Named, headers: Headers, asked: Asked, memory: Memory) -> ImageSet:
+def _mask_problems(table: Table, named: Named, headers: Headers, masks: Headers) -> list[Problem]:
+    """Masks that cannot be read, hold nothing, or have another size than their image."""
+    wrong = list(masks.bad.values())
+    other = (masks.sizes != headers.sizes).any(axis=1) & (masks.sizes[:, 0] > 0)
+    for row in (row for row in np.flatnonzero(other).tolist() if row not in headers.bad):
+        (width, height), (wide, high) = masks.sizes[row].tolist(), headers.sizes[row].tolist()
+        wrong.append(f"{table.masks.name(row)}: it is {width} x {height}, its image {wide} x {high}.")
+    if not wrong:
+        return []
+    shown = "".join(f"\n    {text}" for text in wrong[:LISTED_PROBLEMS])
+    more = f"\n    ... and {len(wrong) - LISTED_PROBLEMS} more" if len(wrong) > LISTED_PROBLEMS else ""
+    return [named.problem(f"{len(wrong)} mask(s) cannot be used; mend them or take them away:{shown}{more}")]
+
+
+def assemble(
+    table: Table, named: Named, headers: Headers, asked: Asked, memory: Memory, masks: Headers | None = None
+) -> ImageSet:
     """Settle every caption, and build the set.
+
+    Args:
+        masks: of `table.masks`.
 
     Raises:
         UserError: all problems found, those of the headers too.
@@ -215,6 +234,8 @@ def assemble(table: Table, named: Named, headers: Headers, asked: Asked, memory:
     if headers.bad and not asked.skip_bad:
         problems.append(named.problem(bad_image_problems(list(headers.bad.values()))))
     good = np.delete(np.arange(count, dtype=np.int32), list(headers.bad))
+    if masks is not None:
+        problems += _mask_problems(table, named, headers, masks)
     captions = _remembered_captions(table, named, good, asked, memory)
     problems += captions.problems
     if asked.instance_prompt is None:
@@ -238,5 +259,11 @@ def assemble(table: Table, named: Named, headers: Headers, asked: Asked, memory:
         **table.counts,
     }
     notes = _notes(table, named, headers, captions)
+    found = None if masks is None else Masks(table.masks, masks.digests, masks.sizes[:, 0] > 0)
+    if found is not None:
+        report["images with a mask"] = int(found.present[good].sum())
+        lacking = len(good) - report["images with a mask"]
+        rest = f"; {lacking} have none and count whole" if lacking else ""
+        notes.append(f"{named.value}: {report['images with a mask']} image(s) have a loss mask{rest}.")
     facts = (positions, headers.digests, headers.sizes, report, notes)
-    return ImageSet(table.source, rows, captions.texts, *facts, captions.choices)
+    return ImageSet(table.source, rows, captions.texts, *facts, captions.choices, found)

@@ -11,6 +11,7 @@ from sana_kit.data.assemble import Asked, assemble, refuse
 from sana_kit.data.folders import find_in_folder
 from sana_kit.data.headers import read_headers
 from sana_kit.data.image_set import ImageSet
+from sana_kit.data.masks import inspect_mask
 from sana_kit.data.memory import Memory
 from sana_kit.data.sources import FileSource
 from sana_kit.data.tables import SPLIT_WORDS, Named, Table, Wanted, from_files, from_hub, from_saved, refused_table
@@ -33,6 +34,7 @@ def load_images(
     caption_column: str | None = None,
     instance_prompt: str | None = None,
     cache_dir: str | None = None,
+    mask_column: str | None = None,
     repeats: int = 1,
     skip_bad_images: bool = False,
     remember_in: str | Path | None = None,
@@ -52,6 +54,7 @@ def load_images(
             gives every image of `dataset_name` the instance prompt. A cell may list several captions.
         instance_prompt: the caption of images that have none (null, empty or only spaces); the empty text is one.
         cache_dir: where `datasets` keeps what it downloads.
+        mask_column: column of loss masks, images or names of files; without it, files NAME.mask.png beside the images.
         repeats: how many times each image appears, consecutively.
         skip_bad_images: leave unreadable images out and count them, instead of an error.
         remember_in: a folder that keeps digests and sizes for the next start; None: nothing is kept.
@@ -70,13 +73,15 @@ def load_images(
             image_column=image_column,
             caption_column=caption_column,
             cache_dir=cache_dir,
+            mask_column=mask_column,
             repeats=repeats,
         )
     )
     memory = Memory(remember_in, writes=ranks.is_local_main)
     headers = read_headers(table.source, memory, ranks)
+    masks = None if table.masks is None else read_headers(table.masks, memory, ranks, inspect_mask)
     asked = Asked(instance_prompt, repeats, skip_bad_images, caption_column)
-    return ranks.run_on_all(lambda: assemble(table, named, headers, asked, memory))
+    return ranks.run_on_all(lambda: assemble(table, named, headers, asked, memory, masks))
 
 
 def find_images(
@@ -88,6 +93,7 @@ def find_images(
     image_column: str | None,
     caption_column: str | None,
     cache_dir: str | None,
+    mask_column: str | None = None,
     repeats: int = 1,
 ) -> tuple[Table, Named]:
     """(the table of `load_images`, the setting that names it): found and checked, no image opened.
@@ -107,6 +113,9 @@ def find_images(
         problems.append(
             Problem("caption_column", caption_column, "only tables have columns, a folder has none", remedy)
         )
+    if instance_data_dir is not None and mask_column is not None:
+        remedy = "Put masks beside the images as NAME.mask.png."
+        problems.append(Problem("mask_column", mask_column, "only tables have columns, a folder has none", remedy))
     if problems:
         refuse(problems)
     if instance_data_dir is not None:
@@ -114,7 +123,9 @@ def find_images(
         table = find_in_folder(named)
     else:
         table = _find_dataset(
-            Wanted(dataset_name, dataset_config_name, image_column, caption_column, dataset_split, cache_dir)
+            Wanted(
+                dataset_name, dataset_config_name, image_column, caption_column, dataset_split, cache_dir, mask_column
+            )
         )
         named = Named("dataset_name", dataset_name)
     if table.problems:
@@ -177,6 +188,9 @@ def _find_dataset(wanted: Wanted) -> Table:
     elif wanted.caption_column is not None:
         what = "is a folder of images without a metadata file, so it has no columns. Columns present: image"
         table.problems.append(Problem("caption_column", wanted.caption_column, f"{name} {what}"))
+    elif wanted.mask_column is not None:
+        what = "is a folder of images without a metadata file, so it has no columns. Columns present: image"
+        table.problems.append(Problem("mask_column", wanted.mask_column, f"{name} {what}"))
     return table
 
 

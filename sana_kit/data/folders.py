@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sana_kit.data.captions import lines_of
 from sana_kit.data.decode import IMAGE_SUFFIXES
+from sana_kit.data.masks import is_mask, masks_beside
 from sana_kit.data.sources import FileSource
 from sana_kit.data.tables import Named, Table, refused_table
 from sana_kit.errors import Problem
@@ -17,7 +18,8 @@ CAPTION_SUFFIXES = (".txt", ".caption")
 def image_files(folder: Path) -> list[Path]:
     """The image files directly in a folder, by name: the one rule of what counts as an image."""
     names = (path for path in folder.iterdir() if not path.name.startswith("."))
-    return sorted(path for path in names if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    images = (path for path in names if path.suffix.lower() in IMAGE_SUFFIXES and not is_mask(path.name))
+    return sorted(path for path in images if path.is_file())
 
 
 def free_class_names(folder: Path, count: int) -> list[str]:
@@ -61,7 +63,8 @@ def find_in_folder(named: Named, captions: bool = True) -> Table:
     files = [e for e in entries if e.is_file() and not e.name.startswith(".")]
     images = image_files(folder)
     texts, problems = _caption_files(named, files, {f.stem for f in images}) if captions else ({}, [])
-    used = set(images) | set(texts.values())
+    masks = masks_beside(folder, [image.name for image in images]) if captions else None
+    used = set(images) | set(texts.values()) | {folder / name for name in (masks.names if masks else ())}
     others = [f.name for f in files if f not in used]
     folders = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
     broken = [e.name for e in entries if e.is_symlink() and not e.exists()]
@@ -78,7 +81,7 @@ def find_in_folder(named: Named, captions: bool = True) -> Table:
     notes = _notes(str(folder), shared, others, folders, broken)
     counts = {"other files skipped": len(others), "captions shared by images of one name": shared}
     source = FileSource(folder, [image.name for image in images])
-    return Table(source, cells if texts else None, problems, notes, counts)
+    return Table(source, cells if texts else None, problems, notes, counts, masks=masks)
 
 
 def _notes(where: str, shared: int, others: list[str], folders: list[str], broken: list[str]) -> list[str]:

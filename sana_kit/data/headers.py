@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 
 import numpy as np
 
@@ -12,24 +13,30 @@ from sana_kit.data.memory import ANIMATED, OPEN_ENDED, UNKNOWN, Headers, Memory
 from sana_kit.distributed import Ranks
 from sana_kit.errors import ImageError
 
+Inspect = Callable[[bytes, str], ImageFacts]
 
-def read_headers(source, memory: Memory, ranks: Ranks | None = None) -> Headers:
+
+def read_headers(source, memory: Memory, ranks: Ranks | None = None, inspect: Inspect | None = None) -> Headers:
     """Digest, size and kind of every image of a source.
 
     Rows that `memory` knows are not read. Of the others each rank of a machine reads its share, and all of the machine
     get what the others found; every rank must call this, if `ranks` is given.
+
+    Args:
+        inspect: what tells the facts of one image, by default `inspect_image`.
     """
+    inspect = inspect or inspect_image
     headers = memory.recall_headers(source)
     missing = np.flatnonzero(headers.kinds & UNKNOWN)
     if ranks is None or ranks.world_size == 1:
         if not len(missing):
             return headers
-        found = [(missing, *_look(source, missing))]
+        found = [(missing, *_look(source, missing, inspect))]
     else:
         views = ranks.gather((socket.gethostname(), len(source), _digest(missing)))
         peers = [rank for rank, view in enumerate(views) if view == views[ranks.rank]]
         own = missing[peers.index(ranks.rank) :: len(peers)]
-        looked = ranks.run_on_all(lambda: _look(source, own))
+        looked = ranks.run_on_all(lambda: _look(source, own, inspect))
         shares = ranks.gather((own, *looked))
         found = [shares[rank] for rank in peers]
         if not len(missing):
@@ -48,7 +55,7 @@ def _digest(rows: np.ndarray) -> tuple[int, int]:
     return len(rows), int(rows.sum())
 
 
-def _look(source, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, str]]:
+def _look(source, rows: np.ndarray, inspect: Inspect) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, str]]:
     """(digests, sizes, kinds, {row: why it is bad}) of these rows; bad ones stay UNKNOWN."""
     workers = default_workers()
     digests, sizes = np.zeros((len(rows), 32), np.uint8), np.zeros((len(rows), 2), np.int32)
@@ -56,7 +63,7 @@ def _look(source, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray,
 
     def look(row: int) -> ImageFacts | str:
         try:
-            return inspect_image(source.read(row), source.name(row))
+            return inspect(source.read(row), source.name(row))
         except ImageError as error:
             return str(error)
 

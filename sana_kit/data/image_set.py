@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections import deque
@@ -13,12 +14,33 @@ from PIL import Image
 
 from sana_kit.data.captions import Choices, affixed
 from sana_kit.data.decode import decode_image, open_image
+from sana_kit.data.masks import NoMasks, decode_mask
 from sana_kit.data.sources import JoinedSource
 from sana_kit.data.texts import Texts
 from sana_kit.errors import ImageError
 
 _BLOCK = 65536  # samples that are hashed at a time
 LISTED_PROBLEMS = 20  # how many bad images an error names; the rest are counted
+
+
+@dataclasses.dataclass(frozen=True)
+class Masks:
+    """The loss masks of a source's images.
+
+    Attributes:
+        source: their encoded bytes by row of the images' source; b"" for an image without one.
+        digests: (rows, 32) uint8, SHA-256 of the bytes.
+        present: bool (rows,).
+    """
+
+    source: object
+    digests: np.ndarray
+    present: np.ndarray
+
+    @classmethod
+    def none(cls, count: int) -> Masks:
+        """Of so many images without masks."""
+        return cls(NoMasks(count), np.zeros((count, 32), np.uint8), np.zeros(count, bool))
 
 
 class ImageSet:
@@ -28,12 +50,13 @@ class ImageSet:
         captions: one string per sample, a `Texts`; any sequence of strings may be assigned. Where a sample has several
             captions, its first.
         choices: all captions by sample; None where each sample has one.
+        masks: of the source's images; None where no image has one.
         names: file name relative to the folder, or "train[17]" for row 17 of a table, per sample.
         report: counts of what was found and skipped, for the log and the summary.
         notes: the same as sentences, each told once by the trainer.
     """
 
-    def __init__(self, source, rows, captions, positions, digests, sizes, report, notes, choices=None):
+    def __init__(self, source, rows, captions, positions, digests, sizes, report, notes, choices=None, masks=None):
         self._source = source
         self._rows = _narrow(rows)  # (N,), the source's row of each sample
         self._positions = _narrow(positions)  # (N,), the index that random decisions are keyed by
@@ -41,6 +64,7 @@ class ImageSet:
         self._sizes = sizes  # (rows of the source, 2) int32: width, height when upright
         self.captions = captions
         self.choices: Choices | None = choices
+        self.masks: Masks | None = masks
         self.report: dict[str, int] = report
         self.notes: list[str] = notes
 
@@ -86,6 +110,22 @@ class ImageSet:
         """The image, 8-bit RGB and upright (see `decode_image`). Raises ImageError when it is corrupt."""
         return decode_image(self.read(i), self.name(i))
 
+    def has_mask(self) -> np.ndarray:
+        """bool (N,): which samples' images have a loss mask."""
+        return np.zeros(len(self), bool) if self.masks is None else self.masks.present[self._rows]
+
+    def load_mask(self, i: int) -> Image.Image:
+        """The loss mask of an image that has one, 8-bit grey, of the image's size when upright.
+
+        Raises:
+            ImageError: it cannot be read, or changed since it was checked.
+        """
+        row = int(self._rows[i])
+        data, name = self.masks.source.read(row), self.masks.source.name(row)
+        if hashlib.sha256(data).digest() != self.masks.digests[row].tobytes():
+            raise ImageError(f"{name}: the mask changed while the run was using it; start again.")
+        return decode_mask(data, name)
+
     def source_hash(self, i: int) -> str:
         """Hex SHA-256 of the encoded source bytes."""
         return self._digests[self._rows[i]].tobytes().hex()
@@ -123,6 +163,8 @@ class ImageSet:
                 whole.update(self._digests[self._rows[start : start + _BLOCK]].tobytes())
             for start in range(0, len(self), _BLOCK):
                 whole.update(self._positions[start : start + _BLOCK].astype(np.int64).tobytes())
+                if self.masks is not None:
+                    whole.update(self.masks.digests[self._rows[start : start + _BLOCK]].tobytes())
             for block in self.captions.blocks():
                 whole.update("".join([f"{len(caption)}:{caption}" for caption in block]).encode())
             if self.choices is not None:
@@ -147,12 +189,14 @@ class ImageSet:
             report,
             list(self.notes),
             None if self.choices is None else self.choices.where(keep),
+            self.masks,
         )
 
     def release(self) -> None:
         """Give source data held in memory back; the set stays usable."""
-        if hasattr(self._source, "release"):
-            self._source.release()
+        for source in (self._source, None if self.masks is None else self.masks.source):
+            if hasattr(source, "release"):
+                source.release()
 
 
 def _narrow(numbers: np.ndarray) -> np.ndarray:
@@ -166,6 +210,11 @@ def concat(first: ImageSet, second: ImageSet) -> ImageSet:
     if first.choices is not None or second.choices is not None:
         own, other = (part.choices or Choices.single(part.captions) for part in (first, second))
         choices = own + other
+    masks = None
+    if first.masks is not None or second.masks is not None:
+        own, other = (part.masks or Masks.none(len(part._source)) for part in (first, second))
+        joined = (np.concatenate([getattr(own, n), getattr(other, n)]) for n in ("digests", "present"))
+        masks = Masks(JoinedSource(own.source, other.source), *joined)
     report = {k: first.report.get(k, 0) + second.report.get(k, 0) for k in {**first.report, **second.report}}
     return ImageSet(
         JoinedSource(first._source, second._source),
@@ -177,6 +226,7 @@ def concat(first: ImageSet, second: ImageSet) -> ImageSet:
         report,
         first.notes + second.notes,
         choices,
+        masks,
     )
 
 

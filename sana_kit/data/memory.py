@@ -130,14 +130,14 @@ class Memory:
             unsettled = time.time_ns() - changed < SETTLED_NS
             columns["kind"] = pa.array(np.where(unsettled, UNKNOWN, headers.kinds).astype(np.uint8))
             columns |= {"name": source.names.array, "bytes": pa.array(bytes_), "changed": pa.array(changed)}
-            self._write(self._path("files", source.root), columns, {})
+            self._write(self._path(source.remembered_as, source.root), columns, {})
             return
         identity = source.identity()
         if identity:
             self._write(self._path("table", identity), columns, {})
 
     def _recall_files(self, source) -> Headers:
-        found = self._read(self._path("files", source.root))
+        found = self._read(self._path(source.remembered_as, source.root))
         headers = Headers.unknown(len(source))
         if found is None:
             return headers

@@ -13,7 +13,7 @@ import numpy as np
 
 from sana_kit.data.memory import file_identity
 from sana_kit.data.texts import Texts
-from sana_kit.errors import ImageError
+from sana_kit.errors import ImageError, NoImageError
 
 
 class FileSource:
@@ -23,6 +23,8 @@ class FileSource:
         root: their folder.
         names: of the files, relative to it.
     """
+
+    remembered_as = "files"
 
     def __init__(self, root: str | os.PathLike, names: Sequence[str]):
         self.root, self.names = os.path.abspath(root), Texts(names)
@@ -235,7 +237,7 @@ def _cell_bytes(value, name: str, root: str | None) -> bytes:
     if inner is not None:
         return bytes(inner)
     if path is None:
-        raise ImageError(f"{name}: the image is null.")
+        raise NoImageError(f"{name}: the image is null.")
     if "://" in path:
         raise ImageError(f"{name}: the image is an address ({path[:80]}), not bytes; nothing is downloaded by row.")
     if root is None:

@@ -15,6 +15,7 @@ from sana_kit.data import arrow_types
 from sana_kit.data.captions import caption_columns
 from sana_kit.data.decode import IMAGE_SUFFIXES
 from sana_kit.data.image_set import LISTED_PROBLEMS
+from sana_kit.data.masks import MaskColumn, MaskFiles, is_mask, masks_beside
 from sana_kit.data.sources import DatasetSource, FileSource, ParquetSource, inside
 from sana_kit.data.text_tables import TABLE_SUFFIXES, read_text_table
 from sana_kit.errors import Problem, UserError
@@ -53,6 +54,7 @@ class Wanted:
     caption_column: str | None
     split: str | None
     cache_dir: str | None
+    mask_column: str | None = None
 
     def problem(self, reason: str, remedy: str = "") -> Problem:
         """A Problem of the data set as a whole."""
@@ -67,6 +69,7 @@ class Table:
         captions: the cells, Arrow's or Python's, or what reads them; None: no caption column. Of several columns each
             is a list of a row's cells.
         weights: of several caption columns; None for one.
+        masks: the loss masks by row; None where there are none.
     """
 
     source: object
@@ -75,6 +78,7 @@ class Table:
     notes: list[str]
     counts: dict[str, int]
     weights: tuple[float, ...] | None = None
+    masks: object | None = None
 
 
 def refused_table(*problems: Problem) -> Table:
@@ -172,6 +176,12 @@ def _check_columns(where: str, schema: pa.Schema, wanted: Wanted) -> tuple[str |
         if not arrow_types.holds_images(kind) and not arrow_types.is_text(kind):
             told = arrow_types.told(kind)
             problems.append(Problem("image_column", image_column, f"it holds {told}, not images; {present}"))
+    mask_column = wanted.mask_column
+    if mask_column is not None and mask_column not in columns:
+        problems.append(_missing_column("mask_column", mask_column, where, columns))
+    elif mask_column is not None and not arrow_types.holds_images(schema.field(mask_column).type):
+        told = arrow_types.told(schema.field(mask_column).type)
+        problems.append(Problem("mask_column", mask_column, f"it holds {told}, not images; {present}"))
     pairs, found = _columns(wanted, where, columns)
     problems += found
     for name in (name for name, _ in pairs if name in columns):
@@ -199,7 +209,8 @@ def _from_parquet(wanted: Wanted, files: list[Path], split: str, root: Path) -> 
     source = ParquetSource(files, column, split, root)
     pairs, _ = _columns(wanted, wanted.name, schema.names)
     captions = None if not pairs else lambda: _parquet_cells(wanted, files, pairs)
-    return Table(source, captions, [], [], {}, _weights(pairs))
+    masks = wanted.mask_column and MaskColumn(ParquetSource(files, wanted.mask_column, split, root))
+    return Table(source, captions, [], [], {}, _weights(pairs), masks)
 
 
 def _parquet_cells(wanted: Wanted, files: list[Path], pairs: list[tuple[str, float]]) -> pa.ChunkedArray | list:
@@ -247,8 +258,13 @@ def _from_dataset(wanted: Wanted, dataset, split: str, root: Path | None) -> Tab
         return [None if number is None or number < 0 else label.int2str(number) for number in found]
 
     captions = _one_cell_a_row([cells(name) for name, _ in pairs]) if pairs else None
-    dataset = dataset.cast_column(column, datasets.Image(decode=False))
-    return Table(DatasetSource(dataset, column, split, root), captions, [], [], {}, _weights(pairs))
+    sources = []
+    for name in (column, wanted.mask_column):
+        if name is not None:
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+            sources.append(DatasetSource(dataset, name, split, root))
+    masks = MaskColumn(sources[1]) if len(sources) > 1 else None
+    return Table(sources[0], captions, [], [], {}, _weights(pairs), masks)
 
 
 def _pick_loaded_split(wanted: Wanted, loaded):
@@ -330,7 +346,7 @@ def from_hub(wanted: Wanted) -> Table:
 
 def _from_text_tables(wanted: Wanted, files: list[Path]) -> Table:
     """Tables that name image files in the column file_name, or in the image column, relative to the table's folder."""
-    problems, names, captions, notes, pairs = [], [], [], [], []
+    problems, names, captions, notes, pairs, masks = [], [], [], [], [], []
     root = files[0].parent
     for file in files:
         try:
@@ -349,6 +365,10 @@ def _from_text_tables(wanted: Wanted, files: list[Path]) -> Table:
             if image is not None:
                 names.append(os.path.relpath(image, os.path.abspath(root)))
                 captions.append([row.get(name) for name, _ in pairs])
+                masks.append(_file_of(row.get(wanted.mask_column), file.parent, root))
+                if masks[-1] is None:
+                    told = f"{where}: {row[wanted.mask_column]!r} is no file in the folder"
+                    problems.append(Problem("mask_column", wanted.mask_column, told))
             elif isinstance(value, str) and value.strip():
                 problems.append(wanted.problem(f"{where}: {value} leads out of the folder"))
             else:
@@ -356,10 +376,21 @@ def _from_text_tables(wanted: Wanted, files: list[Path]) -> Table:
             if len(problems) >= LISTED_PROBLEMS:
                 break
     if not problems:
-        notes += _unnamed_images(wanted.name, {file.parent for file in files}, root, names)
+        notes += _unnamed_images(wanted.name, {file.parent for file in files}, root, [*names, *filter(None, masks)])
     if len(pairs) < 2:
         captions = [cells[0] for cells in captions] if pairs else None
-    return Table(FileSource(root, names), captions, problems, notes, {}, _weights(pairs))
+    if problems:
+        return refused_table(*problems)
+    beside = masks_beside(root, names) if wanted.mask_column is None else MaskFiles(root, masks)
+    return Table(FileSource(root, names), captions, problems, notes, {}, _weights(pairs), beside)
+
+
+def _file_of(cell, folder: Path, root: Path) -> str | None:
+    """The file that a cell names, relative to `root`; "" for an empty cell, None for one that leads out."""
+    if cell is None or (isinstance(cell, str) and not cell.strip()):
+        return ""
+    found = inside(folder, cell) if isinstance(cell, str) else None
+    return None if found is None or not found.is_file() else os.path.relpath(found, os.path.abspath(root))
 
 
 def _file_columns(
@@ -373,6 +404,8 @@ def _file_columns(
     problems = []
     if column not in columns or (image_column not in (None, "image", "file_name") and image_column not in columns):
         problems.append(_missing_column("image_column", image_column, where, shown))
+    if wanted.mask_column is not None and wanted.mask_column not in columns:
+        problems.append(_missing_column("mask_column", wanted.mask_column, where, shown))
     pairs, found = _columns(wanted, where, columns, shown)
     return column, pairs, problems + found
 
@@ -384,7 +417,8 @@ def _unnamed_images(name: str, folders: set[Path], root: Path, named: list[str])
     for folder in folders:
         for here, _, files in os.walk(folder):
             paths = (os.path.abspath(os.path.join(here, file)) for file in files if not file.startswith("."))
-            left += [path for path in paths if path not in known and path.lower().endswith(IMAGE_SUFFIXES)]
+            paths = (path for path in paths if path not in known and not is_mask(path))
+            left += [path for path in paths if path.lower().endswith(IMAGE_SUFFIXES)]
     if not left:
         return []
     shown = ", ".join(sorted(os.path.basename(path) for path in left)[:10]) + (" ..." if len(left) > 10 else "")

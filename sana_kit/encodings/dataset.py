@@ -7,6 +7,8 @@ import dataclasses
 import numpy as np
 import torch
 
+from sana_kit.distributed import Ranks
+from sana_kit.encodings.masks import LossMasks, make_loss_masks
 from sana_kit.encodings.plan import EncodingPlan
 from sana_kit.encodings.settings import Transform
 from sana_kit.encodings.usage import Claim
@@ -51,11 +53,13 @@ class EncodedDataset(torch.utils.data.Dataset):
     Attributes:
         images: the ImageSet after bad images were skipped; sample i here is sample i there.
         facts: what the encoding did.
+        masks: weights of the loss by place, after `add_masks`; None where no image has a mask.
     """
 
     def __init__(self, plan: EncodingPlan, facts: EncodingFacts, claim: Claim | None = None):
         self.images, self.facts = plan.images, facts
         self._plan, self._claim = plan, claim
+        self.masks: LossMasks | None = None
 
     def close(self) -> None:
         """Let go of the shards: from now on a pruning may remove them. The end of the process does the same."""
@@ -66,8 +70,14 @@ class EncodedDataset(torch.utils.data.Dataset):
         return len(self._plan.latent_rows)
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        """{"latents": (C, h, w), "prompt_embeds": (T, D)} of sample i, on the CPU."""
-        return {"latents": self.latents(i), "prompt_embeds": self.prompt_embeds(i)}
+        """{"latents": (C, h, w), "prompt_embeds": (T, D)} of sample i, with masks "loss_weights" (1, h, w), on CPU."""
+        item = {"latents": self.latents(i), "prompt_embeds": self.prompt_embeds(i)}
+        return item if self.masks is None else {**item, "loss_weights": self.masks.weights(i)}
+
+    def add_masks(self, outside: float, ranks: Ranks) -> None:
+        """Weigh the loss by the images' masks, `outside` where they are black; a collective call, see `masks.py`."""
+        where = (self.transform, self.latent_shapes(), self._plan.store, self._plan.path.stem)
+        self.masks = make_loss_masks(self.images, *where, outside=outside, ranks=ranks)
 
     def latents(self, i: int) -> torch.Tensor:
         """(C, h, w) in the VAE's dtype, multiplied by the VAE's scaling factor."""

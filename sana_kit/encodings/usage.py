@@ -251,7 +251,7 @@ def _forget_plans(store: Path, unused_days: float, gone: set[str]) -> None:
     """Remove remembered plans that are old or name a shard that is gone, and what is remembered of old data sets."""
     from safetensors import safe_open
 
-    for path in (store / "images").glob("*.arrow"):
+    for path in (*(store / "images").glob("*.arrow"), *(store / "masks").glob("*.npy")):
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > unused_days * DAY:
                 path.unlink()

@@ -24,7 +24,7 @@ from sana_kit.models.folder import Model, ModelFields, find_model, read_flow_shi
 from sana_kit.training.accounts import upload_problems
 from sana_kit.training.adapter import adapter_problems, quantization_problems
 from sana_kit.training.checkpoint_folders import find_checkpoint, folder_problems
-from sana_kit.training.config import TrainConfig
+from sana_kit.training.config import DataConfig, TrainConfig
 from sana_kit.training.launch_config import LaunchConfig, settle
 from sana_kit.training.optim import optimizer_name, optimizer_problems
 from sana_kit.training.trackers import tracker_problems
@@ -129,10 +129,10 @@ def _device_problems(config: TrainConfig, device_type: str) -> list[Problem]:
     return problems
 
 
-def _data_problems(config: TrainConfig) -> list[Problem]:
-    """What is wrong with images and captions as far as no image is opened; local data only, a machine looks once."""
-    data, prior, problems = config.data, config.prior, []
-    sources = [name for name in ("dataset_name", "instance_data_dir") if getattr(data, name) is not None]
+def _source_problems(data: DataConfig) -> list[Problem]:
+    """What is wrong with the settings that say where images and captions are."""
+    problems = []
+    sources = _sources(data)
     if not sources:
         reason = "neither is given"
         problems.append(Problem("dataset_name and instance_data_dir", None, reason, "Name the images to train on."))
@@ -144,9 +144,23 @@ def _data_problems(config: TrainConfig) -> list[Problem]:
     if data.instance_data_dir is not None and data.caption_column is not None:
         reason = "columns belong to --dataset_name; captions in a folder are .txt files"
         problems.append(Problem("caption_column", data.caption_column, reason))
+    if data.instance_data_dir is not None and data.mask_column is not None:
+        reason = "columns belong to --dataset_name; masks in a folder are files NAME.mask.png"
+        problems.append(Problem("mask_column", data.mask_column, reason))
     if data.dataset_name is not None and data.caption_column is None and data.instance_prompt is None:
         reason = "needed, since no --caption_column is given; every image gets it as caption"
         problems.append(Problem("instance_prompt", None, reason))
+    return problems
+
+
+def _sources(data: DataConfig) -> list[str]:
+    return [name for name in ("dataset_name", "instance_data_dir") if getattr(data, name) is not None]
+
+
+def _data_problems(config: TrainConfig) -> list[Problem]:
+    """What is wrong with images and captions as far as no image is opened; local data only, a machine looks once."""
+    data, prior, problems = config.data, config.prior, _source_problems(config.data)
+    sources = _sources(data)
     for name in ("class_data_dir", "class_prompt"):
         value = getattr(prior, name)
         if prior.with_prior_preservation and value is None:
@@ -172,15 +186,19 @@ def _data_problems(config: TrainConfig) -> list[Problem]:
     if len(sources) == 1 and not problems and local_rank() == 0:
         value = getattr(data, sources[0])
         if sources[0] == "instance_data_dir" or expand(value).exists() or value.startswith((".", "/")):
-            _, found = _found(lambda: find_images(**image_source(config)), sources[0], value)
+            local, found = _found(lambda: find_images(**image_source(config)), sources[0], value)
             problems += found
+            if local is not None and local[0].masks is None and "mask_outside" in config.given:
+                reason = "has no effect without masks"
+                remedy = "Name --mask_column, or put NAME.mask.png beside the images."
+                problems.append(Problem("mask_outside", data.mask_outside, reason, remedy))
     return problems
 
 
 def image_source(config: TrainConfig) -> dict[str, object]:
     """The settings that say where the images are, as `find_images` and `load_images` take them."""
     names = ("dataset_name", "dataset_config_name", "dataset_split", "instance_data_dir", "image_column")
-    names += ("caption_column", "cache_dir")
+    names += ("caption_column", "mask_column", "cache_dir")
     found = {name: getattr(config, name) for name in names}
     return {**found, "repeats": config.repeats * config.crops_per_image}
 

@@ -115,6 +115,13 @@ class DataConfig:
         "Column of the captions, or several, as a,b or weighted as a:3,b:1; a cell may list several captions. Each"
         " time that an image comes, one of its captions is drawn. Without it every image gets --instance_prompt.",
     )
+    mask_column: str | None = flag(
+        None,
+        "Column of loss masks: white counts, black does not. Without it, NAME.mask.png beside an image is its mask.",
+    )
+    mask_outside: float = flag(
+        0.0, "Weight of the loss outside the masks; a sample's weights are scaled to a mean of 1.", low=0, high=1
+    )
     instance_prompt: str | None = flag(None, "Caption of images that have none, e.g. 'a photo of TOK dog'.")
     caption_prefix: str = flag("", "Put before every caption as it is, e.g. 'TOK style, '.")
     caption_suffix: str = flag("", "Put behind every caption as it is.")

@@ -44,10 +44,21 @@ def add_noise(latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -
     return (1.0 - sigma) * latents + sigma * noise, noise - latents
 
 
-def loss_per_sample(prediction: torch.Tensor, target: torch.Tensor, sigma: torch.Tensor, scheme: str) -> torch.Tensor:
-    """Weighted mean squared error of each sample, float32 (B,); the weights are those of diffusers' SD3 trainers."""
+def loss_per_sample(
+    prediction: torch.Tensor,
+    target: torch.Tensor,
+    sigma: torch.Tensor,
+    scheme: str,
+    places: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Weighted mean squared error of each sample, float32 (B,); the weights are those of diffusers' SD3 trainers.
+
+    Args:
+        places: (B, 1, h, w) float32, weights of the places, of mean 1 in each sample; None: all alike.
+    """
     weights = compute_loss_weighting_for_sd3(weighting_scheme=scheme, sigmas=sigma.view(-1, 1, 1, 1)).float()
-    return (weights * (prediction.float() - target) ** 2).flatten(1).mean(1)
+    errors = weights * (prediction.float() - target) ** 2
+    return (errors if places is None else errors * places).flatten(1).mean(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +125,7 @@ class FlowMatching:
             timestep=sigma * NUM_TRAIN_TIMESTEPS,
             return_dict=False,
         )[0]
-        return loss_per_sample(prediction, target, sigma, self.weighting_scheme)
+        return loss_per_sample(prediction, target, sigma, self.weighting_scheme, batch.get("loss_weights"))
 
 
 # Pipeline class -> recipe. Another member of the family is one more entry, and its sampler in generation/.

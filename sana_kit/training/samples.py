@@ -189,4 +189,11 @@ def _encode(
         f" {size['latents'] / 1e6:.1f} MB of latents, {size['prompts'] / 1e6:.1f} MB of embeddings"
     )
     logger.info(facts.store)
+    encoded.add_masks(config.mask_outside, engine.ranks)
+    if encoded.masks is not None:
+        count, empty = encoded.masks.counts()
+        logger.info(f"loss masks: {count} of {len(encoded)} samples, weight {config.mask_outside:g} outside")
+        if empty:
+            told = f"{empty} sample(s) show nothing of their mask after the crop and count {config.mask_outside:g}"
+            recorder.warn(f"data: {told}; --center_crop or --aspect_ratio_buckets keep more of an image")
     return encoded

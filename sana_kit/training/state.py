@@ -52,6 +52,7 @@ IDENTITY = (
     "crop_seed",
     "bucket_no_upscale",
     "caption_dropout",
+    "mask_outside",
     "ema_decay",
 )
 # Without these the checkpoint's tensors do not fit the run at all.

@@ -130,14 +130,18 @@ def collate(samples: list[list[dict[str, torch.Tensor]]]) -> dict[str, torch.Ten
     """Stack samples; instance samples come first, then their class samples.
 
     Returns: latents (B, C, h, w) in their stored dtype, noise (B, C, h, w) float32, u (B,) float32, prompt_embeds
-    (B, T, D) padded to the longest caption, prompt_mask (B, T) bool.
+    (B, T, D) padded to the longest caption, prompt_mask (B, T) bool; with loss masks also loss_weights (B, 1, h, w)
+    float32.
     """
     ordered = [sample[part] for part in range(len(samples[0])) for sample in samples]
     embeds, mask = collate_prompt_embeds([s["prompt_embeds"] for s in ordered], multiple=CAPTION_PAD_MULTIPLE)
-    return {
+    batch = {
         "latents": torch.stack([s["latents"] for s in ordered]),
         "noise": torch.stack([s["noise"] for s in ordered]),
         "u": torch.cat([s["u"] for s in ordered]),
         "prompt_embeds": embeds,
         "prompt_mask": mask,
     }
+    if "loss_weights" in ordered[0]:
+        batch["loss_weights"] = torch.stack([s["loss_weights"] for s in ordered])
+    return batch

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import tiny
 from helpers import KIT, adapter_weights, launch, run_trainer, same
+from PIL import Image
 from safetensors.torch import load_file
 
 WORKER = "tests/distributed/workers/several_runs.py"
@@ -22,16 +23,21 @@ def flags_of(name, common, output):
 
 @pytest.fixture(scope="module")
 def common(tiny_model, tmp_path_factory):
-    """Every second image has several captions, one of which is drawn each time."""
+    """Every second image has several captions, one of which is drawn each time, and a loss mask."""
     folder = tiny.write_image_folder(tmp_path_factory.mktemp("data") / "images")
     for path in sorted(folder.glob("*.txt"))[::2]:
         path.write_text(f"{path.read_text()}\nsomething\na drawing of a square")
+        image = Image.open(path.with_suffix(".png"))
+        mask = Image.new("L", image.size)
+        mask.paste(255, (0, 0, image.width // 2, image.height))
+        mask.save(path.with_suffix(".mask.png"))
     encodings = tmp_path_factory.mktemp("encodings")
     return [
         f"--pretrained_model_name_or_path={tiny_model}",
         f"--instance_data_dir={folder}",
         f"--encodings_dir={encodings}",
         "--instance_prompt=a drawing",
+        "--mask_outside=0.1",
         "--resolution=64",
         "--train_batch_size=1",
         "--max_train_steps=4",

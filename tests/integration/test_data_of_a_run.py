@@ -4,6 +4,9 @@ import pytest
 import tiny
 from helpers import adapter_weights, events, run_trainer, same
 from helpers.runs import as_it_was_at
+from PIL import Image
+
+from sana_kit.errors import UserError
 
 CAPTIONS = ("a red square", "something blue on white")
 
@@ -53,3 +56,47 @@ def test_each_position_takes_one_of_its_captions_and_a_resume_the_same(flags, tm
     more = [*flags, both, "--learning_rate=1e-2", "--caption_dropout=0.2"]
     losses(tmp_path / "o", more)
     assert resumes_to_the_bit(tmp_path / "o", more, tmp_path)
+
+
+def masked(folder, box, count=4):
+    """Images with a mask each, white in a box of shares of width and height."""
+    for path in sorted(tiny.write_image_folder(folder, count=count).glob("*.png")):
+        width, height = Image.open(path).size
+        mask = Image.new("L", (width, height))
+        mask.paste(255, (int(box[0] * width), int(box[1] * height), int(box[2] * width), int(box[3] * height)))
+        mask.save(path.with_suffix(".mask.png"))
+    return f"--instance_data_dir={folder}"
+
+
+def test_masks_change_what_is_learnt_white_ones_nothing_and_a_resume_is_the_run(flags, tmp_path):
+    more = [*flags, "--learning_rate=1e-2", "--validation_split=1", "--validation_steps=4"]
+    plain = tiny.write_image_folder(tmp_path / "plain", count=4)
+    without = losses(tmp_path / "without", more, f"--instance_data_dir={plain}")
+    white = losses(tmp_path / "white", more, masked(tmp_path / "masked-white", (0, 0, 1, 1)))
+    half = masked(tmp_path / "masked-half", (0, 0, 0.5, 1))
+    assert white == without and same(adapter_weights(tmp_path / "white"), adapter_weights(tmp_path / "without"))
+    inside = losses(tmp_path / "half", more, half)
+    assert all(a != b for a, b in zip(inside, without, strict=True))
+    measured = [events(tmp_path / name, "held_out")[0]["raw"]["loss"] for name in ("without", "white", "half")]
+    assert measured[0] == measured[1] != measured[2]  # before the first update
+    assert resumes_to_the_bit(tmp_path / "half", [*more, half], tmp_path)
+    # the mean of both halves is the whole, image by image
+    other = masked(tmp_path / "masked-other", (0.5, 0, 1, 1))
+    still = [*flags, "--center_crop", "--max_train_steps=4"]
+    folders = [half, other, f"--instance_data_dir={plain}"]
+    found = [losses(tmp_path / str(k), still, words) for k, words in enumerate(folders)]
+    assert [(a + b) / 2 for a, b in zip(*found[:2], strict=True)] == pytest.approx(found[2], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--mask_outside=0.1"], "--mask_outside=0.1: has no effect without masks"),
+        (["--mask_column=m"], "--mask_column=m: columns belong to --dataset_name"),
+        (["--mask_outside=2"], "--mask_outside=2.0: must be at most 1"),
+    ],
+)
+def test_masks_that_cannot_be_meant_are_told_before_a_model_is_loaded(flags, image_folder, tmp_path, more, told):
+    with pytest.raises(UserError) as caught:
+        run_trainer(*flags, f"--instance_data_dir={image_folder}", *more, f"--output_dir={tmp_path}")
+    assert told in str(caught.value.as_flags())
