@@ -54,6 +54,7 @@ from sana_kit.training.optim import build_optimizer, build_schedule
 from sana_kit.training.order import make_order
 from sana_kit.training.plan import Plan, describe, make_plan, print_plan
 from sana_kit.training.recipes import RECIPES, FlowMatching
+from sana_kit.training.recomputation import fit_to_device
 from sana_kit.training.recorder import Recorder, closing_lines, configure_logging
 from sana_kit.training.samples import load_samples
 from sana_kit.training.state import TrainState, data_digests, run_identity
@@ -90,6 +91,7 @@ def main(config: TrainConfig, process_started: float | None = None) -> int:
     phases.mark("processes")
     configure_logging(ranks.is_main)
     devices.prepare_backend(engine.device, allow_tf32=config.allow_tf32)
+    config = fit_to_device(config, base_model, engine)
     stop = StopSignal(ranks)
     with lock_folder(config.output_dir, enabled=ranks.is_main), Recorder(config, engine, phases) as recorder:
         for note in base_model.notes:

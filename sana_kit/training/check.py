@@ -27,6 +27,7 @@ from sana_kit.training.checkpoint_folders import find_checkpoint, folder_problem
 from sana_kit.training.config import DataConfig, TrainConfig
 from sana_kit.training.launch_config import LaunchConfig, settle
 from sana_kit.training.optim import optimizer_name, optimizer_problems
+from sana_kit.training.recomputation import budget_problems
 from sana_kit.training.trackers import tracker_problems
 
 T = TypeVar("T")
@@ -77,6 +78,7 @@ def check(config: TrainConfig) -> Checked:
         config, found = adapter_problems(config, model)
         problems += found
     problems += quantization_problems(config, model, device_type, launch.deepspeed)
+    problems += budget_problems(config, device_type)
     problems += check_output_folder(config.output_dir, "output_dir")
     if os.environ.get("RANK", "0") == "0":  # other machines may have no such folder
         problems += _checkpoint_problems(config)
@@ -188,7 +190,7 @@ def _data_problems(config: TrainConfig) -> list[Problem]:
         if sources[0] == "instance_data_dir" or expand(value).exists() or value.startswith((".", "/")):
             local, found = _found(lambda: find_images(**image_source(config)), sources[0], value)
             problems += found
-            if local is not None and local[0].masks is None and "mask_outside" in config.given:
+            if local is not None and local[0].masks is None and data.mask_outside:
                 reason = "has no effect without masks"
                 remedy = "Name --mask_column, or put NAME.mask.png beside the images."
                 problems.append(Problem("mask_outside", data.mask_outside, reason, remedy))

@@ -211,6 +211,11 @@ class LengthConfig:
 class SpeedConfig:
     gradient_checkpointing: bool = flag(False, "Recompute blocks in the backward pass to save memory.")
     gradient_checkpointing_interval: int = flag(1, "Recompute every n-th block only.", low=1)
+    memory_budget: str | None = flag(
+        None,
+        "Recompute as few blocks as let a step fit: GB of each device that the run may use, or auto, what is free on"
+        " it (not on a CPU).",
+    )
     mixed_precision: str | None = flag(
         None, "Default: what the accelerate config says.", choices=("no", "fp16", "bf16")
     )
@@ -225,7 +230,8 @@ class SpeedConfig:
     enable_npu_flash_attention: bool = flag(False, "The same as --attention=npu_fusion.")
     fused_blocks: str = flag(
         "off",
-        "Hand-written SANA blocks with fewer passes over memory, where they fit (experimental).",
+        "Hand-written SANA blocks with fewer passes over memory, where they fit; off unless asked for, since their"
+        " rounding differs: runs that were begun without them must resume to the bit.",
         choices=("off", "auto"),
     )
     compile: bool = flag(False, "torch.compile each transformer block (not on NPU).")

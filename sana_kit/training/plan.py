@@ -8,22 +8,16 @@ import os
 from collections.abc import Mapping
 
 import numpy as np
-import torch
 
 from sana_kit import devices
-from sana_kit.arithmetic import training_bytes, training_flops_per_image
+from sana_kit.arithmetic import training_flops_per_image
 from sana_kit.data.discover import find_images
 from sana_kit.launchers import launched_world_size
-from sana_kit.models.attention import set_attention
 from sana_kit.models.folder import Model
-from sana_kit.models.fused import fuse_blocks
-from sana_kit.models.lora import recompute_blocks
-from sana_kit.models.quantize import saved_bytes
-from sana_kit.roofline import build_on_meta, count_training_step
-from sana_kit.training.adapter import put_adapter
 from sana_kit.training.check import image_source
 from sana_kit.training.config import TrainConfig
 from sana_kit.training.order import BucketOrder
+from sana_kit.training.recomputation import AUTO, count_run_step, fit_memory, held_bytes
 
 # An image's latents of 32 channels in bf16, and a caption's embeddings: what the store needs a sample, for the plan.
 _PLAN_CAPTION_TOKENS = 80
@@ -100,13 +94,18 @@ def print_plan(config: TrainConfig, model: Model) -> int:
     num_class = config.num_class_images if config.with_prior_preservation else 0
     processes = config.dry_run_processes or launched_world_size()
     config, plan = make_plan(config, len(table.source) * config.repeats, num_class, processes)
-    name = config.chip or devices.device_name(devices.pick_device())
+    device = devices.pick_device()
+    free = devices.free_memory_bytes(device) if config.memory_budget == AUTO else None
+    config, fits = fit_memory(config, model, processes, free)
+    name = config.chip or devices.device_name(device)
     lines = describe(config, plan, model, devices.find_chip(name))
     kept = activation_bytes(config, model)
     side = config.validation_resolution or config.side
     lines.append(
         f"activations: {_size(kept)} an image kept for the backward pass, {_size(kept * plan.batch_size)} a device"
     )
+    if fits is not None:
+        lines.append(f"recomputation: {fits}")
     if config.validation.prompts:
         many = len(config.validation.prompts) * config.num_validation_images
         lines.append(f"validation: {many} images at {side} px each time")
@@ -116,19 +115,9 @@ def print_plan(config: TrainConfig, model: Model) -> int:
 
 def activation_bytes(config: TrainConfig, model: Model) -> int:
     """Bytes that one sample's forward pass keeps for its backward pass, counted on tensors without data."""
-    side = config.side // model.vae_factor
-    dtype = torch.float32 if config.mixed_precision == "no" else torch.bfloat16
-
-    def prepare(transformer: torch.nn.Module) -> None:
-        if config.train_mode == "lora":
-            put_adapter(transformer, config.adapter)
-        set_attention(transformer, "sdpa", torch.device("cpu"))
-        fuse_blocks(transformer, config.fused_blocks, autocast=False, compiled=False)
-        if config.gradient_checkpointing:
-            recompute_blocks(transformer, config.gradient_checkpointing_interval)
-
-    transformer = build_on_meta(model.transformer_config, dtype, prepare)
-    return count_training_step(transformer, 1, (side, side), _PLAN_CAPTION_TOKENS).kept
+    interval = config.gradient_checkpointing_interval if config.gradient_checkpointing else None
+    side, tokens = config.side // model.vae_factor, _PLAN_CAPTION_TOKENS
+    return count_run_step(config, model, side=side, tokens=tokens, interval=interval).kept
 
 
 def flops_per_image(
@@ -162,9 +151,7 @@ def describe(config: TrainConfig, plan: Plan, model: Model, chip: devices.Chip |
     """The plan in a few lines: samples, updates, arithmetic, memory, disk, and the least time on a known chip."""
     side = config.side // model.vae_factor
     flops = flops_per_image(config, plan, model.transformer_config, np.array([[side, side]]), _PLAN_CAPTION_TOKENS)
-    held = training_bytes(model.transformer_config, config.train_mode, config.rank, plan.world_size)
-    if config.base_quantization is not None:
-        held["weights"] -= saved_bytes(config.base_quantization, model.transformer_config)
+    held = held_bytes(config, model, plan.world_size)
     trained = held["masters"] * plan.world_size // 4
     checkpoint = trained * 12 + (held["weights"] if config.train_mode == "full" else 2 * trained)
     channels = model.transformer_config["in_channels"]

@@ -1,17 +1,38 @@
 """How many blocks must be recomputed so that a step fits a device: bytes counted, then the least recomputation.
 
-`--gradient_checkpointing_interval n` recomputes every n-th block in the backward pass. A recomputed block keeps its
-input only, and costs one more forward pass of it.
+A setting recomputes every n-th block in the backward pass, or a budget of memory lets the kit choose n. A recomputed
+block keeps its input only, and costs one more forward pass of it.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
+
+from sana_kit import devices
+from sana_kit.arithmetic import training_bytes
 from sana_kit.errors import Problem, UserError
-from sana_kit.roofline import StepCount
+from sana_kit.models.attention import set_attention
+from sana_kit.models.folder import Model
+from sana_kit.models.fused import fuse_blocks
+from sana_kit.models.lora import recompute_blocks
+from sana_kit.models.quantize import saved_bytes
+from sana_kit.roofline import StepCount, build_on_meta, count_training_step
+from sana_kit.training.adapter import put_adapter
+from sana_kit.training.config import TrainConfig
+from sana_kit.training.engine import Engine
+
+logger = logging.getLogger("sana")
+
+AUTO = "auto"
+# Of the free memory: workspaces of kernels and what an allocator cannot give out are not counted.
+USABLE = 0.94
+# Captions have at most so many tokens: a batch of the longest must fit, too.
+MOST_TOKENS = 300
 
 
 @dataclass(frozen=True)
@@ -71,16 +92,122 @@ def recomputations(activations: ActivationBytes, images: int) -> Iterator[Recomp
         former = blocks
 
 
-def choose_recomputation(budget_bytes: int, *, images: int, activations: ActivationBytes) -> Recomputation:
-    """The least recomputation with which a step of `images` fits into `budget_bytes` beside weights and optimizer.
+def choose_recomputation(
+    budget_bytes: int, *, images: int, activations: ActivationBytes, held_bytes: int = 0
+) -> Recomputation:
+    """The least recomputation with which a step of `images` fits into `budget_bytes`.
+
+    Args:
+        held_bytes: of the budget, what weights, gradients and optimizer take.
 
     Raises:
         UserError: it does not fit even where every block is recomputed.
     """
     for choice in recomputations(activations, images):
-        if choice.peak <= budget_bytes:
+        if choice.peak <= budget_bytes - held_bytes:
             return choice
-    most = budget_bytes // activations.peak(1)
+    most = max(budget_bytes - held_bytes, 0) // activations.peak(1)
     remedy = f"Use a batch of {most} or less." if most else "Use a smaller resolution or a larger device."
     reason = f"a step of {images} images needs {choice.peak / 1e9:.1f} GB with every block recomputed"
+    if held_bytes:
+        reason += f", and weights and optimizer {held_bytes / 1e9:.1f} GB"
     raise UserError(Problem("memory_budget", f"{budget_bytes / 1e9:.1f} GB", reason, remedy))
+
+
+def held_bytes(config: TrainConfig, model: Model, world_size: int) -> dict[str, int]:
+    """Bytes on one device beside the activations, by part: see `arithmetic.training_bytes`."""
+    held = training_bytes(model.transformer_config, config.train_mode, config.rank, world_size)
+    if config.base_quantization is not None:
+        held["weights"] -= saved_bytes(config.base_quantization, model.transformer_config)
+    return held
+
+
+def count_run_step(config: TrainConfig, model: Model, *, side: int, tokens: int, interval: int | None) -> StepCount:
+    """One image's step of a run, counted on tensors without data.
+
+    Args:
+        side: of the latents; tokens: of the caption.
+        interval: every so many blocks are recomputed; None: none.
+    """
+    dtype = torch.float32 if config.mixed_precision == "no" else torch.bfloat16
+
+    def prepare(transformer: torch.nn.Module) -> None:
+        if config.train_mode == "lora":
+            put_adapter(transformer, config.adapter)
+        set_attention(transformer, "sdpa", torch.device("cpu"))
+        fuse_blocks(transformer, config.fused_blocks, autocast=False, compiled=config.compile)
+        if interval is not None:
+            recompute_blocks(transformer, interval)
+
+    transformer = build_on_meta(model.transformer_config, dtype, prepare)
+    return count_training_step(transformer, 1, (side, side), tokens)
+
+
+def budget_problems(config: TrainConfig, device_type: str) -> list[Problem]:
+    """What is wrong with the budget itself; whether a step fits into it is found by `fit_memory`."""
+    field, value = "memory_budget", config.memory_budget
+    if value is None:
+        return []
+    problems = []
+    # not by what was given: run.yaml gives every setting
+    for name, unset in (("gradient_checkpointing", False), ("gradient_checkpointing_interval", 1)):
+        if getattr(config, name) != unset:
+            reason = "a budget chooses which blocks are recomputed"
+            problems.append(Problem(name, None, reason, "Leave it out, or leave memory_budget out."))
+    if value == AUTO:
+        if not devices.kind_of(device_type).is_accelerator:
+            reason = "a CPU's memory is shared with other processes: what is free now says nothing"
+            problems.append(Problem(field, value, reason, "Give the GB that each process may use, such as 8."))
+        return problems
+    try:
+        usable = 0 < float(value) < math.inf
+    except ValueError:
+        usable = False
+    if not usable:
+        problems.append(Problem(field, value, "is neither auto nor a number of GB", "Give auto, or GB such as 60."))
+    return problems
+
+
+def fit_memory(
+    config: TrainConfig, model: Model, world_size: int, free_bytes: int | None
+) -> tuple[TrainConfig, str | None]:
+    """(the settings with the recomputation that the budget needs, a sentence that tells it); as they are without one.
+
+    Counted for the largest image and the longest caption, so that no batch is too large.
+
+    Args:
+        free_bytes: free memory of the device, for the budget "auto".
+
+    Raises:
+        UserError: nothing fits.
+    """
+    if config.memory_budget is None:
+        return config, None
+    budget = int(USABLE * free_bytes) if config.memory_budget == AUTO else int(float(config.memory_budget) * 1e9)
+    held = held_bytes(config, model, world_size)
+    if config.mixed_precision != "bf16":  # the arithmetic counts bf16
+        held["weights"] *= 2
+    side = max(config.resolutions) // model.vae_factor
+    activations = ActivationBytes.counted(
+        lambda interval: count_run_step(config, model, side=side, tokens=MOST_TOKENS, interval=interval),
+        model.transformer_config["num_layers"],
+    )
+    images = config.train_batch_size * (2 if config.with_prior_preservation else 1)
+    choice = choose_recomputation(budget, images=images, activations=activations, held_bytes=sum(held.values()))
+    settings = {"memory_budget": None, "gradient_checkpointing": choice.interval is not None}
+    config = config.replaced(**settings, gradient_checkpointing_interval=choice.interval or 1)
+    needed = (choice.peak + sum(held.values())) / 1e9
+    what = f"{choice.blocks} of {activations.blocks} blocks recomputed"
+    return config, f"{what}: a step needs {needed:.3g} GB of the budget of {budget / 1e9:.3g} GB"
+
+
+def fit_to_device(config: TrainConfig, model: Model, engine: Engine) -> TrainConfig:
+    """`fit_memory` on the device of a run, logged; alike on all ranks, by the one that has the least memory free."""
+    if config.memory_budget is None:
+        return config
+    ranks, free = engine.ranks, None
+    if config.memory_budget == AUTO:
+        free = min(ranks.gather(devices.free_memory_bytes(engine.device)))
+    config, told = ranks.run_on_all(lambda: fit_memory(config, model, ranks.world_size, free))
+    logger.info("memory: %s", told)
+    return config

@@ -34,9 +34,10 @@ def flags(tiny_model, parquet_dataset):
 
 @pytest.fixture(scope="session")
 def zero2(flags, tmp_path_factory):
-    """ZeRO-2 on two processes, 6 steps, dropout on: in new interpreters, as a user starts them."""
+    """ZeRO-2 on two processes, 6 steps, dropout on, fused blocks: in new interpreters, as a user starts them."""
     output = tmp_path_factory.mktemp("zero2") / "out"
-    train(output, flags, "--lora_dropout=0.2", "--train_batch_size=1", processes=2, engine="zero", fresh=True)
+    more = ["--lora_dropout=0.2", "--fused_blocks=auto", "--train_batch_size=1"]
+    train(output, flags, *more, processes=2, engine="zero", fresh=True)
     return output
 
 

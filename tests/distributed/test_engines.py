@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 def test_zero2_resumes_to_the_bit(zero2, flags, tmp_path):
     copy = as_it_was_at(zero2, 3, tmp_path)
-    more = ["--lora_dropout=0.2", "--train_batch_size=1", "--resume_from_checkpoint=latest"]
+    more = ["--lora_dropout=0.2", "--fused_blocks=auto", "--train_batch_size=1", "--resume_from_checkpoint=latest"]
     train(copy, flags, *more, processes=2, engine="zero")
     for part in ("", "raw", "best"):
         assert same(adapter_weights(zero2 / part), adapter_weights(copy / part)), part

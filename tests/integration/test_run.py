@@ -126,10 +126,12 @@ def test_the_configuration_is_frozen():
 def test_a_dry_run_tells_the_plan_and_writes_nothing(flags, tmp_path, capsys):
     more = ["--max_train_steps=7", "--dry_run", "--dry_run_processes=8", "--chip=910B", "--with_prior_preservation"]
     more += [f"--class_data_dir={tmp_path / 'class'}", "--class_prompt=a square", "--num_class_images=20"]
+    more += ["--memory_budget=8"]
     assert run_trainer(*flags, *more, f"--output_dir={tmp_path / 'o'}") == 0
     told = capsys.readouterr().out
     assert "updates: 7 of 16 images (2 per device x 1 accumulation x 8 processes), 5.60 epochs" in told
     assert "(+ 20 of the class)" in told and "h on 8 x 910b" in told.lower() and "activations: " in told
+    assert "recomputation: 0 of " in told and "of the budget of 8 GB" in told
     assert not (tmp_path / "o").exists() and not (tmp_path / "class").exists()
 
 

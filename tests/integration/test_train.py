@@ -4,6 +4,7 @@ Several processes and DeepSpeed are launched for real in tests/distributed/test_
 """
 
 import errno
+import functools
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import yaml
 from helpers import run_trainer as run
 from PIL import Image
 from safetensors import safe_open
@@ -30,6 +32,7 @@ from sana_kit.training import checkpoint_folders, checkpoints
 from sana_kit.training.config import TrainConfig, parse_args
 from sana_kit.training.order import PermutationOrder
 from sana_kit.training.recipes import FlowMatching, loss_per_sample
+from sana_kit.training.recomputation import ActivationBytes, count_run_step, held_bytes
 from sana_kit.training.state import pack_random_state
 from sana_kit.training.stream import SampleStream, StreamBatchSampler, collate
 
@@ -680,16 +683,29 @@ def test_the_final_adapter_in_float32(six_steps, base_flags, image_folder, tmp_p
     assert {tensor.dtype for tensor in weights(tmp_path).values()} == {torch.float32}
 
 
-def test_gradient_checkpointing_and_its_interval_change_no_bit(base_flags, image_folder, tmp_path):
+def test_recomputed_blocks_change_no_bit(base_flags, image_folder, tiny_model, tmp_path):
+    """All blocks, every second one, and what a budget chooses, which run.yaml then has in its place."""
+    config = parse_args(base_flags)
+    model, _ = find_model(str(tiny_model))
+    blocks, every_second = model.transformer_config["num_layers"], ["--gradient_checkpointing_interval=2"]
+    count = functools.partial(count_run_step, config, model, side=64 // model.vae_factor, tokens=300)
+    all_recomputed = ActivationBytes.counted(lambda interval: count(interval=interval), blocks).peak(1)
+    held = held_bytes(config, model, 1)
+    if config.mixed_precision != "bf16":
+        held["weights"] *= 2
+    budget = sum(held.values()) + config.train_batch_size * all_recomputed + 2
     results = []
     for index, extra in enumerate(
-        ([], ["--gradient_checkpointing"], ["--gradient_checkpointing", "--gradient_checkpointing_interval=2"])
+        ([], [f"--memory_budget={budget / 1e9:.12f}"], ["--gradient_checkpointing", *every_second])
     ):
         output = tmp_path / str(index)
         flags = [f"--instance_data_dir={image_folder}", f"--output_dir={output}", "--max_train_steps=2"]
         assert run(*base_flags, *flags, *extra) == 0
         results.append(weights(output))
     assert same(results[0], results[1]) and same(results[0], results[2])
+    settings = yaml.safe_load((tmp_path / "1" / "run.yaml").read_text())
+    assert settings["gradient_checkpointing"] and settings["gradient_checkpointing_interval"] == 1
+    assert "memory_budget" not in settings
 
 
 def test_lora_layers_choose_the_trained_layers(base_flags, image_folder, tmp_path):

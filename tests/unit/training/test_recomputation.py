@@ -1,10 +1,22 @@
 """The choice of recomputed blocks by bytes, and its closed form against counted steps."""
 
+import math
+
 import pytest
 
 from sana_kit.errors import UserError
+from sana_kit.models.folder import find_model
 from sana_kit.step_table import count_step
-from sana_kit.training.recomputation import ActivationBytes, choose_recomputation, recomputations
+from sana_kit.training.config import parse_args
+from sana_kit.training.recomputation import (
+    ActivationBytes,
+    budget_problems,
+    choose_recomputation,
+    count_run_step,
+    fit_memory,
+    held_bytes,
+    recomputations,
+)
 
 ACTIVATIONS = ActivationBytes(blocks=20, kept=2000, block=90, passing=100, passing_recomputed=190)
 
@@ -26,6 +38,56 @@ def test_what_does_not_fit_is_told_with_the_batch_that_does():
         choose_recomputation(1200, images=4, activations=ACTIVATIONS)
     with pytest.raises(UserError, match="smaller resolution"):
         choose_recomputation(389, images=1, activations=ACTIVATIONS)
+
+
+def test_weights_and_optimizer_are_part_of_the_budget():
+    assert choose_recomputation(2600, images=1, activations=ACTIVATIONS, held_bytes=500).interval is None
+    assert choose_recomputation(2599, images=1, activations=ACTIVATIONS, held_bytes=500).blocks == 2
+    with pytest.raises(UserError, match="batch of 1 or less"):
+        choose_recomputation(900, images=2, activations=ACTIVATIONS, held_bytes=500)
+
+
+@pytest.mark.parametrize(
+    ("value", "flags", "device", "field"),
+    [
+        ("auto", [], "cpu", "memory_budget"),
+        ("much", [], "cuda", "memory_budget"),
+        ("-3", [], "cpu", "memory_budget"),
+        ("nan", [], "cpu", "memory_budget"),
+        ("8", ["--gradient_checkpointing"], "cpu", "gradient_checkpointing"),
+        ("8", ["--gradient_checkpointing_interval=2"], "cpu", "gradient_checkpointing_interval"),
+        ("8", [], "cpu", None),
+        ("auto", [], "npu", None),
+    ],
+)
+def test_what_is_wrong_with_a_budget(value, flags, device, field):
+    config = parse_args(["--pretrained_model_name_or_path=x", f"--memory_budget={value}", *flags])
+    assert [problem.field for problem in budget_problems(config, device)] == ([field] if field else [])
+
+
+def test_the_run_recomputes_what_the_budget_needs(tiny_model):
+    """Of the free memory 94 percent are used; what was chosen takes the budget's place among the settings."""
+    model, problems = find_model(str(tiny_model))
+    assert not problems
+    flags = [f"--pretrained_model_name_or_path={tiny_model}", "--resolution=64", "--mixed_precision=bf16"]
+    assert fit_memory(parse_args(flags), model, 1, None)[1] is None
+    config = parse_args([*flags, "--memory_budget=auto", "--train_batch_size=2"])
+    held = sum(held_bytes(config, model, 1).values())
+    blocks = model.transformer_config["num_layers"]
+
+    def count(interval):
+        return count_run_step(config, model, side=64 // model.vae_factor, tokens=300, interval=interval)
+
+    activations = ActivationBytes.counted(count, blocks)
+    for interval, checkpointing in ((None, False), (blocks, True), (1, True)):
+        # a bit more than that choice needs
+        free = math.ceil((held + 2 * activations.peak(interval)) / 0.94) + 2
+        chosen, told = fit_memory(config, model, 1, free)
+        assert (chosen.gradient_checkpointing, chosen.memory_budget) == (checkpointing, None)
+        assert chosen.gradient_checkpointing_interval == (interval or 1)
+        assert told.startswith(f"{0 if interval is None else math.ceil(blocks / interval)} of {blocks} blocks")
+    with pytest.raises(UserError, match="weights and optimizer"):
+        fit_memory(config, model, 1, held)
 
 
 @pytest.mark.parametrize("block", ["kit", "fused"])
