@@ -136,7 +136,7 @@ def run(config: TrainConfig, base_model, engine: Engine, stop: StopSignal, recor
     trainable = [(name, p) for name, p in transformer.named_parameters() if p.requires_grad]
     optimizer = build_optimizer(config, trainable, engine.device)
     schedule = build_schedule(config, optimizer, plan.steps)
-    digests = ranks.agree(data_digests(encoded.images) if ranks.is_main else None)
+    digests = ranks.agree(data_digests(encoded.images, encoded.control_images) if ranks.is_main else None)
     state = TrainState(config.seed, run_identity(config, plan.num_instance, ranks.world_size, digests))
     state.run_id = ranks.agree(state.run_id)
     metadata = adapter_metadata(config, base_model, samples.instruction, encoded.images, state)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # The transformers of the published checkpoints (their transformer/config.json).
 TRANSFORMERS = {
@@ -84,6 +84,7 @@ class Op:
         in_block: inside a transformer block, so recomputed under gradient checkpointing.
         trainable: whether its weight is trained.
         input_gradient: whether the gradient of its input is needed (of both inputs for a product of activations).
+        one_sided: of a product of activations, whether only one of them needs its gradient.
     """
 
     name: str
@@ -93,12 +94,13 @@ class Op:
     in_block: bool = False
     trainable: bool = False
     input_gradient: bool = False
+    one_sided: bool = False
 
     @property
     def backward_passes(self) -> int:
         """Products of this size in the backward pass."""
         if self.weights == 0:
-            return 2 if self.input_gradient else 0
+            return (1 if self.one_sided else 2) if self.input_gradient else 0
         return int(self.trainable) + int(self.input_gradient)
 
 
@@ -188,6 +190,64 @@ def transformer_ops(
     return ops
 
 
+def controlnet_ops(transformer_config, latent_hw: tuple[int, int], caption_tokens: int, layers: int) -> list[Op]:
+    """The products of a frozen transformer's forward pass and of the ControlNet that is trained beside it.
+
+    What the ControlNet adds comes in behind the second block, so gradients run through the blocks behind that one and
+    never to the caption. Its embeddings are frozen copies.
+
+    Args:
+        layers: blocks of the ControlNet.
+    """
+    c = _config(transformer_config)
+
+    def blocks(count: int, trainable: bool, gradient: bool) -> list[Op]:
+        ops = transformer_ops({**c, "num_layers": count}, latent_hw, caption_tokens)
+        return [
+            replace(
+                op,
+                trainable=trainable and op.weights > 0,
+                input_gradient=gradient and op.name not in ("attn2.to_k", "attn2.to_v"),
+                one_sided=not trainable and op.name in ("attn2 scores", "attn2 values"),
+                in_block=gradient,  # what has no gradient is not recomputed
+            )
+            for op in ops
+            if op.in_block
+        ]
+
+    *embeddings, last = transformer_ops({**c, "num_layers": 0}, latent_hw, caption_tokens)
+    width, patch = c["num_attention_heads"] * c["attention_head_dim"], c.get("patch_size", 1)
+    tokens = (latent_hw[0] // patch) * (latent_hw[1] // patch)
+    before = _linear("input_block", tokens, width, width, trainable=True)
+    after = _linear("controlnet_block", tokens, width, width, trainable=True, input_gradient=True)
+    image = replace(embeddings[0], name="controlnet patch_embed of latents and control image", weights=0)
+    return [
+        *embeddings,
+        *blocks(2, False, False),
+        *blocks(c["num_layers"] - 2, False, True),
+        replace(last, input_gradient=True),
+        *embeddings,
+        image,
+        before,
+        *blocks(layers, True, True),
+        *[after] * layers,
+    ]
+
+
+def training_ops(
+    transformer_config,
+    latent_hw: tuple[int, int],
+    caption_tokens: int,
+    mode: str,
+    rank: int = 4,
+    controlnet_layers: int | None = None,
+) -> list[Op]:
+    """The products of a training step's forward pass: `mode` "lora", "full" or "controlnet"."""
+    if mode == "controlnet":
+        return controlnet_ops(transformer_config, latent_hw, caption_tokens, controlnet_layers)
+    return transformer_ops(transformer_config, latent_hw, caption_tokens, mode, rank)
+
+
 def _passes(op: Op, training: bool, recomputed: float) -> float:
     if not training:
         return 1.0
@@ -235,6 +295,7 @@ def training_flops_per_image(
     mode: str = "lora",
     gradient_checkpointing: bool | float = False,
     rank: int = 4,
+    controlnet_layers: int | None = None,
 ) -> float:
     """FLOPs of forward and backward of the transformer for one image; encoding is not in it, it happens once.
 
@@ -244,12 +305,12 @@ def training_flops_per_image(
 
     Args:
         transformer_config, latent_hw, caption_tokens: see `transformer_ops`.
-        mode: "lora" or "full".
+        mode: "lora", "full" or "controlnet", whose ControlNet has `controlnet_layers` blocks.
         gradient_checkpointing: False, True, or the share of the blocks that is recomputed (0 to 1).
     """
-    if mode not in ("lora", "full"):
-        raise ValueError(f"mode={mode!r}: must be lora or full.")
-    ops = transformer_ops(transformer_config, latent_hw, caption_tokens, mode, rank)
+    if mode not in ("lora", "full", "controlnet"):
+        raise ValueError(f"mode={mode!r}: must be lora, full or controlnet.")
+    ops = training_ops(transformer_config, latent_hw, caption_tokens, mode, rank, controlnet_layers)
     return total_flops(ops, training=True, recomputed=float(gradient_checkpointing))
 
 
@@ -264,12 +325,14 @@ def bucket_elements(trained: int) -> int:
     return min(max(trained, fewest), most)
 
 
-def training_bytes(transformer_config, mode: str = "lora", rank: int = 4, devices: int = 8) -> dict[str, int]:
+def training_bytes(
+    transformer_config, mode: str = "lora", rank: int = 4, devices: int = 8, controlnet_layers: int | None = None
+) -> dict[str, int]:
     """Bytes on one device under the kit's ZeRO-2 in bf16, activations apart; tests hold them against allocated bytes.
 
     Args:
         transformer_config, rank: see `transformer_ops`; biases and norms, a thousandth of the whole, are not counted.
-        mode: "lora" or "full".
+        mode: "lora", "full" or "controlnet", whose ControlNet has `controlnet_layers` blocks.
         devices: over how many masters, moments and reduced gradients are shared out.
 
     Returns:
@@ -277,7 +340,7 @@ def training_bytes(transformer_config, mode: str = "lora", rank: int = 4, device
         share, float32), passing: the larger of what a bucket of bf16 gradients and its buffer take in the backward
         pass, and of what the optimizer's step takes, a copy of the gradients and an intermediate of the same size.
     """
-    ops = transformer_ops(transformer_config, (1, 1), 1, mode, rank)
+    ops = training_ops(transformer_config, (1, 1), 1, mode, rank, controlnet_layers)
     total = sum(op.weights for op in ops)
     trained = sum(op.weights for op in ops if op.trainable)
     share = math.ceil(trained / devices)

@@ -39,6 +39,12 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _SECRET_FLAG = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|access_?key)$", re.IGNORECASE)
 _SECRET_TEXT = re.compile(r"hf_[A-Za-z0-9]{16,}|(?<=://)[^/@\s:]+:[^/@\s]+(?=@)")
 REMOVED = "REMOVED"
+# What a run of each mode makes, and how the hub calls its relation to the base model.
+_TRAINED = {
+    "lora": ("LoRA weights", "adapter"),
+    "full": ("transformer weights (all of them trained)", "finetune"),
+    "controlnet": ("ControlNet weights", "adapter"),
+}
 _SHOWN_SETTINGS = (
     ("max_train_steps", "steps"),
     ("train_batch_size", "batch size per device"),
@@ -190,23 +196,13 @@ def _pairs(before: list[dict], after: list[dict]) -> list[dict]:
     ]
 
 
-def _snippet(base: str, repository: str, settings: dict, example: str, lora: bool) -> str:
+def _snippet(base: str, repository: str, settings: dict, example: str, mode: str) -> str:
     """Python that draws with the weights as they were trained: size, instruction, checkpoint's own scheduler."""
     variant = f", variant={settings['variant']!r}" if settings.get("variant") else ""
-    lines = ["import torch", "from diffusers import SanaPipeline" + ("" if lora else ", SanaTransformer2DModel"), ""]
-    if lora:
-        lines.append(f"pipeline = SanaPipeline.from_pretrained({base!r}{variant}, torch_dtype=torch.bfloat16)")
-        lines.append(f"pipeline.load_lora_weights({repository!r})")
-    else:
-        lines.append(f"weights = {repository!r}")
-        lines.append("transformer = SanaTransformer2DModel.from_pretrained(")
-        lines.append('    weights, subfolder="transformer", torch_dtype=torch.bfloat16')
-        lines.append(")")
-        lines.append("pipeline = SanaPipeline.from_pretrained(")
-        lines.append(f"    {base!r}{variant}, transformer=transformer, torch_dtype=torch.bfloat16")
-        lines.append(")")
+    lines = ["import torch", *_loading(base, repository, variant, mode)]
     lines.append('pipeline.to("cuda" if torch.cuda.is_available() else "cpu")  # "npu" with torch_npu')
     lines += ["image = pipeline(", f"    prompt={example!r},"]
+    lines += ['    control_image=load_image("control.png"),'] if mode == "controlnet" else []
     if settings.get("resolution"):
         side = settings["resolution"]
         lines.append(f"    height={side},")
@@ -219,6 +215,25 @@ def _snippet(base: str, repository: str, settings: dict, example: str, lora: boo
         lines.append(f"    complex_human_instruction={instruction!r},")
     lines += ["    use_resolution_binning=False,", ").images[0]", 'image.save("image.png")']
     return "\n".join(lines)
+
+
+def _loading(base: str, repository: str, variant: str, mode: str) -> list[str]:
+    """The lines that import and load the pipeline."""
+    if mode == "lora":
+        return [
+            "from diffusers import SanaPipeline",
+            "",
+            f"pipeline = SanaPipeline.from_pretrained({base!r}{variant}, torch_dtype=torch.bfloat16)",
+            f"pipeline.load_lora_weights({repository!r})",
+        ]
+    part, pipeline, model = "transformer", "SanaPipeline", "SanaTransformer2DModel"
+    if mode == "controlnet":
+        part, pipeline, model = "controlnet", "SanaControlNetPipeline", "SanaControlNetModel"
+    lines = [f"from diffusers import {', '.join(sorted((pipeline, model)))}"]
+    lines += ["from diffusers.utils import load_image"] if mode == "controlnet" else []
+    load = f'{part} = {model}.from_pretrained(\n    weights, subfolder="{part}", torch_dtype=torch.bfloat16\n)'
+    lines += ["", f"weights = {repository!r}", load, f"pipeline = {pipeline}.from_pretrained("]
+    return [*lines, f"    {base!r}{variant}, {part}={part}, torch_dtype=torch.bfloat16", ")"]
 
 
 def _base_licence(base_model: str | None) -> str | None:
@@ -267,7 +282,7 @@ def write_model_card(
         trigger: words that the captions share; None where they share none.
         validation_prompts: example prompts, used where no image is there.
         command: command line of the run; secrets are removed from it, local paths shortened.
-        train_mode: "lora" or "full".
+        train_mode: "lora", "full" or "controlnet".
         rank, lora_alpha: of the adapter.
         license: a licence id of the hub, such as "apache-2.0".
         versions: {package: version}; default those installed.
@@ -279,8 +294,8 @@ def write_model_card(
     Raises:
         ValueError: an unknown train_mode.
     """
-    if train_mode not in ("lora", "full"):
-        raise ValueError(f"train_mode={train_mode!r}: must be lora or full.")
+    if train_mode not in _TRAINED:
+        raise ValueError(f"train_mode={train_mode!r}: must be one of {', '.join(_TRAINED)}.")
     output_dir, lora = Path(output_dir), train_mode == "lora"
     path, kept = _where_to_write(output_dir)
     settings = _logged_settings(output_dir) if settings is None else settings
@@ -293,16 +308,18 @@ def write_model_card(
     prompts = [*(item["prompt"] for item in shown), *validation_prompts, trigger, "a photo of a red rose"]
     example = next(prompt for prompt in prompts if prompt).replace("\n", " ")
     told = versions if versions is not None else package_versions()
-    adapter = f"LoRA weights of rank {rank}" if rank else "LoRA weights"
+    what = _TRAINED[train_mode][0] + (f" of rank {rank}" if lora and rank else "")
     card = _render(
-        card_data=_card_data(base, data, lora, licence, trigger, widget),
+        card_data=_card_data(base, data, train_mode, licence, trigger, widget),
         title=(repo_id or output_dir.resolve().name).split("/")[-1],
         gallery=bool(shown),
-        what=adapter if lora else "transformer weights (all of them trained)",
+        what=what,
         base_link=_link(base),
         data_link=_link(data, "datasets/"),
         trigger=trigger,
-        snippet=_snippet(base or "PATH_OR_NAME_OF_THE_BASE_MODEL", repo_id or PLACEHOLDER, settings, example, lora),
+        snippet=_snippet(
+            base or "PATH_OR_NAME_OF_THE_BASE_MODEL", repo_id or PLACEHOLDER, settings, example, train_mode
+        ),
         pairs=_pairs(before, shown),
         rows=_setting_rows(base, rank if lora else None, lora_alpha, settings),
         command=without_local_paths(redact_command(command)) if command else None,
@@ -336,15 +353,16 @@ def _where_to_write(output_dir: Path) -> tuple[Path, dict]:
     return (output_dir / "README.generated.md" if previous and MARK not in previous else path), kept
 
 
-def _card_data(base, data, lora: bool, licence: dict, trigger: str | None, widget: list[dict]) -> str:
+def _card_data(base, data, mode: str, licence: dict, trigger: str | None, widget: list[dict]) -> str:
     """The front matter as YAML."""
     tags = ["text-to-image", "diffusers", "diffusers-training", "sana", "sana-diffusers"]
-    relation = {"base_model_relation": "adapter" if lora else "finetune"} if base else {}
+    tags += {"lora": ["lora", "template:sd-lora"], "controlnet": ["controlnet"]}.get(mode, [])
+    relation = {"base_model_relation": _TRAINED[mode][1]} if base else {}
     card = ModelCardData(
         base_model=base,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=[*tags, *(["lora", "template:sd-lora"] if lora else [])],
+        tags=tags,
         datasets=[data] if data else None,
         **relation,
         **licence,
@@ -385,8 +403,9 @@ def push(
         problems.append(f"--hub_model_id={repo_id}: not a repository name. Use NAME or USER/NAME.")
     if not (output_dir / "README.md").is_file():
         problems.append(f"{output_dir}/README.md: no model card there. `python -m sana_kit.model_card` writes it.")
-    if not (output_dir / WEIGHTS).is_file() and not (output_dir / "transformer" / "config.json").is_file():
-        problems.append(f"{output_dir}: neither {WEIGHTS} nor transformer/ is there; did the run end?")
+    folders = [output_dir / part / "config.json" for part in ("transformer", "controlnet")]
+    if not any(path.is_file() for path in (output_dir / WEIGHTS, *folders)):
+        problems.append(f"{output_dir}: neither {WEIGHTS} nor transformer/ nor controlnet/ is there; did the run end?")
     if problems:
         raise ValueError(" ".join(problems))
     if not _front_matter((output_dir / "README.md").read_text(encoding="utf-8")).get("license"):
@@ -403,7 +422,7 @@ def push(
             repo_id=repo_id,
             folder_path=output_dir,
             commit_message=commit_message,
-            allow_patterns=["README.md", WEIGHTS, f"{IMAGE_FOLDER}/*.png", "transformer/*"],
+            allow_patterns=["README.md", WEIGHTS, f"{IMAGE_FOLDER}/*.png", "transformer/*", "controlnet/*"],
         )
     except Exception as error:  # of huggingface_hub, its HTTP client or the network, by version
         again = f"python -m sana_kit.model_card {shlex.quote(str(output_dir))} --push_to_hub {repo_id}"

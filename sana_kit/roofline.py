@@ -285,6 +285,8 @@ def _inputs(transformer, images: int, latent_hw: tuple[int, int], tokens: int) -
         "encoder_attention_mask": torch.ones(images, 1, 1, tokens, dtype=torch.bool, device=parameter.device),
         "timestep": torch.full((images,), 500.0, device=parameter.device),
     }
+    if hasattr(transformer, "controlnet"):
+        inputs["control"] = torch.zeros_like(inputs["hidden_states"])
     if config.guidance_embeds:
         inputs["guidance"] = torch.full((images,), 4.5, **where)
     return inputs

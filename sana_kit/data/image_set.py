@@ -17,6 +17,7 @@ from sana_kit.data.decode import decode_image, open_image
 from sana_kit.data.masks import NoMasks, decode_mask
 from sana_kit.data.sources import JoinedSource
 from sana_kit.data.texts import Texts
+from sana_kit.data.transform import TransformPlan, apply_transform
 from sana_kit.errors import ImageError
 
 _BLOCK = 65536  # samples that are hashed at a time
@@ -54,7 +55,10 @@ class ImageSet:
         names: file name relative to the folder, or "train[17]" for row 17 of a table, per sample.
         report: counts of what was found and skipped, for the log and the summary.
         notes: the same as sentences, each told once by the trainer.
+        follows: the set whose scale, crop and flip this one's samples take; None: their own.
     """
+
+    follows: ImageSet | None = None
 
     def __init__(self, source, rows, captions, positions, digests, sizes, report, notes, choices=None, masks=None):
         self._source = source
@@ -125,6 +129,10 @@ class ImageSet:
         if hashlib.sha256(data).digest() != self.masks.digests[row].tobytes():
             raise ImageError(f"{name}: the mask changed while the run was using it; start again.")
         return decode_mask(data, name)
+
+    def pixels(self, i: int, plan: TransformPlan) -> np.ndarray:
+        """The image as it is encoded: uint8 (height, width, 3)."""
+        return apply_transform(self.load(i), plan)
 
     def source_hash(self, i: int) -> str:
         """Hex SHA-256 of the encoded source bytes."""

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import torch
 
+from sana_kit.data.image_set import ImageSet
 from sana_kit.distributed import Ranks
 from sana_kit.encodings.masks import LossMasks, make_loss_masks
 from sana_kit.encodings.plan import EncodingPlan
@@ -54,25 +55,40 @@ class EncodedDataset(torch.utils.data.Dataset):
         images: the ImageSet after bad images were skipped; sample i here is sample i there.
         facts: what the encoding did.
         masks: weights of the loss by place, after `add_masks`; None where no image has a mask.
+        controls: the encodings of the control images, sample by sample, where a ControlNet is trained.
     """
 
     def __init__(self, plan: EncodingPlan, facts: EncodingFacts, claim: Claim | None = None):
         self.images, self.facts = plan.images, facts
         self._plan, self._claim = plan, claim
         self.masks: LossMasks | None = None
+        self.controls: EncodedDataset | None = None
+
+    @property
+    def control_images(self) -> ImageSet | None:
+        """The control images, where a ControlNet is trained."""
+        return None if self.controls is None else self.controls.images
 
     def close(self) -> None:
         """Let go of the shards: from now on a pruning may remove them. The end of the process does the same."""
-        if self._claim is not None:
-            self._claim.close()
+        for own in (self._claim, self.controls):
+            if own is not None:
+                own.close()
 
     def __len__(self) -> int:
         return len(self._plan.latent_rows)
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        """{"latents": (C, h, w), "prompt_embeds": (T, D)} of sample i, with masks "loss_weights" (1, h, w), on CPU."""
+        """{"latents": (C, h, w), "prompt_embeds": (T, D)} of sample i on the CPU.
+
+        With masks also "loss_weights" (1, h, w), with controls "control" (C, h, w).
+        """
         item = {"latents": self.latents(i), "prompt_embeds": self.prompt_embeds(i)}
-        return item if self.masks is None else {**item, "loss_weights": self.masks.weights(i)}
+        if self.masks is not None:
+            item["loss_weights"] = self.masks.weights(i)
+        if self.controls is not None:
+            item["control"] = self.controls.latents(i)
+        return item
 
     def add_masks(self, outside: float, ranks: Ranks) -> None:
         """Weigh the loss by the images' masks, `outside` where they are black; a collective call, see `masks.py`."""

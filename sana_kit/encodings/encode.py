@@ -85,7 +85,8 @@ def encode(
                 claim.close()
             raise
     _settle(plan, claim, ranks)
-    warn_truncation(plan, tell)
+    if images.follows is None:
+        warn_truncation(plan, tell)
     facts = _facts(plan, work, base_model, time.monotonic() - started, messages, ranks)
     return EncodedDataset(plan, facts, claim)
 

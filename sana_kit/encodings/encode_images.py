@@ -10,7 +10,7 @@ import torch
 
 from sana_kit import devices
 from sana_kit.data.image_set import default_workers, prefetch, progress_bar
-from sana_kit.data.transform import TransformPlan, apply_transform, to_unit_range
+from sana_kit.data.transform import TransformPlan, to_unit_range
 from sana_kit.encodings.peers import Peers
 from sana_kit.encodings.plan import EncodingPlan, Needs
 from sana_kit.encodings.store import ShardWriter
@@ -126,7 +126,7 @@ def encode_missing_images(
     def pixels_of(group: list[int]) -> torch.Tensor:
         """uint8 (B, H, W, 3)."""
         samples = needs.first_sample[group].tolist()
-        return torch.from_numpy(np.stack([apply_transform(images.load(i), needs.transform(i)) for i in samples]))
+        return torch.from_numpy(np.stack([images.pixels(i, needs.transform(i)) for i in samples]))
 
     workers = default_workers() if settings.num_workers is None else settings.num_workers
     done, total = 0, sum(len(missing.intersection(group)) for group in share)

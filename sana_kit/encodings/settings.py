@@ -63,6 +63,7 @@ class Transform:
     """
 
     def __init__(self, images: ImageSet, settings: EncodingSettings, seed: int | None = None):
+        images = images if images.follows is None else images.follows
         self._images, self._settings = images, settings
         self._seed = seed or 0
         self._index = images.positions() if seed is not None else _own_numbers(images)

@@ -38,7 +38,7 @@ class _Parts:
     device: torch.device
     dtype: torch.dtype
     use_resolution_binning: bool | str
-    controlnet: torch.nn.Module | None
+    controlnet: Callable | None
     pag_layers: Sequence[int]
     on_step: Callable[[], None] | None
 
@@ -125,7 +125,7 @@ def generate(
     device: torch.device,
     dtype: torch.dtype = torch.bfloat16,
     use_resolution_binning: bool | str = "auto",
-    controlnet: torch.nn.Module | None = None,
+    controlnet: Callable | None = None,
     pag_layers: Sequence[int] = (),
     on_step: Callable[[], None] | None = None,
     on_error: Callable[[Sequence[Job], Exception], None] | None = None,
@@ -145,7 +145,8 @@ def generate(
         negative_prompt_embeds: negative prompt -> (T, D), encoded without it; read only for jobs that are `guided`.
         dtype: what the transformer computes in.
         use_resolution_binning: "auto" as `generation_size` says, or False.
-        controlnet: a SanaControlNetModel on `device` in `dtype`, for jobs that have a control image.
+        controlnet: a SanaControlNetModel on `device` in `dtype`, or what is called like one, for jobs that have a
+            control image.
         pag_layers: blocks whose self-attention is perturbed for jobs that have a pag_scale.
         on_step: called after each denoising step of a group.
         on_error: called as on_error(group, exception) when a group fails, which is then left out; without it the

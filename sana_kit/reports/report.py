@@ -20,6 +20,7 @@ _ROWS, _STEPS, _PAIRS, _SAMPLES = 16, 12, 12, 12  # most prompts, steps of each,
 _LINKS = (
     ("pytorch_lora_weights.safetensors", "LoRA weights"),
     ("transformer", "transformer weights"),
+    ("controlnet", "ControlNet weights"),
     ("README.md", "model card"),
     ("run.yaml", "configuration"),
     ("train_log.jsonl", "log"),

@@ -29,6 +29,8 @@ REFUSED = {
 def adapter_problems(config: TrainConfig, model: Model) -> tuple[TrainConfig, list[Problem]]:
     """(the settings with alpha, and with rank and kind of the adapter to begin with; what is wrong with them)."""
     adapter = config.adapter
+    if config.train_mode == "controlnet":  # see control.py
+        return config, []
     if config.train_mode != "lora":
         names = ("use_rslora", "use_dora", "init_lora", "save_merged")
         useless = [name for name in names if getattr(adapter, name)]
@@ -57,7 +59,7 @@ def adapter_problems(config: TrainConfig, model: Model) -> tuple[TrainConfig, li
 def quantization_problems(config: TrainConfig, model: Model | None, device: str, deepspeed: bool) -> list[Problem]:
     """Why the base's weights cannot be kept in few bits."""
     name, field = config.base_quantization, "base_quantization"
-    if name not in QUANTIZATIONS:  # None, or told with the choices
+    if name not in QUANTIZATIONS or config.train_mode == "controlnet":  # None, told with the choices, in control.py
         return []
     shapes = None if model is None else model.transformer_config
     problems = [dataclasses.replace(p, field=field) for p in quantize_problems(name, torch.device(device), shapes)]

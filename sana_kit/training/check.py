@@ -25,6 +25,7 @@ from sana_kit.training.accounts import upload_problems
 from sana_kit.training.adapter import adapter_problems, quantization_problems
 from sana_kit.training.checkpoint_folders import find_checkpoint, folder_problems
 from sana_kit.training.config import DataConfig, TrainConfig
+from sana_kit.training.control import control_problems
 from sana_kit.training.launch_config import LaunchConfig, settle
 from sana_kit.training.optim import optimizer_name, optimizer_problems
 from sana_kit.training.recomputation import budget_problems
@@ -77,6 +78,8 @@ def check(config: TrainConfig) -> Checked:
         problems += _size_problems(config, model)
         config, found = adapter_problems(config, model)
         problems += found
+    config, found = control_problems(config, model, image_source(config))
+    problems += found
     problems += quantization_problems(config, model, device_type, launch.deepspeed)
     problems += budget_problems(config, device_type)
     problems += check_output_folder(config.output_dir, "output_dir")

@@ -38,6 +38,7 @@ RUN_FILES = (
     "README.generated.md",
     "pytorch_lora_weights.safetensors",
     "transformer",
+    "controlnet",
     "sana_kit_base.json",
     "validation",
     "training_images",

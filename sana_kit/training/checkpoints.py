@@ -4,6 +4,7 @@ A `checkpoint-N` folder holds
 
     pytorch_lora_weights.safetensors   LoRA: the adapter, as patch_sana.py writes it
     transformer/                       full fine-tuning: the model's weights in the dtype of the run
+    controlnet/                        the same of a ControlNet that is trained
     optimizer.safetensors              per trainable parameter: float32 master, and the optimizer's tensors
     ema.safetensors                    with --ema_decay: the average of each master
     (optimizer-00001-of-00020....)     the same in several files where they are large
@@ -67,7 +68,9 @@ logger = logging.getLogger("sana")
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 OPTIMIZER_STEM = "optimizer"
 AVERAGE_STEM = "ema"
-TRANSFORMER_STEM = "transformer/diffusion_pytorch_model"
+# Of a run that trains no adapter: folder and stem of the weights' files.
+MODEL_FOLDERS = {"full": "transformer", "controlnet": "controlnet"}
+MODEL_STEM = "diffusion_pytorch_model"
 RANDOM_FILE = "random_states.pt"
 # Below this one rank writes alone: agreeing on the shares would take longer.
 SHARED_BYTES = 64 << 20
@@ -196,7 +199,7 @@ class Checkpointer:
         trained = sum(torch.Size(whole_shape(p)).numel() for _, p in engine.named_parameters)
         entries = engine.optimizer_entries()
         moments = sum(e.bytes for e in entries if not e.key.endswith("|master"))
-        weights = sum(e.bytes for e in engine.weight_entries()) if engine.train_mode == "full" else 2 * trained
+        weights = sum(e.bytes for e in engine.weight_entries()) if engine.train_mode in MODEL_FOLDERS else 2 * trained
         # before the first step there are no moments: two a weight, as of AdamW
         return 4 * trained + (moments or 8 * trained) + weights
 
@@ -229,8 +232,8 @@ class Checkpointer:
         engine, ranks = self._engine, self._engine.ranks
         files = split_files(OPTIMIZER_STEM, engine.optimizer_entries())
         model_files = []
-        if engine.train_mode == "full":
-            model_files = split_files(TRANSFORMER_STEM, engine.weight_entries(), MODEL_FILE_BYTES)
+        if engine.train_mode in MODEL_FOLDERS:
+            model_files = split_model(engine)
         problem = _attempt(lambda: _make_folder(partial)) if ranks.is_main else None
         writers = self._writers(partial, files + model_files)
         random_states = ranks.gather(pack_random_state(devices.random_state(engine.device)))
@@ -402,13 +405,21 @@ def _make_folder(partial: Path) -> None:
     partial.mkdir(parents=True)
 
 
+def split_model(engine: Engine) -> list[TensorFile]:
+    """The files of a run's model, below the folder that holds it."""
+    stem = f"{MODEL_FOLDERS[engine.train_mode]}/{MODEL_STEM}"
+    return split_files(stem, engine.weight_entries(), MODEL_FILE_BYTES)
+
+
 def write_model_facts(folder: Path, engine: Engine, settings, files: list[TensorFile]) -> None:
     """What a diffusers folder holds beside the tensors: config, index of several files; and the base model's name."""
-    engine.transformer.save_config(folder / "transformer")
+    place = folder / MODEL_FOLDERS[engine.train_mode]
+    engine.result_module.save_config(place)
     if len(files) > 1:
-        index = folder / f"{TRANSFORMER_STEM}.safetensors.index.json"
+        index = place / f"{MODEL_STEM}.safetensors.index.json"
         index.write_text(json.dumps(index_of(files), indent=2), encoding="utf-8")
-    write_base_name(folder, settings)
+    if engine.train_mode == "full":
+        write_base_name(folder, settings)
 
 
 def write_base_name(folder: Path, settings) -> None:

@@ -67,7 +67,11 @@ class ModelConfig:
     revision: str | None = flag(None, "Hub revision of the model.")
     variant: str | None = flag(None, "Variant of the weight files, e.g. bf16.")
     cache_dir: str | None = flag(None, "Where downloads are kept.", path=True)
-    train_mode: str = flag("lora", "Train a LoRA adapter, or every weight.", choices=("lora", "full"))
+    train_mode: str = flag(
+        "lora",
+        "Train a LoRA adapter, every weight, or a ControlNet beside the frozen transformer.",
+        choices=("lora", "full", "controlnet"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +175,21 @@ class DataConfig:
     def side(self) -> int:
         """The largest resolution: what memory and images of a run are reckoned with."""
         return max(self.resolutions)
+
+
+@dataclasses.dataclass(frozen=True)
+class ControlConfig:
+    control_column: str | None = flag(None, "Column of the control images, beside --image_column.")
+    control_data_dir: str | None = flag(
+        None, "Folder of control images that are called as the training images are; endings may differ.", path=True
+    )
+    control_edges: bool = flag(False, "Control images are the outlines of the training images, computed.")
+    controlnet_layers: int | None = flag(
+        None, "Blocks of the ControlNet; default 7, or one less than the model has.", low=1
+    )
+    validation_control_image: tuple[str, ...] = flag(
+        (), "Control image of the validation prompts: one for all, or repeated, one for each in turn.", repeat=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,6 +370,7 @@ class TrainConfig(Sections):
     model: ModelConfig = section("model")
     adapter: AdapterConfig = section("LoRA")
     data: DataConfig = section("data")
+    control: ControlConfig = section("ControlNet (--train_mode controlnet)")
     encoding: EncodingConfig = section("encoding (once, before the first step)")
     prior: PriorConfig = section("prior preservation")
     length: LengthConfig = section("training")

@@ -81,9 +81,9 @@ def _create_accelerator(settings, launch: LaunchConfig):
         )
     else:
         handlers.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True))
-        if settings.train_mode == "lora" and precision == "bf16":
-            # The frozen base runs in bf16 as it is and LoRA layers cast for themselves (see models/lora.py): no global
-            # autocast, which would run every norm in float32.
+        if settings.train_mode != "full" and precision == "bf16":
+            # The frozen base runs in bf16 as it is; LoRA layers and ControlNets cast for themselves (models/lora.py,
+            # models/controlnet.py): no global autocast, which would run every norm in float32.
             precision = "no"
     trackers = None if settings.report_to == "none" else settings.report_to
     accelerator = Accelerator(
@@ -127,7 +127,7 @@ class Engine:
         self.device, self.train_mode = accelerator.device, settings.train_mode
         self.mixed_precision, self.max_grad_norm = settings.mixed_precision, settings.max_grad_norm
         self.compute_dtype = compute_dtype(settings)
-        masters_apart = launch.deepspeed or settings.train_mode == "lora"
+        masters_apart = launch.deepspeed or settings.train_mode != "full"
         self.weight_dtype = self.compute_dtype if masters_apart else torch.float32
         several = accelerator.num_processes > 1
         self.kind = f"zero{launch.zero_stage}" if launch.deepspeed else "ddp" if several else "single"
@@ -198,6 +198,11 @@ class Engine:
     def transformer(self) -> torch.nn.Module:
         """The model as it was given to `prepare`: its names hold no wrapper's."""
         return self._transformer
+
+    @property
+    def result_module(self) -> torch.nn.Module:
+        """Whose weights are the result of a run that trains no adapter: the transformer, or its ControlNet."""
+        return self._transformer.controlnet if self.train_mode == "controlnet" else self._transformer
 
     @property
     def partitioned(self) -> bool:
@@ -275,9 +280,9 @@ class Engine:
         return found
 
     def weight_entries(self) -> list[Entry]:
-        """Every weight and buffer of the transformer as it is saved: in bf16 where the run computes in bf16."""
+        """Every weight and buffer of `result_module` as it is saved: in bf16 where the run computes in bf16."""
         found = []
-        for name, tensor in self._transformer.state_dict(keep_vars=True).items():
+        for name, tensor in self.result_module.state_dict(keep_vars=True).items():
             dtype = tensor.dtype
             if self.mixed_precision == "bf16" and dtype == torch.float32:
                 dtype = torch.bfloat16

@@ -23,13 +23,13 @@ from sana_kit.training import checkpoints
 from sana_kit.training.config import TrainConfig
 from sana_kit.training.ema import WeightAverage
 from sana_kit.training.engine import Engine
-from sana_kit.training.shares import MODEL_FILE_BYTES, share_out, split_files, write_shares
+from sana_kit.training.shares import share_out, write_shares
 from sana_kit.training.state import TrainState
 
 
-def write_transformer(engine: Engine, config: TrainConfig, folder: Path) -> None:
-    """Write a full fine-tuned transformer as a diffusers folder below `folder`; every rank calls it."""
-    files = split_files(checkpoints.TRANSFORMER_STEM, engine.weight_entries(), MODEL_FILE_BYTES)
+def write_model(engine: Engine, config: TrainConfig, folder: Path) -> None:
+    """Write the trained transformer or ControlNet as a diffusers folder below `folder`; every rank calls it."""
+    files = checkpoints.split_model(engine)
     _, problem = write_shares(folder, share_out(files, [0]), engine.ranks.rank)
     if problem is not None:
         raise CheckpointError(f"Could not write the model into {folder}: {problem}")
@@ -88,7 +88,7 @@ def write_final_weights(config: TrainConfig, engine: Engine, average: WeightAver
 
 
 def write_weights(config: TrainConfig, engine: Engine, output_dir: Path) -> None:
-    """The adapter (or transformer/) in a folder, written beside and renamed; every rank calls it."""
+    """The adapter (or transformer/, controlnet/) in a folder, written beside and renamed; every rank calls it."""
     main = engine.ranks.is_main
     masters = {}
     if config.upcast_before_saving and config.train_mode == "lora":
@@ -101,7 +101,7 @@ def write_weights(config: TrainConfig, engine: Engine, output_dir: Path) -> None
         if config.train_mode == "lora":
             engine.write_adapter(partial)
         else:
-            engine.ranks.run_on_all(lambda: write_transformer(engine, config, partial))
+            engine.ranks.run_on_all(lambda: write_model(engine, config, partial))
     if main:
         if masters:
             upcast_adapter(partial, masters)
@@ -130,7 +130,7 @@ def _trigger(config: TrainConfig, images: ImageSet) -> str | None:
 
 def final_weights(config: TrainConfig) -> Path:
     """Where the result of a finished run lies."""
-    return Path(config.output_dir, checkpoints.ADAPTER_FILE if config.train_mode == "lora" else "transformer")
+    return Path(config.output_dir, checkpoints.MODEL_FOLDERS.get(config.train_mode, checkpoints.ADAPTER_FILE))
 
 
 def adapter_metadata(

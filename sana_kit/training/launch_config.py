@@ -157,13 +157,15 @@ def settle(launch: LaunchConfig, settings, explicit: set[str], device_type: str)
         )
     if launch.zero_stage == 0:
         problems.append(Problem("", None, "zero_stage: 0 in the accelerate config", "Use 1 or 2, or no DeepSpeed."))
-    if launch.zero_stage == 3 and settings.train_mode == "lora":
+    if launch.zero_stage == 3 and settings.train_mode != "full":
+        what = "a LoRA's few million trainable weights gain nothing from partitioned parameters"
+        if settings.train_mode == "controlnet":
+            what = "a ControlNet's blocks fit one device beside the base"
         problems.append(
             Problem(
                 "",
                 None,
-                "zero_stage: 3 in the accelerate config: a LoRA's few million trainable weights gain nothing from"
-                " partitioned parameters, and every step would gather the frozen base",
+                f"zero_stage: 3 in the accelerate config: {what}, and every step would gather the frozen base",
                 "Use zero_stage: 2 (or 1).",
             )
         )

@@ -131,7 +131,9 @@ def flops_per_image(
     """
     found, counts = np.unique(np.asarray(shapes).reshape(-1, 2), axis=0, return_counts=True)
     each = [
-        training_flops_per_image(transformer_config, shape, tokens, mode=config.train_mode)
+        training_flops_per_image(
+            transformer_config, shape, tokens, mode=config.train_mode, controlnet_layers=config.controlnet_layers
+        )
         for shape in map(tuple, found.tolist())
     ]
     return float(np.average(each, weights=counts)) * (2 if plan.num_class else 1)
@@ -151,14 +153,17 @@ def describe(config: TrainConfig, plan: Plan, model: Model, chip: devices.Chip |
     """The plan in a few lines: samples, updates, arithmetic, memory, disk, and the least time on a known chip."""
     side = config.side // model.vae_factor
     flops = flops_per_image(config, plan, model.transformer_config, np.array([[side, side]]), _PLAN_CAPTION_TOKENS)
+    mode, layers = config.train_mode, config.controlnet_layers
     held = held_bytes(config, model, plan.world_size)
     trained = held["masters"] * plan.world_size // 4
-    checkpoint = trained * 12 + (held["weights"] if config.train_mode == "full" else 2 * trained)
+    checkpoint = trained * 12 + (held["weights"] if mode == "full" else 2 * trained)
     channels = model.transformer_config["in_channels"]
-    latents = 2 * channels * side * side + 2 * _PLAN_CAPTION_TOKENS * model.transformer_config["caption_channels"]
+    latents = 2 * channels * side * side * (2 if mode == "controlnet" else 1)
+    latents += 2 * _PLAN_CAPTION_TOKENS * model.transformer_config["caption_channels"]
     of_class = f" (+ {plan.num_class} of the class)" if plan.num_class else ""
     kept = config.checkpoints_total_limit or math.ceil(plan.steps / config.checkpointing_steps)
-    what = f"LoRA of rank {config.rank}" if config.train_mode == "lora" else "every weight"
+    what = f"LoRA of rank {config.rank}" if mode == "lora" else "every weight"
+    what = f"ControlNet of {layers} blocks" if mode == "controlnet" else what
     lines = [
         f"model: {model.name}; trained: {what}, {trained:,d} weights, {config.mixed_precision} precision",
         f"images: {plan.num_instance}{of_class} at {_sizes(config)}",

@@ -124,6 +124,7 @@ class FlowMatching:
             encoder_attention_mask=batch["prompt_mask"],
             timestep=sigma * NUM_TRAIN_TIMESTEPS,
             return_dict=False,
+            **({"control": batch["control"].to(dtype)} if "control" in batch else {}),
         )[0]
         return loss_per_sample(prediction, target, sigma, self.weighting_scheme, batch.get("loss_weights"))
 

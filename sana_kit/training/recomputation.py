@@ -17,6 +17,7 @@ from sana_kit import devices
 from sana_kit.arithmetic import training_bytes
 from sana_kit.errors import Problem, UserError
 from sana_kit.models.attention import set_attention
+from sana_kit.models.controlnet import ControlledTransformer, begin_controlnet
 from sana_kit.models.folder import Model
 from sana_kit.models.fused import fuse_blocks
 from sana_kit.models.lora import recompute_blocks
@@ -116,7 +117,9 @@ def choose_recomputation(
 
 def held_bytes(config: TrainConfig, model: Model, world_size: int) -> dict[str, int]:
     """Bytes on one device beside the activations, by part: see `arithmetic.training_bytes`."""
-    held = training_bytes(model.transformer_config, config.train_mode, config.rank, world_size)
+    held = training_bytes(
+        model.transformer_config, config.train_mode, config.rank, world_size, config.controlnet_layers
+    )
     if config.base_quantization is not None:
         held["weights"] -= saved_bytes(config.base_quantization, model.transformer_config)
     return held
@@ -140,7 +143,20 @@ def count_run_step(config: TrainConfig, model: Model, *, side: int, tokens: int,
             recompute_blocks(transformer, interval)
 
     transformer = build_on_meta(model.transformer_config, dtype, prepare)
+    if config.train_mode == "controlnet":
+        transformer = _with_controlnet(transformer, config, prepare)
     return count_training_step(transformer, 1, (side, side), tokens)
+
+
+def _with_controlnet(
+    transformer: torch.nn.Module, config: TrainConfig, prepare: Callable[[torch.nn.Module], None]
+) -> ControlledTransformer:
+    controlnet = begin_controlnet(transformer.requires_grad_(False), config.controlnet_layers)
+    prepare(controlnet)
+    model = ControlledTransformer(transformer, controlnet)
+    for part in model.trained_parts():
+        part.requires_grad_(True)
+    return model
 
 
 def budget_problems(config: TrainConfig, device_type: str) -> list[Problem]:

@@ -344,17 +344,20 @@ def closing_lines(config: TrainConfig, summary: dict, result: Path) -> list[str]
     lines = [summary_line(summary)]
     if summary["interrupted_by_signal"] is not None:
         return lines
-    output_dir, lora = Path(config.output_dir), config.train_mode == "lora"
-    script = "infer_sana_text2img_lora_bf16.py" if lora else "infer_sana_text2img_bf16.py"
-    model = config.pretrained_model_name_or_path if lora else str(output_dir)
-    words = ["python", script, "--model_path", model, *(["--lora_weights", str(output_dir)] if lora else [])]
-    if not lora:
+    output_dir, mode = Path(config.output_dir), config.train_mode
+    script = "infer_sana_text2img_lora_bf16.py" if mode == "lora" else "infer_sana_text2img_bf16.py"
+    model = str(output_dir) if mode == "full" else config.pretrained_model_name_or_path
+    words = ["python", script, "--model_path", model, *(["--lora_weights", str(output_dir)] if mode == "lora" else [])]
+    if mode == "controlnet":
+        words += ["--controlnet", str(output_dir), "--control_image"]
+        words += [next(iter(config.validation_control_image), "CONTROL_IMAGE.png")]
+    if mode != "lora":
         words += ["--height", str(config.side), "--width", str(config.side)]
         if config.complex_human_instruction != "default":
             words += ["--complex_human_instruction", config.complex_human_instruction]
     words += ["--prompt", next(iter(config.validation.prompts), None) or config.instance_prompt or "YOUR PROMPT"]
     lines += [
-        f"{'LoRA' if lora else 'model'}: {result}",
+        f"{ {'lora': 'LoRA', 'full': 'model', 'controlnet': 'ControlNet'}[mode] }: {result}",
         f"report: {output_dir / 'report.html'}",
         f"model card: {output_dir / 'README.md'}   settings: {output_dir / RUN_FILE}",
         f"draw with it: {shlex.join(words)}",

@@ -7,6 +7,7 @@ import functools
 import logging
 
 from sana_kit import devices
+from sana_kit.data.controls import load_controls
 from sana_kit.data.discover import load_class_images, load_images
 from sana_kit.data.image_set import ImageSet, bad_image_problems, check_images, concat
 from sana_kit.distributed import Ranks, StopSignal
@@ -18,6 +19,7 @@ from sana_kit.errors import InputError, Problem, UserError
 from sana_kit.models.folder import Model
 from sana_kit.training.check import image_source
 from sana_kit.training.config import TrainConfig
+from sana_kit.training.control import control_kind
 from sana_kit.training.engine import Engine
 from sana_kit.training.prior import generate_class_images
 from sana_kit.training.recorder import Recorder
@@ -31,7 +33,8 @@ class Samples:
     """What a run trains on.
 
     Attributes:
-        encoded: latents and prompt embeddings by sample; class images follow the instance images, held-out ones these.
+        encoded: latents and prompt embeddings by sample, under a ControlNet those of control images too; class images
+            follow the instance images, held-out ones these.
         num_instance, num_class, num_held_out: how many there are of each.
         instruction: the lines before each caption, None for none.
     """
@@ -78,7 +81,16 @@ def load_samples(
     if config.with_prior_preservation:
         parts.append(_class_images(config, base_model, instruction, images, ranks, stop))
     parts += [held_out] if held_out is not None else []
+    controls = None
+    if config.train_mode == "controlnet":  # all of them looked at before a weight is loaded
+        source, remember_in = image_source(config), f"{_encodings_dir(config)}/images"
+        for part in parts:
+            controls = load_controls(control_kind(config), source, part, remember_in=remember_in, ranks=ranks)
     encoded = _encode(functools.reduce(concat, parts), config, base_model, engine, instruction, stop, recorder)
+    if controls is not None:
+        rows = [part.row(i) for part in parts for i in range(len(part))]
+        own = controls.of(encoded.images, rows)
+        encoded.controls = _encode(own, config, base_model, engine, instruction, stop, recorder)
     counts = _counts(parts, encoded.images)
     num_class = counts[1] if config.with_prior_preservation else 0
     num_held_out = counts[-1] if held_out is not None else 0
@@ -184,10 +196,13 @@ def _encode(
         recorder.note(message)
     size = facts.bytes
     logger.info(
-        f"encodings: {facts.encoded_images} images, {facts.encoded_prompts} captions new;"
+        f"encodings{'' if images.follows is None else ' of the control images'}: {facts.encoded_images} images,"
+        f" {facts.encoded_prompts} captions new;"
         f" {facts.reused_images}, {facts.reused_prompts} reused; {facts.seconds:.1f} s;"
         f" {size['latents'] / 1e6:.1f} MB of latents, {size['prompts'] / 1e6:.1f} MB of embeddings"
     )
+    if images.follows is not None:
+        return encoded
     logger.info(facts.store)
     encoded.add_masks(config.mask_outside, engine.ranks)
     if encoded.masks is not None:

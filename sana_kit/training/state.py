@@ -54,10 +54,13 @@ IDENTITY = (
     "caption_dropout",
     "mask_outside",
     "ema_decay",
+    "controlnet_layers",
+    "control_column",
+    "control_edges",
 )
 # Without these the checkpoint's tensors do not fit the run at all.
 DECISIVE = ("train_mode", "rank", "lora_alpha", "lora_layers", "use_rslora", "use_dora", "optimizer")
-DECISIVE += ("lora_plus_ratio", "no_decay_norms")
+DECISIVE += ("lora_plus_ratio", "no_decay_norms", "controlnet_layers")
 # The decisive ones that say nothing about a run that trains all weights.
 OF_LORA = ("rank", "lora_alpha", "lora_layers", "use_rslora", "use_dora", "lora_plus_ratio")
 
@@ -108,12 +111,13 @@ def run_identity(settings, num_images: int, world_size: int, data: dict[str, str
     return {**found, "images": num_images, "world_size": world_size, **(data or {})}
 
 
-def data_digests(images: ImageSet) -> dict[str, str]:
-    """{"data_digest", "captions_digest"}: of the whole set, and of its captions alone."""
+def data_digests(images: ImageSet, controls: ImageSet | None = None) -> dict[str, str]:
+    """{"data_digest", "captions_digest"}: of the whole set, of its captions alone; "control_digest" of `controls`."""
     captions = hashlib.sha256("\0".join(images.all_captions).encode())
     if images.choices is not None:
         captions.update(images.choices.starts.tobytes() + images.choices.weights.tobytes())
-    return {"data_digest": images.digest(), "captions_digest": captions.hexdigest()}
+    own = {} if controls is None else {"control_digest": controls.digest()}
+    return {"data_digest": images.digest(), "captions_digest": captions.hexdigest(), **own}
 
 
 def differences(before: dict, now: dict) -> list[str]:
@@ -126,7 +130,8 @@ def differences(before: dict, now: dict) -> list[str]:
         if key not in digests
     ]
     if digests:
-        what = "captions" if "captions_digest" in digests else "images (or their order)"
+        what = "control images" if digests == ["control_digest"] else "images (or their order)"
+        what = "captions" if "captions_digest" in digests else what
         found.append(f"the {what} are other ones than when the checkpoint was written")
     return found
 

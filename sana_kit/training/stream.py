@@ -131,7 +131,7 @@ def collate(samples: list[list[dict[str, torch.Tensor]]]) -> dict[str, torch.Ten
 
     Returns: latents (B, C, h, w) in their stored dtype, noise (B, C, h, w) float32, u (B,) float32, prompt_embeds
     (B, T, D) padded to the longest caption, prompt_mask (B, T) bool; with loss masks also loss_weights (B, 1, h, w)
-    float32.
+    float32, with control images control (B, C, h, w).
     """
     ordered = [sample[part] for part in range(len(samples[0])) for sample in samples]
     embeds, mask = collate_prompt_embeds([s["prompt_embeds"] for s in ordered], multiple=CAPTION_PAD_MULTIPLE)
@@ -142,6 +142,7 @@ def collate(samples: list[list[dict[str, torch.Tensor]]]) -> dict[str, torch.Ten
         "prompt_embeds": embeds,
         "prompt_mask": mask,
     }
-    if "loss_weights" in ordered[0]:
-        batch["loss_weights"] = torch.stack([s["loss_weights"] for s in ordered])
+    for name in ("loss_weights", "control"):
+        if name in ordered[0]:
+            batch[name] = torch.stack([s[name] for s in ordered])
     return batch

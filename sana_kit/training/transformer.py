@@ -7,6 +7,7 @@ import logging
 import torch
 
 from sana_kit.models.attention import set_attention
+from sana_kit.models.controlnet import ControlledTransformer, begin_controlnet
 from sana_kit.models.folder import Model
 from sana_kit.models.fused import fuse_blocks
 from sana_kit.models.loading import load_transformer
@@ -24,6 +25,8 @@ def prepare_transformer(config: TrainConfig, engine: Engine, base_model: Model) 
     # quantised on the host: the card never holds the whole weights
     device = engine.device if few_bits is None else torch.device("cpu")
     transformer = load_transformer(base_model, device=device, dtype=engine.weight_dtype)
+    if config.train_mode == "controlnet":
+        return _with_controlnet(config, engine, transformer)
     if config.train_mode == "lora":
         add_lora(transformer, config.adapter, engine)
         if few_bits is not None:
@@ -33,6 +36,20 @@ def prepare_transformer(config: TrainConfig, engine: Engine, base_model: Model) 
     transformer.to(engine.device)
     tune(transformer, config.speed, engine)
     return transformer.train()
+
+
+def _with_controlnet(config: TrainConfig, engine: Engine, transformer: torch.nn.Module) -> ControlledTransformer:
+    """The frozen transformer and a new ControlNet, trainable but for its copied embeddings."""
+    controlnet = begin_controlnet(transformer, config.controlnet_layers)
+    masters = not engine.under_deepspeed and engine.compute_dtype != torch.float32
+    model = ControlledTransformer(transformer, controlnet, engine.compute_dtype if masters else None)
+    for part in model.trained_parts():
+        part.requires_grad_(True)
+        if masters:
+            part.float()
+    for part in (transformer, controlnet):
+        tune(part, config.speed, engine)
+    return model.train()
 
 
 def add_lora(transformer: torch.nn.Module, config: AdapterConfig, engine: Engine) -> None:

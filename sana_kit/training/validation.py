@@ -14,11 +14,14 @@ from sana_kit.distributed import StopSignal
 from sana_kit.encodings.dataset import EncodedDataset
 from sana_kit.files import write_atomic
 from sana_kit.generation.generate import generate
+from sana_kit.generation.inputs import NO_INPUTS
 from sana_kit.generation.jobs import Job, slug
+from sana_kit.models.controlnet import ControlledTransformer
 from sana_kit.models.folder import Model
 from sana_kit.models.loading import load_scheduler, load_vae
 from sana_kit.runlog import console_bar
 from sana_kit.training.config import TrainConfig
+from sana_kit.training.control import validation_inputs
 from sana_kit.training.ema import WeightAverage
 from sana_kit.training.engine import Engine
 from sana_kit.training.plan import Plan
@@ -59,6 +62,7 @@ class Validator:
         prompts = config.validation.prompts
         self.embeddings = {prompt: encoded.prompt(prompt, instruction) for prompt in prompts}
         self.negative_embeddings = {"": encoded.prompt("", None)} if prompts else {}
+        self._inputs = validation_inputs(config)
         self.jobs = [self._job(number, prompt) for number, prompt in enumerate(self._every_image(prompts))]
         self._vae: torch.nn.Module | None = None
 
@@ -79,6 +83,7 @@ class Validator:
             num_inference_steps=config.validation_inference_steps,
             guidance_scale=config.validation_guidance_scale,
             file_name=f"{index:02d}-{slug(prompt)}-seed{seed}.png",
+            inputs=self._inputs.get(prompt, NO_INPUTS),
         )
 
     def due(self, state: TrainState) -> bool:
@@ -126,9 +131,12 @@ class Validator:
     def _draw_mine(self, bar) -> list[tuple[dict, bytes]]:
         """(entry, PNG) of this rank's images."""
         together, engine, done = self.engine.partitioned, self.engine, []
+        model = engine.transformer
+        controlled = isinstance(model, ControlledTransformer)
         images = generate(
             [[job] for job in self._mine()],
-            transformer=engine.transformer,
+            transformer=model.transformer if controlled else model,
+            controlnet=model.residuals if controlled else None,
             vae=self._vae,
             scheduler=load_scheduler(self.base_model),
             prompt_embeds=self.embeddings,

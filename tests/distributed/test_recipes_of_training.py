@@ -13,6 +13,7 @@ WORKER = "tests/distributed/workers/several_runs.py"
 RUNS = {
     "schedulefree, LoRA+": ["--optimizer=schedulefree", "--lora_plus_ratio=4", "--upcast_before_saving"],
     "DoRA, rsLoRA": ["--use_dora", "--use_rslora", "--lora_layers=attention", "--upcast_before_saving"],
+    "ControlNet": ["--train_mode=controlnet", "--control_edges"],
     "AdamW, LoRA+, no decay": ["--lora_plus_ratio=4", "--no_decay_norms", "--adam_weight_decay=0.1"],
 }
 
@@ -67,13 +68,19 @@ def launched(common, tmp_path_factory):
     return found
 
 
+def result(folder):
+    """The adapter or the ControlNet of a run or checkpoint."""
+    file = folder / "controlnet" / "diffusion_pytorch_model.safetensors"
+    return load_file(file) if file.exists() else adapter_weights(folder)
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_a_resume_under_zero2_is_the_run_to_the_bit(launched, name):
     whole, half = launched[name]
-    assert same(adapter_weights(whole), adapter_weights(half))
+    assert same(result(whole), result(half))
     file = "checkpoint-4/optimizer.safetensors"
     assert same(load_file(whole / file), load_file(half / file))
-    assert same(adapter_weights(whole / "checkpoint-4"), adapter_weights(half / "checkpoint-4"))
+    assert same(result(whole / "checkpoint-4"), result(half / "checkpoint-4"))
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -83,8 +90,8 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one(launched, common, name, tm
     shutil.copytree(whole / "checkpoint-2", tmp_path / "checkpoint-2")
     more = [*flags_of(name, common, tmp_path), "--train_batch_size=2", "--resume_from_checkpoint=latest"]
     assert run_trainer(*more) == 0
-    before = adapter_weights(whole / "checkpoint-2")
-    after, here = adapter_weights(whole), adapter_weights(tmp_path)
+    before = result(whole / "checkpoint-2")
+    after, here = result(whole), result(tmp_path)
     moved = sum((after[key].float() - before[key].float()).square().sum() for key in after).sqrt()
     apart = sum((after[key].float() - here[key].float()).square().sum() for key in after).sqrt()
     print(f"apart {apart / moved:.3f} of the way")

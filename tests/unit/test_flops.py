@@ -26,7 +26,9 @@ from sana_kit.arithmetic import (
     vae_decode_ops,
     vae_encode_ops,
 )
+from sana_kit.models.controlnet import ControlledTransformer, begin_controlnet, default_layers
 from sana_kit.models.folder import find_model
+from sana_kit.models.lora import recompute_blocks
 
 SMALL = {
     "in_channels": 8,
@@ -105,6 +107,35 @@ def test_training_equals_the_counter(config, latent_hw, caption_tokens, mode, gr
     counted = measure(model, config, latent_hw, caption_tokens, backward=True)
     computed = training_flops_per_image(config, latent_hw, caption_tokens, mode, gradient_checkpointing)
     assert computed == pytest.approx(counted, rel=0.005)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize(("config", "latent_hw", "caption_tokens"), CONFIGS[::2], ids=["1600M", "small"])
+def test_training_a_controlnet_equals_the_counter(config, latent_hw, caption_tokens, gradient_checkpointing):
+    config = TRANSFORMERS[config] if isinstance(config, str) else config
+    layers, transformer = default_layers(config), build(config, "inference").requires_grad_(False)
+    model = ControlledTransformer(transformer, begin_controlnet(transformer, layers))
+    for part in model.trained_parts():
+        part.requires_grad_(True)
+    if gradient_checkpointing:
+        recompute_blocks(model.transformer, 1)
+        recompute_blocks(model.controlnet, 1)
+    with torch.device("meta"):
+        latents, prompt = (
+            torch.empty(1, config["in_channels"], *latent_hw),
+            torch.empty(1, caption_tokens, config["caption_channels"]),
+        )
+        with counter() as counted:
+            model.train()
+            model(latents, prompt, None, torch.empty(1), latents)[0].sum().backward()
+    size = (config, latent_hw, caption_tokens)
+    computed = training_flops_per_image(*size, "controlnet", gradient_checkpointing, controlnet_layers=layers)
+    assert computed == pytest.approx(counted.get_total_flops(), rel=0.005)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    held = training_bytes(config, "controlnet", devices=1, controlnet_layers=layers)
+    assert held["masters"] / 4 == pytest.approx(trained, rel=0.02)  # biases are not counted
+    whole = sum(p.numel() for p in model.parameters())
+    assert held["weights"] / 2 == pytest.approx(whole, rel=0.02)
 
 
 def test_figures_of_the_published_model():

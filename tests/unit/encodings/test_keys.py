@@ -67,6 +67,7 @@ def image_set(names, seed=0):
     """A set of images of the same names' bytes, without any pixel."""
     digests = np.stack([np.frombuffer(hashlib.sha256(name.encode()).digest(), np.uint8) for name in names])
     return types.SimpleNamespace(
+        follows=None,
         source_digests=lambda: digests,
         positions=lambda: np.arange(len(names)),
         size=lambda i: (640, 480),

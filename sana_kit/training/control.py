@@ -1,0 +1,150 @@
+"""What a run that trains a ControlNet asks of its settings, and the control images of its validation."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from sana_kit.data.controls import ControlKind, find_controls
+from sana_kit.data.decode import inspect_image
+from sana_kit.data.discover import find_images
+from sana_kit.errors import ImageError, Problem, UserError
+from sana_kit.files import expand
+from sana_kit.generation.inputs import InputImage, Inputs
+from sana_kit.launchers import local_rank
+from sana_kit.models.controlnet import default_layers
+from sana_kit.models.folder import Model
+from sana_kit.training.config import AdapterConfig, ControlConfig, TrainConfig
+
+SOURCES = ("control_column", "control_data_dir", "control_edges")
+
+
+def control_kind(config: TrainConfig) -> ControlKind:
+    """Where the control images of a checked run come from."""
+    return ControlKind(config.control_column, config.control_data_dir, config.control_edges)
+
+
+def control_problems(
+    config: TrainConfig, model: Model | None, image_source: dict[str, Any]
+) -> tuple[TrainConfig, list[Problem]]:
+    """(the settings with the ControlNet's number of blocks, what is wrong with them); local data only is looked at.
+
+    Args:
+        model: None where it was not found.
+        image_source: arguments of `find_images`.
+    """
+    if config.train_mode != "controlnet":
+        given = [field.name for field in dataclasses.fields(ControlConfig) if getattr(config, field.name)]
+        reason = "has no effect without --train_mode controlnet"
+        return config, [Problem(name, _shown(config, name), reason) for name in given]
+    problems = _refused(config)
+    if model is not None:
+        config, found = _layers(config, model)
+        problems += found
+    named = [name for name in SOURCES if getattr(config, name)]
+    if len(named) != 1:
+        reason = f"{'several' if named else 'none'} of them given"
+        remedy = "Say where the control images come from, by one of them."
+        problems.append(Problem(", ".join(SOURCES), None, reason, remedy))
+    elif config.control_column is not None and config.dataset_name is None:
+        remedy = "Use --control_data_dir, or a data set."
+        problems.append(Problem("control_column", config.control_column, "a folder has no columns", remedy))
+    elif local_rank() == 0:
+        problems += _missing(config, image_source)
+    return config, problems + _validation_problems(config)
+
+
+def _refused(config: TrainConfig) -> list[Problem]:
+    """Settings that mean nothing to a ControlNet, or that were not made for one."""
+    lora = [field.name for field in dataclasses.fields(AdapterConfig) if field.name in config.given]
+    problems = [Problem(name, _shown(config, name), "has no effect without LoRA") for name in lora]
+    if config.base_quantization is not None:
+        reason = "it was made for a base under a LoRA"
+        problems.append(Problem("base_quantization", config.base_quantization, reason, "Leave it out."))
+    for field, wrong, reason, remedy in (
+        ("with_prior_preservation", config.with_prior_preservation, "class images have no control images", ""),
+        ("validation_dataset", config.validation_dataset, "its images have no control images", "Use a split."),
+        ("skip_bad_images", config.skip_bad_images, "an image and its control image go together", "Repair them."),
+        ("fused_blocks", config.fused_blocks != "off", "the fused blocks were made for LoRA and full training", ""),
+        ("memory_budget", config.memory_budget, "it was not tried with a ControlNet", "Use gradient_checkpointing."),
+        ("compile", config.compile, "compiled blocks were not tried with a ControlNet", ""),
+    ):
+        if wrong:
+            problems.append(Problem(field, _shown(config, field), reason, remedy or "Leave it out."))
+    return problems
+
+
+def _shown(config: TrainConfig, name: str) -> object:
+    """A setting's value for a message; a switch has none."""
+    value = getattr(config, name)
+    return None if isinstance(value, bool) else value
+
+
+def _layers(config: TrainConfig, model: Model) -> tuple[TrainConfig, list[Problem]]:
+    shapes, layers = model.transformer_config, config.controlnet_layers
+    problems = []
+    if shapes.get("qk_norm") is not None:
+        reason = "it norms queries and keys (SANA-1.5), and diffusers' SanaControlNetModel has no such norms to copy"
+        problems.append(Problem("pretrained_model_name_or_path", model.name, reason, "Use SANA 1.0."))
+    most = shapes["num_layers"] - 1
+    if most < 1:
+        reason = "its transformer has one block, and a ControlNet adds behind the second and later ones"
+        problems.append(Problem("pretrained_model_name_or_path", model.name, reason))
+    elif layers is not None and layers > most:
+        reason = f"block i is added behind block i + 1 of the model, which has {most + 1}"
+        problems.append(Problem("controlnet_layers", layers, reason, f"Use at most {most}."))
+    return config.replaced(controlnet_layers=layers or default_layers(shapes)), problems
+
+
+def _missing(config: TrainConfig, image_source: dict[str, Any]) -> list[Problem]:
+    """Images without a control image; what is wrong with the images themselves is told elsewhere."""
+    name = config.dataset_name
+    if name is not None and not (expand(name).exists() or name.startswith((".", "/"))):
+        return []  # of the hub: looked at once it is there
+    try:
+        table, _ = find_images(**image_source)
+    except UserError:
+        return []
+    try:
+        find_controls(control_kind(config), table, image_source)
+    except UserError as error:
+        return list(error.problems)
+    return []
+
+
+def _validation_problems(config: TrainConfig) -> list[Problem]:
+    field, files, prompts = "validation_control_image", config.validation_control_image, config.validation.prompts
+    if not prompts:
+        return [Problem(field, files[0], "has no effect without validation prompts")] if files else []
+    if len(files) not in (1, len(prompts)):
+        reason = f"{len(files)} given for {len(prompts)} validation prompt(s)"
+        return [Problem(field, None, reason, "Name one for all, or one for each prompt, in their order.")]
+    problems = []
+    for file in dict.fromkeys(files):
+        try:
+            _open(file)
+        except OSError as error:
+            problems.append(Problem(field, file, f"cannot be read ({error.strerror})"))
+        except ImageError as error:
+            problems.append(Problem(field, file, str(error)))
+    return problems
+
+
+def _open(file: str) -> InputImage:
+    path = expand(file)
+    facts = inspect_image(Path(path).read_bytes(), file)
+    return InputImage(str(path), facts.sha256.hex(), facts.width, facts.height)
+
+
+def validation_inputs(config: TrainConfig) -> dict[str, Inputs]:
+    """{prompt: what guides its images}; empty where no ControlNet is trained.
+
+    Raises:
+        OSError, ImageError: a file that could be read when the run was checked can be no more.
+    """
+    files, prompts = config.validation_control_image, config.validation.prompts
+    if config.train_mode != "controlnet" or not prompts:
+        return {}
+    files = files * len(prompts) if len(files) == 1 else files
+    return {prompt: Inputs(control_image=_open(file)) for prompt, file in zip(prompts, files, strict=True)}
