@@ -139,7 +139,7 @@ def run(config: TrainConfig, base_model, engine: Engine, stop: StopSignal, recor
     digests = ranks.agree(data_digests(encoded.images, encoded.control_images) if ranks.is_main else None)
     state = TrainState(config.seed, run_identity(config, plan.num_instance, ranks.world_size, digests))
     state.run_id = ranks.agree(state.run_id)
-    metadata = adapter_metadata(config, base_model, samples.instruction, encoded.images, state)
+    metadata = adapter_metadata(config, base_model, transformer, samples.instruction, encoded.images, state)
     model, optimizer = engine.prepare(transformer, optimizer, metadata)
     average = WeightAverage(engine, config.ema_decay)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 
 # Variables that torch and accelerate believe, wherever they come from.
@@ -129,26 +129,25 @@ def launched_world_size() -> int:
 
 
 @contextmanager
-def announced_wait(after: float = ANNOUNCED_SECONDS, again: float = REPEATED_SECONDS, say=None):
-    """Around the making of the process group: tells what is awaited, and why, if it takes longer than `after` seconds.
+def announced(
+    line: str,
+    after: float = ANNOUNCED_SECONDS,
+    again: float = REPEATED_SECONDS,
+    say: Callable[[str], object] | None = None,
+    over: Callable[[], bool] = lambda: False,
+) -> Iterator[None]:
+    """Around a wait for other processes: tells `line` if it takes longer than `after` seconds, and then again.
 
-    Silent for one process and on ranks other than the first of a machine.
+    Args:
+        say: called with it; standard error unless given.
+        over: asked before each time; True ends the telling, though not the wait.
     """
-    world_size = launched_world_size()
-    if world_size == 1 or local_rank() != 0:
-        yield
-        return
-    say = say or (lambda line: sys.stderr.write(line + "\n"))
+    say = say or (lambda text: sys.stderr.write(text + "\n"))
     done = threading.Event()
-    address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-    line = (
-        f"rank {os.environ.get('RANK', '?')} waits for the other processes of {world_size} at {address}, since"
-        f" WORLD_SIZE={world_size} was set by the launcher. Start the other machines, or check that they reach it."
-    )
 
     def tell() -> None:
         wait = after
-        while not done.wait(wait):
+        while not done.wait(wait) and not over():
             say(line)
             wait = again
 
@@ -159,3 +158,24 @@ def announced_wait(after: float = ANNOUNCED_SECONDS, again: float = REPEATED_SEC
     finally:
         done.set()
         thread.join()
+
+
+@contextmanager
+def announced_wait(
+    after: float = ANNOUNCED_SECONDS, again: float = REPEATED_SECONDS, say: Callable[[str], object] | None = None
+) -> Iterator[None]:
+    """Around the making of the process group: tells what is awaited, and why, if it takes longer than `after` seconds.
+
+    Silent for one process and on ranks other than the first of a machine.
+    """
+    world_size = launched_world_size()
+    if world_size == 1 or local_rank() != 0:
+        yield
+        return
+    address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    line = (
+        f"rank {os.environ.get('RANK', '?')} waits for the other processes of {world_size} at {address}, since"
+        f" WORLD_SIZE={world_size} was set by the launcher. Start the other machines, or check that they reach it."
+    )
+    with announced(line, after, again, say):
+        yield

@@ -63,8 +63,17 @@ def refuse(problems: list[Problem]) -> None:
 
 def _settle_captions(table: Table, named: Named, good: np.ndarray, asked: Asked) -> _Captions:
     """The captions of each repeat of each good row."""
+    if hasattr(table.captions, "read"):
+        cells, problems = table.captions.read()
+    else:
+        cells, problems = table.captions() if callable(table.captions) else table.captions, []
+    settled = _settle_column(cells, table, named, good, asked)
+    settled.problems[:0] = problems
+    return settled
+
+
+def _settle_column(cells, table: Table, named: Named, good: np.ndarray, asked: Asked) -> _Captions:
     fallback, repeats = (asked.instance_prompt or "").strip(), asked.repeats
-    cells = table.captions() if callable(table.captions) else table.captions
     if cells is None:
         return _Captions(Texts(pa.repeat(pa.scalar(fallback, pa.large_string()), len(good) * repeats)))
     if isinstance(cells, list):
@@ -134,7 +143,8 @@ def _weighted(cell, columns: tuple[float, ...] | None) -> tuple[list[str], list[
 
 def _remembered_captions(table: Table, named: Named, good: np.ndarray, asked: Asked, memory: Memory) -> _Captions:
     """`_settle_captions`, or what it gave for the same table before."""
-    identity = table.source.identity() if hasattr(table.source, "identity") else None
+    keeper = next((part for part in (table.captions, table.source) if hasattr(part, "identity")), None)
+    identity = None if keeper is None else keeper.identity()
     parts = ("drawn", asked.caption_column, asked.instance_prompt, asked.repeats)
     count = len(good) * asked.repeats
     found = memory.recall_captions(identity, *parts)

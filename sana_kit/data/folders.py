@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+from dataclasses import dataclass
 from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from sana_kit.data.captions import lines_of
 from sana_kit.data.decode import IMAGE_SUFFIXES
 from sana_kit.data.masks import is_mask, masks_beside
+from sana_kit.data.memory import all_settled, stat_files
 from sana_kit.data.sources import FileSource
 from sana_kit.data.tables import Named, Table, refused_table
+from sana_kit.data.texts import text_array
 from sana_kit.errors import Problem
 from sana_kit.files import expand
 
 CAPTION_SUFFIXES = (".txt", ".caption")
+_BLOCK = 4096  # names that are Python objects at once
 
 
 def image_files(folder: Path) -> list[Path]:
     """The image files directly in a folder, by name: the one rule of what counts as an image."""
-    names = (path for path in folder.iterdir() if not path.name.startswith("."))
-    images = (path for path in names if path.suffix.lower() in IMAGE_SUFFIXES and not is_mask(path.name))
-    return sorted(path for path in images if path.is_file())
+    return [folder / name for name in _listed_in(folder).images.to_pylist()]
 
 
 def free_class_names(folder: Path, count: int) -> list[str]:
@@ -33,17 +40,134 @@ def free_class_names(folder: Path, count: int) -> list[str]:
     return names
 
 
-def _caption_files(named: Named, files: list[Path], stems: set[str]) -> tuple[dict[str, Path], list[Problem]]:
-    """({stem: caption file}, problems); one image with two caption files is a problem."""
-    texts: dict[str, Path] = {}
+@dataclass
+class _Listing:
+    """Names of what lies directly in a folder, sorted; hidden entries are none of them.
+
+    Attributes:
+        images, captions: large_string arrays, as a set may have millions.
+        masks: loss masks, which are no training images.
+        others, folders, broken: the rest by kind; `broken` are links that lead nowhere.
+    """
+
+    images: pa.Array
+    captions: pa.Array
+    masks: list[str]
+    others: list[str]
+    folders: list[str]
+    broken: list[str]
+
+
+class _Names:
+    """Gathers names as Arrow does, some thousands of Python's strings at a time."""
+
+    def __init__(self) -> None:
+        self._blocks: list[pa.Array] = []
+        self._names: list[str] = []
+
+    def add(self, name: str) -> None:
+        self._names.append(name)
+        if len(self._names) == _BLOCK:
+            self._close_block()
+
+    def _close_block(self) -> None:
+        self._blocks.append(text_array(self._names))
+        self._names.clear()
+
+    def sorted(self) -> pa.Array:
+        self._close_block()
+        names = pa.concat_arrays(self._blocks)
+        return names.take(pc.sort_indices(names))
+
+
+def _listed_in(folder: Path) -> _Listing:
+    """One look at a folder, without a stat for each entry."""
+    images, captions = _Names(), _Names()
+    masks, others, folders, broken = [], [], [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = entry.name
+            if name[0] == ".":
+                continue
+            if entry.is_file():
+                suffix = name[name.rfind(".") :].lower() if "." in name else ""
+                if is_mask(name):
+                    masks.append(name)
+                elif suffix in IMAGE_SUFFIXES:
+                    images.add(name)
+                elif suffix in CAPTION_SUFFIXES:
+                    captions.add(name)
+                else:
+                    others.append(name)
+            elif entry.is_dir():
+                folders.append(name)
+            elif entry.is_symlink():
+                broken.append(name)
+    rest = (sorted(names) for names in (masks, others, folders, broken))
+    return _Listing(images.sorted(), captions.sorted(), *rest)
+
+
+def _stems(names: pa.Array) -> pa.Array:
+    return pc.replace_substring_regex(names, r"\.[^.]*$", "")
+
+
+class CaptionFiles:
+    """The caption files of a folder's images, read when a run asks for them and no earlier one has settled them.
+
+    Args:
+        named: the folder.
+        root: its path.
+        names: large_string, a file's name per image, null where it has none; several images may share one.
+    """
+
+    def __init__(self, named: Named, root: Path, names: pa.Array):
+        self._named = named
+        self._files = FileSource(root, names)
+
+    def identity(self) -> str | None:
+        """What changes when a caption does: names, sizes and times. None for files that changed a moment ago."""
+        files = FileSource(self._files.root, self._files.names.array.drop_null())
+        sizes, changed = stat_files(files)
+        if not all_settled(changed):
+            return None
+        whole = hashlib.sha256(self._files.root.encode("utf-8", "surrogateescape"))
+        for block in self._files.names.blocks():
+            whole.update("/".join("" if name is None else name for name in block).encode("utf-8", "surrogateescape"))
+        whole.update(sizes.tobytes())
+        whole.update(changed.tobytes())
+        return f"folder {whole.hexdigest()}"
+
+    def read(self) -> tuple[list[str | list[str] | None], list[Problem]]:
+        """(each image's caption, captions or None; a problem per file that is no text)."""
+        cells: list[str | list[str] | None] = []
+        problems = []
+        for name in self._files.names:
+            if name is None:
+                cells.append(None)
+                continue
+            try:
+                with open(os.path.join(self._files.root, name), encoding="utf-8-sig") as file:
+                    cells.append(lines_of(file.read()))
+            except (OSError, UnicodeDecodeError) as error:
+                problems.append(self._named.problem(f"caption {name} cannot be read as UTF-8 text ({error})"))
+                cells.append(name)  # stands for what it should hold, so that it is not told as missing, too
+        return cells, problems
+
+
+def _captions_of(named: Named, listing: _Listing) -> tuple[pa.Array, list[str], list[Problem]]:
+    """(caption file per image or null, caption files of no image, problems): one image with two files is a problem."""
+    images, captions = _stems(listing.images), _stems(listing.captions)
+    serves = pc.is_in(captions, value_set=images)
+    unused = listing.captions.filter(pc.invert(serves)).to_pylist()
+    names, stems = listing.captions.filter(serves), captions.filter(serves)
     problems = []
-    for file in files:
-        if file.suffix.lower() in CAPTION_SUFFIXES and file.stem in stems:
-            if file.stem in texts:
-                both = f"{texts[file.stem].name} and {file.name}"
-                problems.append(named.problem(f"{both} are captions of the same image", "Keep one of them."))
-            texts[file.stem] = file
-    return texts, problems
+    if len(pc.unique(stems)) < len(stems):
+        files: dict[str, list[str]] = {}
+        for stem, name in zip(stems.to_pylist(), names.to_pylist(), strict=True):
+            files.setdefault(stem, []).append(name)
+        for both in (" and ".join(found) for found in files.values() if len(found) > 1):
+            problems.append(named.problem(f"{both} are captions of the same image", "Keep one of them."))
+    return names.take(pc.index_in(images, value_set=stems)), unused, problems
 
 
 def _listed(names: list[str], limit: int = 10) -> str:
@@ -57,31 +181,27 @@ def find_in_folder(named: Named, captions: bool = True) -> Table:
         what = "is a file, not a folder" if folder.exists() else "no such folder"
         return refused_table(named.problem(what))
     try:
-        entries = sorted(folder.iterdir())
+        listing = _listed_in(folder)
     except OSError as error:
         return refused_table(named.problem(f"cannot be listed ({error.strerror})"))
-    files = [e for e in entries if e.is_file() and not e.name.startswith(".")]
-    images = image_files(folder)
-    texts, problems = _caption_files(named, files, {f.stem for f in images}) if captions else ({}, [])
-    masks = masks_beside(folder, [image.name for image in images]) if captions else None
-    used = set(images) | set(texts.values()) | {folder / name for name in (masks.names if masks else ())}
-    others = [f.name for f in files if f not in used]
-    folders = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
-    broken = [e.name for e in entries if e.is_symlink() and not e.exists()]
-    if not images:
+    images, folders = listing.images, listing.folders
+    if captions:
+        files, unused, problems = _captions_of(named, listing)
+    else:
+        files, unused, problems = pa.nulls(len(images), pa.large_string()), listing.captions.to_pylist(), []
+    masks = masks_beside(folder, images.to_pylist()) if captions and listing.masks else None
+    taken = set(masks.names) if masks else set()
+    others = sorted([*listing.others, *unused, *(name for name in listing.masks if name not in taken)])
+    if not len(images):
         hint = f" (it has the subfolders {_listed(folders, 5)}; images are looked for at the top)" if folders else ""
         problems.append(named.problem(f"no images in it{hint}", f"Known endings: {', '.join(IMAGE_SUFFIXES)}."))
-    cells = []
-    for text in (texts.get(image.stem) for image in images):
-        try:
-            cells.append(None if text is None else lines_of(text.read_text(encoding="utf-8-sig")))
-        except (OSError, UnicodeDecodeError) as error:
-            problems.append(named.problem(f"caption {text.name} cannot be read as UTF-8 text ({error})"))
-    shared = len([image for image in images if image.stem in texts]) - len(texts)
-    notes = _notes(str(folder), shared, others, folders, broken)
+    used = len(files) - files.null_count
+    shared = used - len(pc.unique(files.drop_null()))
+    notes = _notes(str(folder), shared, others, folders, listing.broken)
     counts = {"other files skipped": len(others), "captions shared by images of one name": shared}
-    source = FileSource(folder, [image.name for image in images])
-    return Table(source, cells if texts else None, problems, notes, counts, masks=masks)
+    cells = CaptionFiles(named, folder, files) if used else None
+    pa.default_memory_pool().release_unused()  # the joins of a large folder need ten times what they give
+    return Table(FileSource(folder, images), cells, problems, notes, counts, masks=masks)
 
 
 def _notes(where: str, shared: int, others: list[str], folders: list[str], broken: list[str]) -> list[str]:

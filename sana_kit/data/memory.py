@@ -182,10 +182,17 @@ def stat_files(source) -> tuple[np.ndarray, np.ndarray]:
     sizes, changed = np.full(len(source), -1, np.int64), np.full(len(source), -1, np.int64)
     stat, prefix = os.stat, os.path.join(source.root, "")
     for row, name in enumerate(source.names):
-        with suppress(OSError):
+        try:
             found = stat(prefix + name)
-            sizes[row], changed[row] = found.st_size, max(found.st_mtime_ns, found.st_ctime_ns)
+        except OSError:
+            continue
+        sizes[row], changed[row] = found.st_size, max(found.st_mtime_ns, found.st_ctime_ns)
     return sizes, changed
+
+
+def all_settled(changed: np.ndarray) -> bool:
+    """Whether none of these last changes, (N,) int64 in ns, was a moment ago."""
+    return not len(changed) or time.time_ns() - int(changed.max()) >= SETTLED_NS
 
 
 def as_numbers(column: pa.Array, kind: type) -> np.ndarray:

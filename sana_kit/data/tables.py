@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -66,14 +67,14 @@ class Table:
     """A found data set: its images and, per row, the raw caption cell.
 
     Attributes:
-        captions: the cells, Arrow's or Python's, or what reads them; None: no caption column. Of several columns each
-            is a list of a row's cells.
+        captions: the cells, Arrow's or Python's, or what reads them (a `CaptionFiles` of folders.py tells problems,
+            too); None: no caption column. Of several columns each is a list of a row's cells.
         weights: of several caption columns; None for one.
         masks: the loss masks by row; None where there are none.
     """
 
     source: object
-    captions: list | pa.ChunkedArray | Callable[[], pa.ChunkedArray] | None
+    captions: Any
     problems: list[Problem]
     notes: list[str]
     counts: dict[str, int]

@@ -17,7 +17,7 @@ class Texts(Sequence):
         if isinstance(texts, Texts):
             texts = texts.array
         if not isinstance(texts, (pa.Array, pa.ChunkedArray)):
-            texts = pa.array(texts if isinstance(texts, (list, tuple)) else list(texts), pa.large_string())
+            texts = text_array(texts if isinstance(texts, (list, tuple)) else list(texts))
         self.array: pa.Array = _whole(texts)
 
     def __len__(self) -> int:
@@ -56,6 +56,14 @@ class Texts(Sequence):
     def where(self, keep: np.ndarray) -> Texts:
         """Those where `keep`, bool (N,), is True."""
         return Texts(self.array.filter(pa.array(keep)))
+
+
+def text_array(texts: Sequence[str]) -> pa.Array:
+    """large_string of Python's strings. `pa.array` would import pandas, which takes a second and 30 MB."""
+    encoded = [text.encode() for text in texts]
+    ends = np.zeros(len(encoded) + 1, np.int64)
+    np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)), out=ends[1:])
+    return pa.LargeStringArray.from_buffers(len(encoded), pa.py_buffer(ends), pa.py_buffer(b"".join(encoded)))
 
 
 def _whole(texts: pa.Array | pa.ChunkedArray) -> pa.Array:

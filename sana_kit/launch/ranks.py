@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+import torch.distributed
 from accelerate.commands import launch
 from accelerate.utils import (
     prepare_deepspeed_cmd_env,
@@ -32,9 +33,11 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from sana_kit.errors import show_error
+from sana_kit.launchers import announced
 
 # What says how processes start and end; nothing in it tells a user more than the trainer's own message.
 QUIET_LOGGERS = ("torch.distributed.elastic", "torch.distributed.run", "accelerate.commands.launch")
+MEETING_SECONDS = 900  # torch's own limit for the launchers of several machines (LaunchConfig, 2.1 to 2.13)
 REMEDIES = {
     signal.SIGKILL: "Often the host's memory is short: fewer --dataloader_num_workers or processes; see dmesg.",
     signal.SIGBUS: "Often shared memory is short: a larger /dev/shm (docker run --shm-size=16g).",
@@ -119,7 +122,8 @@ class Launch:
             logger.handlers, logger.propagate = [logging.StreamHandler(kept)], False
         api._terminate_process_handler = _OnceASecond()
         try:
-            launch.launch_command(self.arguments)
+            with self._told_of_the_wait():
+                launch.launch_command(self.arguments)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             return _failed(failure.exitcode, rank), None
@@ -127,6 +131,9 @@ class Launch:
             return _failed(error.returncode, None), None
         except SignalException as error:
             return 128 + error.sigval, int(error.sigval)
+        except torch.distributed.DistError as error:  # the launchers of several machines did not find each other
+            show_error(f"the machines did not meet: {self._meeting()[1]} torch says: {str(error).splitlines()[0]}")
+            return 1, None
         except (ValueError, ImportError, OSError) as error:
             show_error(f"accelerate launch: {error}")
             return 1, None
@@ -134,6 +141,23 @@ class Launch:
             show_error(f"accelerate launch failed:\n{kept.getvalue()}{traceback.format_exc()}")
             return 1, None
         return 0, None
+
+    def _told_of_the_wait(self) -> contextlib.AbstractContextManager[None]:
+        """torch's launchers of several machines meet before they start a process, and say nothing meanwhile."""
+        machines, line = self._meeting()
+        if machines == 1:
+            return contextlib.nullcontext()
+        return announced(line, over=lambda: bool(psutil.Process().children()))
+
+    def _meeting(self) -> tuple[int, str]:
+        """(number of machines, what the user of one of them is to know)."""
+        arguments, _, _ = launch._validate_launch_command(copy.deepcopy(self.arguments))
+        machines = int(arguments.num_machines or 1)
+        return machines, (
+            f"machine {arguments.machine_rank} of num_machines={machines} waits for the others at"
+            f" {arguments.main_process_ip}:{arguments.main_process_port}, {MEETING_SECONDS // 60} minutes at most."
+            " Start the same command on each of them, with its own machine_rank, or check that they reach it."
+        )
 
 
 def _failed(code: int, rank: int | None) -> int:

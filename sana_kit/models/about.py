@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sana_kit import __version__
@@ -19,7 +19,8 @@ class LoraAbout:
 
     Attributes:
         rank, alpha: of the adapter.
-        base_model: hub name or folder's name of the base; base_sha256 stands for its weights.
+        base_model: hub name or folder's name of the base; base_sha256 stands for its weights, as patch_sana.py's
+            `base_model_fingerprint` gives it.
         instruction: the lines before each caption, as they were encoded; None: none.
         trigger: the words that all captions share, None where there are none.
         resolution: side of the training images in pixels.
@@ -50,48 +51,11 @@ def shared_words(captions: Iterable[str]) -> str | None:
     return found if any(letter.isalnum() for letter in found) else None
 
 
-def adapter_metadata(
-    *,
-    rank: int,
-    alpha: float,
-    base: Mapping[str, Any],
-    instruction: Sequence[str] | None,
-    captions: Sequence[str],
-    resolution: int,
-    steps: int,
-    images: int | None = None,
-) -> dict[str, str]:
-    """The metadata entries of a LoRA that a run trained, for `create_save_model_hook(..., metadata=lambda: ...)`.
+def about_metadata(about: LoraAbout) -> dict[str, str]:
+    """Entries for a safetensors file's metadata: the kit's own, kohya's `ss_*`, and ModelSpec's `modelspec.*`.
 
     Pure and without a clock: equal arguments give equal bytes, so a resumed run writes the same file.
-
-    Args:
-        rank, alpha: of the adapter.
-        base: what `patch_sana.base_model_fingerprint(transformer)` gives; its "name" and "sha256" are taken. A name
-            that is more telling than the transformer's folder (the hub name) may be put into it.
-        instruction: the lines before each caption, as they were encoded; None: none.
-        captions: of the data set, one an image, without prior images; the trigger is what all of them share.
-        resolution: side of the training images in pixels.
-        steps: updates so far.
-        images: size of the data set, where it is not the number of captions.
     """
-    return about_metadata(
-        LoraAbout(
-            rank=rank,
-            alpha=alpha,
-            base_model=str(base.get("name") or ""),
-            base_sha256=base.get("sha256"),
-            instruction=None if instruction is None else tuple(instruction),
-            trigger=shared_words(captions),
-            resolution=resolution,
-            steps=steps,
-            images=len(captions) if images is None else images,
-        )
-    )
-
-
-def about_metadata(about: LoraAbout) -> dict[str, str]:
-    """Entries for a safetensors file's metadata: the kit's own, kohya's `ss_*`, and ModelSpec's `modelspec.*`."""
     size, trigger, name = about.resolution, about.trigger, about.base_model
     hint = None
     if about.instruction:

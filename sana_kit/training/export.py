@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
+from patch_sana import base_model_fingerprint
 from sana_kit import model_card
 from sana_kit.data.image_set import ImageSet
 from sana_kit.errors import CheckpointError, UserError
@@ -134,13 +135,22 @@ def final_weights(config: TrainConfig) -> Path:
 
 
 def adapter_metadata(
-    config: TrainConfig, base_model: Model, instruction: list[str] | None, images: ImageSet, state: TrainState
+    config: TrainConfig,
+    base_model: Model,
+    transformer: torch.nn.Module,
+    instruction: list[str] | None,
+    images: ImageSet,
+    state: TrainState,
 ) -> Callable[[], dict[str, str]]:
-    """What each adapter file of this run says of its training, as the hook of patch_sana.py asks for it."""
+    """What each adapter file of this run says of its training, as the hook of patch_sana.py asks for it.
+
+    `transformer` is asked before the engine gets it: ZeRO-3 cuts its weights up.
+    """
     about = LoraAbout(
         rank=config.rank,
         alpha=config.adapter.alpha,
         base_model=model_card.hub_id(base_model.name) or Path(base_model.name).name,
+        base_sha256=base_model_fingerprint(transformer)["sha256"] if config.train_mode == "lora" else None,
         instruction=None if instruction is None else tuple(instruction),
         trigger=_trigger(config, images),
         resolution=config.side,

@@ -199,6 +199,7 @@ def test_a_parquet_data_set_trains_an_adapter_that_the_pipeline_takes(
     assert keys and all(key.startswith("transformer.") for key in keys)
     settings = json.loads(metadata["lora_adapter_metadata"])
     assert settings["transformer.r"] == 3 and settings["transformer.lora_alpha"] == 6
+    assert metadata["ss_sd_model_hash"] == json.loads(metadata["sana_base_model"])["sha256"]
 
     from diffusers import SanaPipeline
 

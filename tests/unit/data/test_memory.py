@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from sana_kit.data import headers, memory, tables
+from sana_kit.data import folders, headers, memory, tables
 from sana_kit.data.assemble import WHITESPACE
 from sana_kit.data.discover import load_images
 from sana_kit.data.texts import Texts
@@ -41,6 +41,26 @@ def same(first, second):
         and first.notes == second.notes
         and (first.sizes() == second.sizes()).all()
     )
+
+
+def test_a_second_start_reads_no_caption_of_a_folder_and_sees_every_change(tmp_path, looked, monkeypatch):
+    folder = tiny.write_image_folder(tmp_path / "set", count=4)
+    words = {"instance_data_dir": str(folder), "instance_prompt": "x", "remember_in": tmp_path / "kept"}
+    read, real = [], folders.CaptionFiles.read
+    monkeypatch.setattr(folders.CaptionFiles, "read", lambda self: read.append(self) or real(self))
+    first = load_images(**words)
+    assert same(load_images(**words), first) and len(read) == 1
+    caption = folder / "image_01.txt"
+    caption.write_text("changed")
+    assert load_images(**words).captions[1] == "changed" and len(read) == 2
+    caption.rename(folder / "image_01.caption")
+    assert load_images(**words).captions[1] == "changed" and len(read) == 3
+    (folder / "image_01.caption").unlink()
+    assert load_images(**words).captions[1] == "x" and len(read) == 4
+    assert load_images(**{**words, "instance_prompt": "y"}).captions[1] == "y" and len(read) == 5
+    monkeypatch.setattr(memory, "SETTLED_NS", 3600 * 10**9)  # all of them changed a moment ago: read again
+    load_images(**{**words, "instance_prompt": "y"})
+    assert len(read) == 6
 
 
 def test_a_second_start_reads_no_image_of_a_folder_and_a_changed_one_alone(tmp_path, looked):
@@ -140,10 +160,13 @@ def test_damaged_or_foreign_memory_is_made_again_and_none_is_no_error(tmp_path, 
     folder = tiny.write_image_folder(tmp_path / "set", count=2)
     words = {"instance_data_dir": str(folder), "instance_prompt": "x", "remember_in": tmp_path / "kept"}
     first = load_images(**words)
-    (file,) = (tmp_path / "kept").iterdir()
-    for content in (b"", b"x" * 100, file.read_bytes()[:-40]):
-        file.unlink()
-        file.write_bytes(content)
+    files = list((tmp_path / "kept").iterdir())
+    assert len(files) == 2  # of images, of captions
+    for damage in (lambda content: b"", lambda content: b"x" * 100, lambda content: content[:-40]):
+        for file in files:
+            content = file.read_bytes()
+            file.unlink()
+            file.write_bytes(damage(content))
         looked.clear()
         assert same(load_images(**words), first) and len(looked) == 2
     (tmp_path / "taken").write_text("")

@@ -4,9 +4,11 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 
 import pytest
 from helpers import KIT
+from torch.distributed import DistStoreError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
@@ -197,3 +199,25 @@ def test_notices_that_nobody_can_act_on_are_kept_off_the_screen(caplog):
 def test_the_run_ends_with_the_process_that_started_it():
     with pytest.raises(SystemExit, match="is gone"):
         start.tie(os.getpid() if os.getppid() != os.getpid() else sys.maxsize)
+
+
+def test_machines_that_do_not_meet_are_told_of_in_words(launched, tmp_path, capfd, monkeypatch):
+    path = tmp_path / "two.yaml"
+    words = {"num_machines: 1": "num_machines: 2", "# main_process_ip: localhost": "main_process_ip: 10.0.0.7"}
+    words["# main_process_port: 6000"] = "main_process_port: 6123"
+    text = (KIT / "bf16_accelerate_config.yaml").read_text()
+    for old, new in words.items():
+        text = text.replace(old, new)
+    path.write_text(text)
+    monkeypatch.setattr(ranks, "announced", partial(ranks.announced, after=0.0))
+
+    def alone():
+        while "waits for the others at 10.0.0.7:6123" not in (said := capfd.readouterr().err):
+            pass
+        assert said.startswith("machine 0 of num_machines=2 ")
+        raise DistStoreError("Timed out after 901 seconds waiting for clients. 1/2 clients joined.\nframe #0: ...")
+
+    assert launched(run=alone, options=("--config_file", str(path)))[0] == 1
+    said = capfd.readouterr().err
+    assert "the machines did not meet" in said and "1/2 clients joined" in said
+    assert "frame" not in said and "Traceback" not in said

@@ -8,15 +8,15 @@ import json
 import pytest
 
 from sana_kit import __version__
-from sana_kit.models.about import adapter_metadata, read_about, shared_words
+from sana_kit.models.about import LoraAbout, about_metadata, read_about, shared_words
 
 CAPTIONS = ["a red square in sks style", "a dog in sks style", "two cats, in sks style"]
 
 
-def metadata(**changes):
-    base = {"class": "SanaTransformer2DModel", "name": "owner/model", "sha256": "ab" * 32}
-    told = {"rank": 8, "alpha": 16.0, "base": base, "instruction": ["Enhance:", "User Prompt: "]}
-    return adapter_metadata(**{**told, "captions": CAPTIONS, "resolution": 512, "steps": 30, **changes})
+def metadata(captions=CAPTIONS, **changes):
+    told = {"rank": 8, "alpha": 16.0, "base_model": "owner/model", "base_sha256": "ab" * 32, "resolution": 512}
+    told |= {"instruction": ("Enhance:", "User Prompt: "), "trigger": shared_words(captions), "steps": 30}
+    return about_metadata(LoraAbout(**{**told, "images": len(captions), **changes}))
 
 
 def test_every_fact_is_in_our_key_and_in_those_of_other_tools():
@@ -44,7 +44,7 @@ def test_every_fact_is_in_our_key_and_in_those_of_other_tools():
 
 
 def test_what_is_not_known_is_not_told():
-    found = metadata(captions=["a dog", "one cat"], instruction=None, base={"name": "", "sha256": None})
+    found = metadata(captions=["a dog", "one cat"], instruction=None, base_model="", base_sha256=None)
     assert not {key for key in found if "trigger" in key or "tag" in key or "hint" in key or "hash" in key}
     assert read_about(found)["instruction"] is None and "trigger" not in read_about(found)
     assert found["modelspec.title"] == "LoRA of SANA" and metadata() == metadata()
