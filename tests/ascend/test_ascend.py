@@ -16,9 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import KIT, script_environment
+from helpers import KIT, events, run_trainer, script_environment
+from helpers.inferring import draw_here, member_runs
 from helpers.upstream import REFERENCE_COMMIT, TRAINER, upstream_source
 from PIL import Image
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(KIT / "tests" / "ascend"))
 
@@ -236,8 +238,6 @@ def counters_of_ranks(folder):
 
 
 def adapter(folder):
-    from safetensors.torch import load_file
-
     return load_file(folder / "pytorch_lora_weights.safetensors")
 
 
@@ -356,6 +356,53 @@ def test_inference_scripts(ascend, trained, tiny_model, tmp_path):
         assert np.array_equal(on_two[name], on_three[name]), name
         assert np.abs(on_two[name].astype(int) - expected).max() <= 1, name
         assert np.abs(on_one[name].astype(int) - expected).max() <= 1, name
+
+
+@pytest.fixture(scope="module")
+def several(ascend, tiny_model, tiny_sprint, image_folder, tmp_path_factory):
+    """Folders of the CPU and of one NPU, with a ControlNet trained and every way to draw; the CPU's drawings."""
+    folder = tmp_path_factory.mktemp("several")
+    runs, training = member_runs(folder, tiny_model, tiny_sprint), controlnet_flags(tiny_model, image_folder)
+    expected = draw_here(runs, folder / "cpu")
+    assert run_trainer(*training, f"--output_dir={folder / 'cpu' / 'trained'}") == 0
+    told = [[*flags, "--output_path", str(folder / "npu" / name)] for name, flags in runs.items()]
+    told = {"train": [*training, f"--output_dir={folder / 'npu' / 'trained'}"], "draw": told}
+    (folder / "runs.json").write_text(json.dumps(told))
+    here = ascend(1)
+    here["PYTHONPATH"] = os.pathsep.join([here["PYTHONPATH"], str(KIT / "tests")])
+    run([sys.executable, KIT / "tests/ascend/several_runs_here.py", folder / "runs.json"], here)
+    return folder, expected
+
+
+def controlnet_flags(model, images):
+    return [
+        *(f"--pretrained_model_name_or_path={model}", f"--instance_data_dir={images}", "--train_mode=controlnet"),
+        *("--control_edges", "--instance_prompt=a drawing", "--resolution=64", "--train_batch_size=2", "--seed=0"),
+        *("--max_train_steps=3", "--learning_rate=1e-3", "--mixed_precision=bf16", "--complex_human_instruction=none"),
+        *("--report_to=none", "--logging_steps=1", "--vae_dtype=fp32"),
+    ]
+
+
+def test_every_member_and_way_to_draw(several):
+    """SANA-Sprint, ControlNet, perturbed attention, init image and mask on an NPU: the CPU's images."""
+    folder, expected = several
+    for name, files in expected.items():
+        assert json.loads((folder / "npu" / name / "summary.json").read_text())["device"] == "npu"
+        for file in files:
+            mine, other = (np.asarray(Image.open(folder / place / name / file)) for place in ("npu", "cpu"))
+            assert np.abs(mine.astype(int) - other).max() <= 1, file
+
+
+def test_training_a_controlnet_equals_the_cpus(several):
+    losses, weights = [], []
+    for place in ("npu", "cpu"):
+        run_folder = several[0] / place / "trained"
+        assert json.loads((run_folder / "summary.json").read_text())["device_type"] == place
+        losses.append([event["loss"] for event in events(run_folder, "step")])
+        weights.append(load_file(run_folder / "controlnet" / "diffusion_pytorch_model.safetensors"))
+    assert len(losses[1]) == 3 and losses[0] == pytest.approx(losses[1], rel=2e-3)
+    moved = [torch.cat([w[n].flatten().float() for n in sorted(w) if "controlnet_blocks" in n]) for w in weights]
+    assert torch.nn.functional.cosine_similarity(*moved, dim=0) > 0.99
 
 
 @pytest.mark.slow
