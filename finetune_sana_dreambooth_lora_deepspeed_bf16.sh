@@ -37,7 +37,7 @@ model and images
   --model_name                   hub name or folder  [Efficient-Large-Model/Sana_1600M_4Kpx_BF16_diffusers]
   --dataset_name                 hub name or folder  [pokemon-blip-captions]
   --caption_column               its column of the captions  [text]
-  --instance_data_dir            folder of your own images, captions in .txt files, instead of --dataset_name
+  --instance_data_dir            folder of your own images, captions in .txt files; with --dataset_name both are trained
   --instance_prompt              caption of images without one  [none for your own images; "a pokemon" for the
                                  default data set, "in my style" for --quickstart with --instance_data_dir]
   --resolution                   side of the training images in pixels  [1024]
@@ -158,7 +158,9 @@ fi
 
 # -------------------------------------------------------------------------------------------------------- quick start
 # What says where the user's images are counts behind the -- too; the quick start reads them itself.
+names_data() { grep -Eqs '^(dataset_name|instance_data_dir|data_sets):' "$1"; }
 skip=()
+other_data=no # data sets that the trainer is told of in another way
 for ((i = 0; i < ${#extra[@]}; i++)); do
   case "${extra[i]}" in
     --instance_data_dir=*) instance_data_dir=${extra[i]#*=} ;;
@@ -166,11 +168,16 @@ for ((i = 0; i < ${#extra[@]}; i++)); do
     --instance_prompt=*) instance_prompt=${extra[i]#*=}; given+=(instance_prompt) ;;
     --instance_prompt) instance_prompt=${extra[i + 1]-}; given+=(instance_prompt) ;;
     --skip_bad_images) skip=(--skip_bad_images) ;;
+    --dataset_name | --dataset_name=*) other_data=table ;;
+    --data_sets | --data_sets=*) other_data=yes ;;
+    --config=*) names_data "${extra[i]#*=}" && other_data=yes ;;
+    --config) names_data "${extra[i + 1]-}" && other_data=yes ;;
   esac
 done
 quickstart_item() { "$python" -m sana_kit.quickstart --print "$@"; }
 own=()
-[ -n "$instance_data_dir" ] || is_given dataset_name || is_given instance_prompt || instance_prompt="a pokemon"
+[ -n "$instance_data_dir" ] || [ "$other_data" != no ] || is_given dataset_name || is_given instance_prompt ||
+  instance_prompt="a pokemon"
 if [ "$quickstart" = yes ]; then
   if [ -n "$instance_data_dir" ]; then
     is_given instance_prompt || instance_prompt="in my style"
@@ -214,9 +221,11 @@ fi
 if [ -n "$instance_prompt" ] || is_given instance_prompt; then trainer+=("--instance_prompt=$instance_prompt"); fi
 if [ -n "$instance_data_dir" ]; then
   trainer+=("--instance_data_dir=$instance_data_dir")
-  # Given together with what belongs to a data set, the trainer says what is wrong.
+  # Both together are two data sets.
   is_given dataset_name && trainer+=(--dataset_name "$dataset_name")
   is_given caption_column && trainer+=(--caption_column "$caption_column")
+elif [ "$other_data" != no ] && ! is_given dataset_name; then
+  if is_given caption_column || [ "$other_data" = table ]; then trainer+=(--caption_column "${caption_column:-text}"); fi
 else
   trainer+=(--dataset_name "$dataset_name" --caption_column "${caption_column:-text}")
 fi

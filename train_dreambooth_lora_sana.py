@@ -120,8 +120,10 @@ def run(config: TrainConfig, base_model, engine: Engine, stop: StopSignal, recor
     samples = load_samples(config, base_model, engine, stop, recorder)
     encoded = samples.encoded
     micro_step, crops = config.train_batch_size * ranks.world_size, config.crops_per_image
-    order = make_order(encoded.latent_shapes(), samples.num_instance, micro_step, config.seed, crops)
-    config, plan = make_plan(config, order.size, samples.num_class, ranks.world_size, order)
+    sets = samples.weighted_sets(config)
+    order = make_order(encoded.latent_shapes(), samples.num_instance, micro_step, config.seed, crops, sets)
+    counts = samples.counts_of_sets(len(config.sets), crops)
+    config, plan = make_plan(config, counts, samples.num_class, ranks.world_size, order)
     ended = (plan.steps, config.early_stopping, final_weights(config))
     if ranks.agree(checkpoints.is_finished(config.resume_from_checkpoint, resume, *ended)):
         logger.info("this run is finished: %s is there, and nothing is left to do", final_weights(config))

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 import sys
 import types
@@ -39,7 +40,7 @@ REQUIRED: Any = dataclasses.MISSING
 
 
 @dataclasses.dataclass(frozen=True)
-class _Flag:
+class Flag:
     """What a field's metadata holds under "flag"."""
 
     help: str
@@ -73,7 +74,8 @@ def flag(
     """A dataclass field that is a setting; its flag is `--` and the field's name, its type the field's annotation.
 
     A `bool` that is False is a switch; one that is True takes true or false, or is switched off by the flag `off`. A
-    `tuple[X, ...]` takes one or more values, or with `repeat` one value each time that the flag is given.
+    `tuple[X, ...]` takes one or more values, or with `repeat` one value each time that the flag is given. Another type
+    is with `repeat` one value where the flag is given once, and a tuple where it is given several times.
 
     Args:
         default: its value without the flag; REQUIRED where there is none.
@@ -83,7 +85,7 @@ def flag(
         path: the value names a file or folder; ~ is expanded.
         convert: makes the value from the text, instead of the annotation's type; ArgumentTypeError where it cannot.
     """
-    settings = _Flag(
+    settings = Flag(
         help, None if choices is None else tuple(choices), low, high, above, below, repeat, off, path, metavar, convert
     )
     if default is REQUIRED:
@@ -156,7 +158,7 @@ def _expanded(text: str) -> str:
 
 def _add(group: argparse._ArgumentGroup, field: dataclasses.Field, annotation: Any, default: Any) -> None:
     """Give a setting's flag to argparse."""
-    settings: _Flag = field.metadata["flag"]
+    settings: Flag = field.metadata["flag"]
     kind, several = _value_type(annotation)
     name, words = f"--{field.name}", {"help": settings.help, "default": default}
     if kind is bool and not several:
@@ -172,7 +174,7 @@ def _add(group: argparse._ArgumentGroup, field: dataclasses.Field, annotation: A
     convert = settings.convert or (_expanded if settings.path or kind is Path else kind)
     metavar = "{" + ",".join(settings.choices) + "}" if settings.choices else settings.metavar
     words |= {"type": convert, "metavar": metavar}
-    if several:
+    if several or settings.repeat:
         words |= {"action": "append"} if settings.repeat else {"nargs": "+"}
         if settings.repeat and "default" in words:  # argparse would append to the default
             words["default"] = None
@@ -234,7 +236,8 @@ def config_from(config_class: type[T], values: dict[str, Any]) -> T:
         taken = {name: values[name] for name in fields if name in values}
         for name, value in taken.items():
             if isinstance(value, list):
-                taken[name] = tuple(value)
+                single = len(value) == 1 and not isinstance(fields[name].default, tuple)
+                taken[name] = value[0] if single else tuple(value)
             elif value is None and isinstance(fields[name].default, tuple):
                 taken[name] = fields[name].default
         return section_class(**taken)
@@ -305,7 +308,7 @@ def _words_of(action: argparse.Action, value: Any) -> list[str]:
         several = [{True: "yes", False: "no"}.get(item, item) if isinstance(item, bool) else item for item in several]
     if action.nargs == "+":
         return [flag, *map(str, several)]
-    return [f"{flag}={item}" for item in several]
+    return [f"{flag}={json.dumps(item) if isinstance(item, dict) else item}" for item in several]
 
 
 def settings_of(config: Any) -> dict[str, Any]:
@@ -318,7 +321,7 @@ def settings_of(config: Any) -> dict[str, Any]:
     }
 
 
-def _range_fault(settings: _Flag, value: float) -> str | None:
+def _range_fault(settings: Flag, value: float) -> str | None:
     """What is wrong with a number, a sentence without its full stop."""
     bounds = [
         (settings.low, value < (settings.low or 0), "must be at least"),
@@ -344,7 +347,7 @@ def range_problems(config: Any) -> list[Problem]:
 
 
 def _value_problems(field: dataclasses.Field, value: Any) -> list[Problem]:
-    settings: _Flag = field.metadata["flag"]
+    settings: Flag = field.metadata["flag"]
     if settings.choices is not None and value not in settings.choices:
         remedy = f"Use one of {', '.join(settings.choices)}.{did_you_mean(str(value), settings.choices)}"
         return [Problem(field.name, value, "unknown", remedy)]

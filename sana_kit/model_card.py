@@ -25,6 +25,7 @@ import yaml
 from huggingface_hub import HfApi, ModelCardData
 from PIL import Image
 
+from sana_kit.data.sets import data_sets, several
 from sana_kit.files import write_atomic
 from sana_kit.runlog import load_run
 
@@ -257,7 +258,7 @@ def write_model_card(
     output_dir: str | os.PathLike,
     *,
     base_model: str,
-    dataset: str | None = None,
+    dataset: str | Sequence[str] | None = None,
     trigger: str | None = None,
     validation_prompts: Sequence[str] = (),
     command: str | Sequence[str] | None = None,
@@ -278,7 +279,7 @@ def write_model_card(
 
     Args:
         base_model: hub name, or a local folder, whose path the card does not tell.
-        dataset: hub name of the data set, or a local folder (not told either).
+        dataset: hub name of the data set, or a local folder (not told either); or several.
         trigger: words that the captions share; None where they share none.
         validation_prompts: example prompts, used where no image is there.
         command: command line of the run; secrets are removed from it, local paths shortened.
@@ -299,7 +300,8 @@ def write_model_card(
     output_dir, lora = Path(output_dir), train_mode == "lora"
     path, kept = _where_to_write(output_dir)
     settings = _logged_settings(output_dir) if settings is None else settings
-    base, data, licence = _base_model(base_model), hub_id(dataset), {"license": license} if license else kept
+    base, licence = _base_model(base_model), {"license": license} if license else kept
+    data = [found for name in several(dataset) if (found := hub_id(name))]
     chosen = _validation_images(output_dir, last=True) if images is None else list(images)
     shown = _copy_images(output_dir, chosen, "image", limit=8)
     before = _copy_images(output_dir, _validation_images(output_dir, last=False), "before", limit=8)
@@ -315,7 +317,7 @@ def write_model_card(
         gallery=bool(shown),
         what=what,
         base_link=_link(base),
-        data_link=_link(data, "datasets/"),
+        data_link=" and ".join(_link(name, "datasets/") for name in data) or None,
         trigger=trigger,
         snippet=_snippet(
             base or "PATH_OR_NAME_OF_THE_BASE_MODEL", repo_id or PLACEHOLDER, settings, example, train_mode
@@ -363,7 +365,7 @@ def _card_data(base, data, mode: str, licence: dict, trigger: str | None, widget
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=tags,
-        datasets=[data] if data else None,
+        datasets=data or None,
         **relation,
         **licence,
         **({"instance_prompt": trigger} if trigger else {}),
@@ -451,7 +453,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = write_model_card(
             output_dir,
             base_model=config.get("pretrained_model_name_or_path"),
-            dataset=config.get("dataset_name") or config.get("instance_data_dir"),
+            dataset=[data_set.name for data_set in data_sets(config)],
             trigger=config.get("trigger"),
             validation_prompts=[prompts] if isinstance(prompts, str) else prompts,
             command=config.get("command"),

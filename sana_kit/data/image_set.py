@@ -96,6 +96,11 @@ class ImageSet:
         self.choices = choices
 
     @property
+    def source_rows(self) -> int:
+        """Rows of the source, those that no sample uses included."""
+        return len(self._source)
+
+    @property
     def names(self) -> list[str]:
         return [self.name(i) for i in range(len(self))]
 

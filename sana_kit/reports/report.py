@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 
+from sana_kit.data.sets import data_sets
 from sana_kit.files import write_atomic
 from sana_kit.reports.charts import chart_series, format_seconds, marks_and_events, over_fitting, shorten
 from sana_kit.reports.pages import folder_images, render, spread, unreadable_alert
@@ -282,8 +283,8 @@ def write_report(
     config = run.configs[-1] if run.configs else {}
     images, unreadable = _images(output_dir, run, Path(before) if before else None, Path(after) if after else None)
     chosen, defaults = config_items(run.configs)
-    source = config.get("dataset_name") or config.get("instance_data_dir")
-    parts = [str(part) for part in (config.get("pretrained_model_name_or_path"), source) if part]
+    names = [data_set.name for data_set in data_sets(config)]
+    parts = [str(part) for part in (config.get("pretrained_model_name_or_path"), *names) if part]
     page = render(
         page="report",
         title=f"Training report: {output_dir.resolve().name}",

@@ -78,7 +78,7 @@ def check(config: TrainConfig) -> Checked:
         problems += _size_problems(config, model)
         config, found = adapter_problems(config, model)
         problems += found
-    config, found = control_problems(config, model, image_source(config))
+    config, found = control_problems(config, model, image_sources(config))
     problems += found
     problems += quantization_problems(config, model, device_type, launch.deepspeed)
     problems += budget_problems(config, device_type)
@@ -136,36 +136,39 @@ def _device_problems(config: TrainConfig, device_type: str) -> list[Problem]:
 
 def _source_problems(data: DataConfig) -> list[Problem]:
     """What is wrong with the settings that say where images and captions are."""
-    problems = []
-    sources = _sources(data)
-    if not sources:
+    sets = data.sets
+    if not sets:
         reason = "neither is given"
-        problems.append(Problem("dataset_name and instance_data_dir", None, reason, "Name the images to train on."))
-    if len(sources) == 2:
-        given = f"{data.dataset_name}, {data.instance_data_dir}"
-        problems.append(
-            Problem("dataset_name and instance_data_dir", given, "both are given", "Please give one of them.")
-        )
-    if data.instance_data_dir is not None and data.caption_column is not None:
-        reason = "columns belong to --dataset_name; captions in a folder are .txt files"
-        problems.append(Problem("caption_column", data.caption_column, reason))
-    if data.instance_data_dir is not None and data.mask_column is not None:
-        reason = "columns belong to --dataset_name; masks in a folder are files NAME.mask.png"
-        problems.append(Problem("mask_column", data.mask_column, reason))
-    if data.dataset_name is not None and data.caption_column is None and data.instance_prompt is None:
-        reason = "needed, since no --caption_column is given; every image gets it as caption"
-        problems.append(Problem("instance_prompt", None, reason))
+        return [Problem("dataset_name and instance_data_dir", None, reason, "Name the images to train on.")]
+    problems = [problem for data_set in sets for problem in data_set.problems()]
+    if all(data_set.dataset_name is None for data_set in sets):
+        for name, instead in (("caption_column", ".txt files"), ("mask_column", "files NAME.mask.png")):
+            if getattr(data, name) is not None:
+                reason = f"columns belong to --dataset_name; in a folder there are {instead}"
+                problems.append(Problem(name, getattr(data, name), reason))
+    return list(dict.fromkeys(problems))
+
+
+def _local_data_problems(config: TrainConfig) -> list[Problem]:
+    """What is wrong with data sets that lie here, as far as no image is opened."""
+    problems, masks = [], False
+    for data_set, source in zip(config.sets, image_sources(config), strict=True):
+        value = data_set.name
+        if not (data_set.field == "instance_data_dir" or expand(value).exists() or value.startswith((".", "/"))):
+            masks = True  # the hub's may have some
+            continue
+        found, wrong = _found(lambda source=source: find_images(**source), data_set.field, value)
+        problems += wrong
+        masks = masks or found is None or found[0].masks is not None
+    if not masks and config.mask_outside:
+        remedy = "Name --mask_column, or put NAME.mask.png beside the images."
+        problems.append(Problem("mask_outside", config.mask_outside, "has no effect without masks", remedy))
     return problems
-
-
-def _sources(data: DataConfig) -> list[str]:
-    return [name for name in ("dataset_name", "instance_data_dir") if getattr(data, name) is not None]
 
 
 def _data_problems(config: TrainConfig) -> list[Problem]:
     """What is wrong with images and captions as far as no image is opened; local data only, a machine looks once."""
     data, prior, problems = config.data, config.prior, _source_problems(config.data)
-    sources = _sources(data)
     for name in ("class_data_dir", "class_prompt"):
         value = getattr(prior, name)
         if prior.with_prior_preservation and value is None:
@@ -188,24 +191,20 @@ def _data_problems(config: TrainConfig) -> list[Problem]:
     instruction = data.complex_human_instruction
     _, found = _found(lambda: parse_instruction(instruction), "complex_human_instruction", instruction)
     problems += found
-    if len(sources) == 1 and not problems and local_rank() == 0:
-        value = getattr(data, sources[0])
-        if sources[0] == "instance_data_dir" or expand(value).exists() or value.startswith((".", "/")):
-            local, found = _found(lambda: find_images(**image_source(config)), sources[0], value)
-            problems += found
-            if local is not None and local[0].masks is None and data.mask_outside:
-                reason = "has no effect without masks"
-                remedy = "Name --mask_column, or put NAME.mask.png beside the images."
-                problems.append(Problem("mask_outside", data.mask_outside, reason, remedy))
+    if not problems and local_rank() == 0:
+        problems += _local_data_problems(config)
     return problems
 
 
-def image_source(config: TrainConfig) -> dict[str, object]:
-    """The settings that say where the images are, as `find_images` and `load_images` take them."""
-    names = ("dataset_name", "dataset_config_name", "dataset_split", "instance_data_dir", "image_column")
-    names += ("caption_column", "mask_column", "cache_dir")
-    found = {name: getattr(config, name) for name in names}
-    return {**found, "repeats": config.repeats * config.crops_per_image}
+def image_sources(config: TrainConfig, crops: int | None = None) -> list[dict[str, object]]:
+    """Where the images of each data set are, as `find_images` and `load_images` take it.
+
+    Args:
+        crops: encoded of each image; None: as many as the settings say.
+    """
+    crops = config.crops_per_image if crops is None else crops
+    shared = {"cache_dir": config.cache_dir}
+    return [{**data_set.source(), **shared, "repeats": data_set.repeats * crops} for data_set in config.sets]
 
 
 def _find_model(config: TrainConfig) -> tuple[Model | None, list[Problem]]:

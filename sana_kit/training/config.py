@@ -15,8 +15,9 @@ from pathlib import Path
 
 import yaml
 
+from sana_kit.data.sets import DataSet, absolute, data_set_of, data_sets
 from sana_kit.files import write_atomic
-from sana_kit.flags import REQUIRED, Sections, flag, parse, section, settings_of
+from sana_kit.flags import REQUIRED, Flag, Sections, flag, parse, section, settings_of
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 LR_SCHEDULERS += ("piecewise_constant",)
@@ -105,13 +106,29 @@ class AdapterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    dataset_name: str | None = flag(
-        None, "Hub name, or a local folder: parquet (pokemon-blip-captions layout) or imagefolder.", path=True
+    dataset_name: str | tuple[str, ...] | None = flag(
+        None,
+        "Hub name, or a local folder: parquet (pokemon-blip-captions layout) or imagefolder. Repeatable, also beside"
+        " --instance_data_dir: several data sets in one run.",
+        path=True,
+        repeat=True,
     )
     dataset_config_name: str | None = flag(None, "Config of the hub data set.")
     dataset_split: str | None = flag(None, "Split of the data set; default: train, or the only one.")
-    instance_data_dir: str | None = flag(
-        None, "Folder of images; optional caption in a .txt of the same name, each line one of several.", path=True
+    instance_data_dir: str | tuple[str, ...] | None = flag(
+        None,
+        "Folder of images; optional caption in a .txt of the same name, each line one of several. Repeatable.",
+        path=True,
+        repeat=True,
+    )
+    data_sets: tuple[dict, ...] = flag(
+        (),
+        "A data set with settings of its own, a JSON mapping, or in --config a list of mappings: dataset_name or"
+        " instance_data_dir, columns, instance_prompt, caption_prefix, caption_suffix, repeats, and weight: samples of"
+        " an epoch for each of its images. What it leaves out is the run's. Repeatable.",
+        repeat=True,
+        metavar="JSON",
+        convert=data_set_of,
     )
     image_column: str = flag("image", "Column of the images.")
     caption_column: str | None = flag(
@@ -165,6 +182,17 @@ class DataConfig:
         path=True,
     )
     dataloader_num_workers: int = flag(0, "Worker processes of the loader; 0: in this process.", low=0)
+
+    @property
+    def sets(self) -> tuple[DataSet, ...]:
+        """All data sets of the run."""
+        return data_sets({name: getattr(self, name) for name in self.__dataclass_fields__})
+
+    @property
+    def set_weights(self) -> tuple[float, ...] | None:
+        """The weights of several data sets; None where all are 1."""
+        weights = tuple(data_set.weight for data_set in self.sets)
+        return None if all(weight == 1 for weight in weights) else weights
 
     @property
     def resolutions(self) -> tuple[int, ...]:
@@ -400,16 +428,23 @@ class TrainConfig(Sections):
                 value = getattr(part, setting.name)
                 if setting.name in (*SECRETS, *_OF_ONE_START) or value is None:
                     continue
-                if setting.metadata["flag"].path and os.path.exists(value):
-                    value = os.path.abspath(value)
-                if isinstance(value, tuple):  # as its flag is written
-                    value = ",".join(map(str, value)) if setting.metadata["flag"].convert else list(value)
-                values[setting.name] = value
+                values[setting.name] = _as_written(value, setting.metadata["flag"])
             if values:
                 text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
                 lines.append(f"\n# {field.metadata['title']}\n{text.rstrip()}")
         text = "\n".join(lines) + "\n"
         return write_atomic(Path(folder) / RUN_FILE, lambda file: file.write(text.encode()))
+
+
+def _as_written(value: object, settings: Flag) -> object:
+    """A setting as its file has it, with absolute paths."""
+    if isinstance(value, tuple) and settings.convert and not settings.repeat:
+        return ",".join(map(str, value))
+    if isinstance(value, tuple):
+        return [_as_written(item, settings) for item in value]
+    if isinstance(value, dict):
+        return absolute(value)
+    return os.path.abspath(value) if settings.path and os.path.exists(str(value)) else value
 
 
 def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:

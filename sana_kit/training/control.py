@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,13 @@ def control_kind(config: TrainConfig) -> ControlKind:
 
 
 def control_problems(
-    config: TrainConfig, model: Model | None, image_source: dict[str, Any]
+    config: TrainConfig, model: Model | None, image_sources: Sequence[dict[str, Any]]
 ) -> tuple[TrainConfig, list[Problem]]:
     """(the settings with the ControlNet's number of blocks, what is wrong with them); local data only is looked at.
 
     Args:
         model: None where it was not found.
-        image_source: arguments of `find_images`.
+        image_sources: arguments of `find_images` for each data set.
     """
     if config.train_mode != "controlnet":
         given = [field.name for field in dataclasses.fields(ControlConfig) if getattr(config, field.name)]
@@ -47,11 +48,16 @@ def control_problems(
         reason = f"{'several' if named else 'none'} of them given"
         remedy = "Say where the control images come from, by one of them."
         problems.append(Problem(", ".join(SOURCES), None, reason, remedy))
-    elif config.control_column is not None and config.dataset_name is None:
+    elif len(image_sources) > 1:
+        reason = "control images go with one data set, and several are given"
+        problems.append(Problem("train_mode", config.train_mode, reason, "Put them into one."))
+    elif not image_sources:
+        pass  # told with the images
+    elif config.control_column is not None and image_sources[0]["dataset_name"] is None:
         remedy = "Use --control_data_dir, or a data set."
         problems.append(Problem("control_column", config.control_column, "a folder has no columns", remedy))
     elif local_rank() == 0:
-        problems += _missing(config, image_source)
+        problems += _missing(config, image_sources[0])
     return config, problems + _validation_problems(config)
 
 
@@ -99,7 +105,7 @@ def _layers(config: TrainConfig, model: Model) -> tuple[TrainConfig, list[Proble
 
 def _missing(config: TrainConfig, image_source: dict[str, Any]) -> list[Problem]:
     """Images without a control image; what is wrong with the images themselves is told elsewhere."""
-    name = config.dataset_name
+    name = image_source["dataset_name"]
     if name is not None and not (expand(name).exists() or name.startswith((".", "/"))):
         return []  # of the hub: looked at once it is there
     try:

@@ -165,7 +165,7 @@ def write_card(config: TrainConfig, images: ImageSet) -> None:
     model_card.write_model_card(
         output_dir,
         base_model=config.pretrained_model_name_or_path,
-        dataset=config.dataset_name or config.instance_data_dir,
+        dataset=[data_set.name for data_set in config.sets],
         trigger=_trigger(config, images),
         validation_prompts=config.validation.prompts,
         command=model_card.this_command(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -14,9 +14,9 @@ from sana_kit.arithmetic import training_flops_per_image
 from sana_kit.data.discover import find_images
 from sana_kit.launchers import launched_world_size
 from sana_kit.models.folder import Model
-from sana_kit.training.check import image_source
+from sana_kit.training.check import image_sources
 from sana_kit.training.config import TrainConfig
-from sana_kit.training.order import BucketOrder
+from sana_kit.training.order import BucketOrder, MixedOrder, PermutationOrder
 from sana_kit.training.recomputation import AUTO, count_run_step, fit_memory, held_bytes
 
 # An image's latents of 32 channels in bf16, and a caption's embeddings: what the store needs a sample, for the plan.
@@ -34,6 +34,8 @@ class Plan:
         accumulation: micro-steps per update.
         world_size: processes.
         num_instance, num_class: images of each kind; class images come with prior preservation.
+        num_weighted: samples of an epoch by the weights of several data sets; None: one of each instance image.
+        sets: a line on each of several data sets.
     """
 
     steps: int
@@ -42,6 +44,8 @@ class Plan:
     world_size: int
     num_instance: int
     num_class: int = 0
+    num_weighted: int | None = None
+    sets: tuple[str, ...] = ()
 
     @property
     def samples_per_step(self) -> int:
@@ -54,7 +58,7 @@ class Plan:
 
         The smaller set is gone through more often then, as in diffusers' DreamBooth data set.
         """
-        return max(self.num_instance, self.num_class)
+        return max(self.num_weighted or self.num_instance, self.num_class)
 
     @property
     def epochs(self) -> float:
@@ -67,33 +71,58 @@ class Plan:
 
 
 def make_plan(
-    config: TrainConfig, num_instance: int, num_class: int, world_size: int, order: BucketOrder | None = None
+    config: TrainConfig,
+    counts: Sequence[int],
+    num_class: int,
+    world_size: int,
+    order: PermutationOrder | MixedOrder | BucketOrder | None = None,
 ) -> tuple[TrainConfig, Plan]:
     """(the settings with the number of updates and the scaled learning rate that now hold, the plan).
 
     Args:
-        order: of images in several buckets, whose epochs are a little longer.
+        counts: images of each data set, repeats included.
+        order: of the images; epochs of several buckets are a little longer.
     """
     batch_size, accumulation = config.train_batch_size, config.gradient_accumulation_steps
-    plan = Plan(config.max_train_steps or 0, batch_size, accumulation, world_size, num_instance, num_class)
+    weighted, lines = _weighted(config, counts)
+    sizes = (sum(counts), num_class, weighted, lines)
+    plan = Plan(config.max_train_steps or 0, batch_size, accumulation, world_size, *sizes)
     if config.max_train_steps is None:
         samples = config.num_train_epochs * plan.epoch_samples
-        if isinstance(order, BucketOrder):
-            samples = order.micro_steps(config.num_train_epochs) * order.samples
+        if order is not None:
+            samples = max(1, order.count(config.num_train_epochs), config.num_train_epochs * num_class)
         steps = math.ceil(samples / plan.samples_per_step)
         plan = dataclasses.replace(plan, steps=steps)
     rate = config.learning_rate * (plan.samples_per_step if config.scale_lr else 1)
     return config.replaced(max_train_steps=plan.steps, learning_rate=rate), plan
 
 
+def _weighted(config: TrainConfig, counts: Sequence[int]) -> tuple[int | None, tuple[str, ...]]:
+    """(samples of an epoch where data sets have weights, else None; a line on each of several sets)."""
+    sets, lines = config.sets, []
+    if len(sets) < 2:
+        counts = [sum(counts)]
+    samples = [data_set.share * count for data_set, count in zip(sets, counts, strict=True)]
+    for data_set, count, of_epoch in zip(sets, counts, samples, strict=True):
+        share = 100 * float(of_epoch / sum(samples)) if sum(samples) else 0
+        repeats = f" (repeats {data_set.repeats})" if data_set.repeats > 1 else ""
+        weight = f" x weight {data_set.weight:g}" if config.set_weights else ""
+        lines.append(
+            f"data set {data_set.name}: {count} images{repeats}{weight} = {float(of_epoch):g} samples an epoch,"
+            f" {share:.0f} %"
+        )
+    whole = None if config.set_weights is None else max(1, round(sum(samples)))
+    return whole, tuple(lines) if len(sets) > 1 else ()
+
+
 def print_plan(config: TrainConfig, model: Model) -> int:
     """What --dry_run tells: the plan with the bytes of the kept activations; loads and writes nothing. Exit code 0."""
     if os.environ.get("RANK", "0") != "0":
         return 0
-    table, _ = find_images(**image_source(config))
+    counts = [len(find_images(**source)[0].source) * source["repeats"] for source in image_sources(config, crops=1)]
     num_class = config.num_class_images if config.with_prior_preservation else 0
     processes = config.dry_run_processes or launched_world_size()
-    config, plan = make_plan(config, len(table.source) * config.repeats, num_class, processes)
+    config, plan = make_plan(config, counts, num_class, processes)
     device = devices.pick_device()
     free = devices.free_memory_bytes(device) if config.memory_budget == AUTO else None
     config, fits = fit_memory(config, model, processes, free)
@@ -167,6 +196,7 @@ def describe(config: TrainConfig, plan: Plan, model: Model, chip: devices.Chip |
     lines = [
         f"model: {model.name}; trained: {what}, {trained:,d} weights, {config.mixed_precision} precision",
         f"images: {plan.num_instance}{of_class} at {_sizes(config)}",
+        *plan.sets,
         f"updates: {plan.steps} of {plan.samples_per_step} images ({plan.batch_size} per device x"
         f" {plan.accumulation} accumulation x {plan.world_size} processes), {plan.epochs:.2f} epochs",
         f"arithmetic: {flops / 1e12:.3g} TFLOP an image, {flops * plan.steps * plan.samples_per_step / 1e15:.3g} PFLOP"

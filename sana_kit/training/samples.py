@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import logging
 
+import numpy as np
+
 from sana_kit import devices
 from sana_kit.data.controls import load_controls
 from sana_kit.data.discover import load_class_images, load_images
@@ -17,10 +19,11 @@ from sana_kit.encodings.prompts import parse_instruction
 from sana_kit.encodings.settings import EncodingSettings
 from sana_kit.errors import InputError, Problem, UserError
 from sana_kit.models.folder import Model
-from sana_kit.training.check import image_source
+from sana_kit.training.check import image_sources
 from sana_kit.training.config import TrainConfig
 from sana_kit.training.control import control_kind
 from sana_kit.training.engine import Engine
+from sana_kit.training.order import WeightedSets
 from sana_kit.training.prior import generate_class_images
 from sana_kit.training.recorder import Recorder
 from sana_kit.training.state import check_same_images
@@ -37,6 +40,7 @@ class Samples:
             follow the instance images, held-out ones these.
         num_instance, num_class, num_held_out: how many there are of each.
         instruction: the lines before each caption, None for none.
+        set_of: (num_instance,) the number of each instance sample's data set.
     """
 
     encoded: EncodedDataset
@@ -44,6 +48,17 @@ class Samples:
     num_class: int
     num_held_out: int
     instruction: list[str] | None
+    set_of: np.ndarray
+
+    def weighted_sets(self, config: TrainConfig) -> WeightedSets | None:
+        """Which samples are of which data set, where these have weights."""
+        if config.set_weights is None:
+            return None
+        return WeightedSets(self.set_of, [data_set.share for data_set in config.sets])
+
+    def counts_of_sets(self, sets: int, crops: int) -> list[int]:
+        """Images of each data set, repeats included, `crops` of each encoded."""
+        return (np.bincount(self.set_of, minlength=sets) // crops).tolist()
 
     @property
     def held_out(self) -> range:
@@ -64,18 +79,10 @@ def load_samples(
         EncodingStopped: after a signal; a new start goes on from there.
     """
     ranks, instruction = engine.ranks, parse_instruction(config.complex_human_instruction)
-    images = load_images(
-        **image_source(config),
-        instance_prompt=config.instance_prompt,
-        skip_bad_images=config.skip_bad_images,
-        remember_in=f"{_encodings_dir(config)}/images",
-        ranks=ranks,
-    )
+    images, bounds = _load_sets(config, ranks)
     check_same_images(images, ranks)
     for note in images.notes:
         recorder.warn(f"data: {note}")
-    if config.caption_prefix or config.caption_suffix:
-        images.affix(config.caption_prefix, config.caption_suffix)
     images, held_out = _hold_out(config, images)
     parts = [images]
     if config.with_prior_preservation:
@@ -83,7 +90,7 @@ def load_samples(
     parts += [held_out] if held_out is not None else []
     controls = None
     if config.train_mode == "controlnet":  # all of them looked at before a weight is loaded
-        source, remember_in = image_source(config), f"{_encodings_dir(config)}/images"
+        (source,), remember_in = image_sources(config), f"{_encodings_dir(config)}/images"
         for part in parts:
             controls = load_controls(control_kind(config), source, part, remember_in=remember_in, ranks=ranks)
     encoded = _encode(functools.reduce(concat, parts), config, base_model, engine, instruction, stop, recorder)
@@ -94,7 +101,26 @@ def load_samples(
     counts = _counts(parts, encoded.images)
     num_class = counts[1] if config.with_prior_preservation else 0
     num_held_out = counts[-1] if held_out is not None else 0
-    return Samples(encoded, counts[0], num_class, num_held_out, instruction)
+    rows = [encoded.images.row(i) for i in range(counts[0])]
+    set_of = np.searchsorted(bounds, np.array(rows, np.int64), side="right")
+    return Samples(encoded, counts[0], num_class, num_held_out, instruction, set_of)
+
+
+def _load_sets(config: TrainConfig, ranks: Ranks) -> tuple[ImageSet, list[int]]:
+    """(the images of all data sets one behind the other, the source's row behind the last of each set)."""
+    parts = []
+    for data_set, source in zip(config.sets, image_sources(config), strict=True):
+        images = load_images(
+            **source,
+            instance_prompt=data_set.instance_prompt,
+            skip_bad_images=config.skip_bad_images,
+            remember_in=f"{_encodings_dir(config)}/images",
+            ranks=ranks,
+        )
+        if data_set.caption_prefix or data_set.caption_suffix:
+            images.affix(data_set.caption_prefix, data_set.caption_suffix)
+        parts.append(images)
+    return functools.reduce(concat, parts), np.cumsum([images.source_rows for images in parts]).tolist()
 
 
 def _hold_out(config: TrainConfig, images: ImageSet) -> tuple[ImageSet, ImageSet | None]:
@@ -107,8 +133,10 @@ def _hold_out(config: TrainConfig, images: ImageSet) -> tuple[ImageSet, ImageSet
         UserError: nothing would be left.
     """
     if config.validation_dataset is not None:
-        source = {**image_source(config), "dataset_name": config.validation_dataset, "instance_data_dir": None}
-        return images, load_images(**{**source, "repeats": 1}, instance_prompt=config.instance_prompt)
+        tables = [found for found in image_sources(config) if found["dataset_name"] is not None]
+        source = (tables or image_sources(config))[0]
+        source |= {"dataset_name": config.validation_dataset, "instance_data_dir": None, "repeats": 1}
+        return images, load_images(**source, instance_prompt=config.instance_prompt)
     if not config.validation_split:
         return images, None
     digests = sorted({images.source_hash(i) for i in range(len(images))})

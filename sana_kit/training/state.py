@@ -53,6 +53,7 @@ IDENTITY = (
     "bucket_no_upscale",
     "caption_dropout",
     "mask_outside",
+    "set_weights",
     "ema_decay",
     "controlnet_layers",
     "control_column",

@@ -72,6 +72,20 @@ def test_ones_own_images_get_no_prompt_of_the_launcher(told, tmp_path):
     assert value(told(f"--instance_data_dir={tmp_path}", "--instance_prompt=TOK")[0], "--instance_prompt") == "TOK"
 
 
+def test_data_sets_behind_the_dashes_take_the_place_of_the_default(told, tmp_path):
+    (tmp_path / "mine.yaml").write_text("seed: 3\ndata_sets:\n- instance_data_dir: a\n")
+    (tmp_path / "other.yaml").write_text("seed: 3\n")
+    for more, column in (
+        (["--dataset_name=mine"], "text"),
+        (['--data_sets={"dataset_name": "mine"}'], None),
+        (["--config=mine.yaml"], None),
+    ):
+        words, _, _ = told("--", *more)
+        assert "pokemon-blip-captions" not in words and more[0] in words
+        assert value(words, "--instance_prompt") is None and value(words, "--caption_column") == column
+    assert value(told("--", "--config", "other.yaml")[0], "--dataset_name") == "pokemon-blip-captions"
+
+
 def test_what_is_not_given_is_left_to_the_config(told, tmp_path):
     words, _, _ = told()
     assert value(words, "--gradient_accumulation_steps") is None and value(words, "--mixed_precision") is None

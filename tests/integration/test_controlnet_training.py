@@ -227,6 +227,8 @@ def test_which_control_images_must_be_said_and_other_modes_take_none(common, ima
     both = ["--control_edges", "--control_column=edges"]
     assert "several of them given" in refused(common, [*data, *both])
     assert "a folder has no columns" in refused(common, [*data, "--control_column=edges"])
+    two = [*data, f"--instance_data_dir={tmp_path}", "--control_edges"]
+    assert "control images go with one data set" in refused(common, two)
     said = refused(common, [*data, "--train_mode=lora", "--control_edges"])
     assert "--control_edges: has no effect without --train_mode controlnet" in said
 

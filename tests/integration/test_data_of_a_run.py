@@ -1,7 +1,11 @@
 """What a run draws of its data by position, through main(): held against runs without a choice, resumed to the bit."""
 
+import json
+import shutil
+
 import pytest
 import tiny
+import yaml
 from helpers import adapter_weights, events, run_trainer, same
 from helpers.runs import as_it_was_at
 from PIL import Image
@@ -100,3 +104,90 @@ def test_masks_that_cannot_be_meant_are_told_before_a_model_is_loaded(flags, ima
     with pytest.raises(UserError) as caught:
         run_trainer(*flags, f"--instance_data_dir={image_folder}", *more, f"--output_dir={tmp_path}")
     assert told in str(caught.value.as_flags())
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """(six images in one folder, the same two and four of them in two, in the same order)."""
+    root = tmp_path_factory.mktemp("parts")
+    whole = tiny.write_image_folder(root / "whole")
+    for name, numbers in (("few", (0, 1)), ("many", (2, 3, 4, 5))):
+        (root / name).mkdir()
+        for number in numbers:
+            for suffix in ("png", "txt"):
+                shutil.copy(whole / f"image_{number:02d}.{suffix}", root / name)
+    return whole, root / "few", root / "many"
+
+
+def test_several_folders_are_the_run_of_one_that_holds_them_all(flags, parts, tmp_path):
+    whole, few, many = parts
+    more = [*flags, "--learning_rate=1e-2", "--caption_dropout=0.2", "--validation_split=1"]
+    one = losses(tmp_path / "one", more, f"--instance_data_dir={whole}")
+    two = losses(tmp_path / "two", more, f"--instance_data_dir={few}", f"--instance_data_dir={many}")
+    assert one == two and same(adapter_weights(tmp_path / "one"), adapter_weights(tmp_path / "two"))
+    (start,) = events(tmp_path / "two", "start")
+    told = [line for line in start["plan"] if line.startswith("data set ")]
+    assert len(told) == 2 and str(few) in told[0] and str(many) in told[1]
+    report = (tmp_path / "two" / "report.html").read_text()
+    assert str(few) in report and str(many) in report
+
+
+@pytest.mark.parametrize("kind", ["prior preservation", "buckets"])
+def test_sets_of_other_weights_share_an_epoch_and_resume_to_the_bit(flags, parts, tmp_path, kind):
+    """Four samples of two images and two of four are an epoch, with captions, masks and a prefix of their own."""
+    _, few, many = parts
+    masked_set = masked(tmp_path / "masked", (0, 0, 0.5, 1), count=2).partition("=")[2]
+    for path in tmp_path.glob("masked/*.txt"):
+        path.write_text("one\ntwo")
+    sets = [{"instance_data_dir": masked_set, "weight": 2, "caption_prefix": "TOK, "}]
+    sets += [{"instance_data_dir": str(many), "weight": 0.5}]
+    run_file = tmp_path / "mine.yaml"
+    run_file.write_text(yaml.safe_dump({"data_sets": sets}))
+    more = [flag for flag in flags if "max_train_steps" not in flag]
+    more += ["--learning_rate=1e-2", "--caption_dropout=0.2", "--num_train_epochs=2", f"--config={run_file}"]
+    if kind == "buckets":
+        more += ["--aspect_ratio_buckets"]
+    else:
+        more += ["--with_prior_preservation", f"--class_data_dir={few}", "--class_prompt=x", "--num_class_images=2"]
+    found = losses(tmp_path / "o", more)
+    assert len(found) >= 12 and events(tmp_path / "o", "step")[5]["epoch"] == 1
+    (start,) = events(tmp_path / "o", "start")
+    told = [line for line in start["plan"] if line.startswith("data set ")]
+    assert "2 images x weight 2 = 4 samples an epoch, 67 %" in told[0]
+    assert "4 images x weight 0.5 = 2 samples an epoch, 33 %" in told[1]
+    assert resumes_to_the_bit(tmp_path / "o", more, tmp_path)
+    if kind == "buckets":
+        return
+    run_file.write_text(yaml.safe_dump({"data_sets": [sets[0], {**sets[1], "weight": 1}]}))
+    half = as_it_was_at(tmp_path / "o", 4, tmp_path / "other")
+    run_trainer(*more, "--max_train_steps=5", f"--output_dir={half}", "--resume_from_checkpoint=latest")
+    assert any("set_weights was [2, 0.5]" in event["message"] for event in events(half, "warning"))
+
+
+def test_the_plan_of_several_sets_is_told_without_a_run(flags, parts, tmp_path, capsys):
+    _, few, many = parts
+    own = json.dumps({"instance_data_dir": str(many), "weight": 0.25, "repeats": 3})
+    words = [flag for flag in flags if "max_train_steps" not in flag]
+    words += ["--dry_run", f"--output_dir={tmp_path / 'o'}", f"--instance_data_dir={few}", f"--data_sets={own}"]
+    assert run_trainer(*words) == 0
+    told = capsys.readouterr().out
+    assert f"data set {many}: 12 images (repeats 3) x weight 0.25 = 3 samples an epoch, 60 %" in told
+    assert "updates: 5 of 1 images" in told and not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("mapping", "told"),
+    [
+        ({"instance_data_dir": "/not/there"}, "--instance_data_dir=/not/there: no such folder"),
+        ({"dataset_name": "@few", "caption_column": "text"}, "--caption_column=text: @few is a folder of images"),
+        ({"instance_data_dir": "@few", "weight": -1}, "--data_sets=@few: the weight is -1"),
+        ({"weight": 1}, "--data_sets: a data set has dataset_name or instance_data_dir, this one neither"),
+    ],
+)
+def test_a_set_that_cannot_be_used_is_told_before_a_model_is_loaded(flags, parts, tmp_path, mapping, told):
+    whole, few, _ = parts
+    mapping = {name: str(few) if value == "@few" else value for name, value in mapping.items()}
+    words = [f"--instance_data_dir={whole}", f"--data_sets={json.dumps(mapping)}", f"--output_dir={tmp_path}"]
+    with pytest.raises(UserError) as caught:
+        run_trainer(*flags, *words)
+    assert told.replace("@few", str(few)) in str(caught.value.as_flags())

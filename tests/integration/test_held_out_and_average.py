@@ -112,7 +112,7 @@ def test_dropped_captions_change_the_loss_of_some_samples_only(flags, tmp_path):
 
 def test_a_prefix_is_part_of_every_caption(flags, tmp_path):
     folder = tiny.write_image_folder(tmp_path / "images", count=3)
-    more = [flag for flag in flags if "validation" not in flag]
+    more = [flag for flag in flags if "validation" not in flag and "instance_data_dir" not in flag]
     more += [f"--instance_data_dir={folder}", "--caption_prefix=TOK, ", "--max_train_steps=1"]
     assert run_trainer(*more, f"--output_dir={tmp_path / 'o'}") == 0
     with safe_open(tmp_path / "o" / "pytorch_lora_weights.safetensors", "pt") as file:

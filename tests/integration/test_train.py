@@ -788,7 +788,7 @@ ERRORS = {
     "no model": (["--pretrained_model_name_or_path=/no/such/model"], "no such folder"),
     "resolution": (["--resolution=65"], "--resolution=65: must be a multiple of 8, the VAE's factor: 64 or 72"),
     "data missing": (["--dataset_name=/no/such/set", "@no-instance"], "/no/such/set"),
-    "both sources": (["--dataset_name=x"], "give one of them"),
+    "two sources": (["--instance_data_dir=@empty", "--instance_data_dir=./absent"], "no images.*absent: no such"),
     "no source": (["@no-instance"], "neither is given"),
     "optimizer": (["--optimizer=adamx"], "--optimizer=adamx: there is no such optimizer. Use one of adamw"),
     "scheduler": (["--lr_scheduler=slow"], "--lr_scheduler=slow: unknown. Use one of linear"),
