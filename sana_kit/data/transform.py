@@ -9,6 +9,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+# Above this side a tensor of the VAE's first stage (128 channels) passes 2^31 elements for one image, which many
+# kernels cannot index, so the image is encoded in overlapping tiles of the size below.
+WHOLE_ENCODE_SIDE, ENCODE_TILE, ENCODE_STRIDE = 3072, 2048, 1536
+
 
 @dataclass(frozen=True)
 class TransformPlan:

@@ -10,17 +10,13 @@ import torch
 
 from sana_kit import devices
 from sana_kit.data.image_set import default_workers, prefetch, progress_bar
-from sana_kit.data.transform import TransformPlan, to_unit_range
+from sana_kit.data.transform import ENCODE_STRIDE, ENCODE_TILE, WHOLE_ENCODE_SIDE, TransformPlan, to_unit_range
 from sana_kit.encodings.peers import Peers
 from sana_kit.encodings.plan import EncodingPlan, Needs
 from sana_kit.encodings.store import ShardWriter
 from sana_kit.errors import Problem, UserError
 from sana_kit.models.folder import Model
 from sana_kit.models.loading import load_vae
-
-# Above this side a tensor of the VAE's first stage (128 channels) passes 2^31 elements for one image, which many
-# kernels cannot index, so the image is encoded in overlapping tiles of the size below.
-WHOLE_ENCODE_SIDE, ENCODE_TILE, ENCODE_STRIDE = 3072, 2048, 1536
 
 
 def group_size(vae_batch_size: int | str, resolution: int, device: torch.device) -> int:

@@ -11,8 +11,7 @@ import torch
 from PIL import Image, ImageOps
 
 from sana_kit.data.decode import decode_image
-from sana_kit.data.transform import to_unit_range
-from sana_kit.encodings.encode_images import ENCODE_STRIDE, ENCODE_TILE, WHOLE_ENCODE_SIDE
+from sana_kit.data.transform import ENCODE_STRIDE, ENCODE_TILE, WHOLE_ENCODE_SIDE, to_unit_range
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -105,11 +106,12 @@ def prepare(options: argparse.Namespace, words: list[str]):
 def checked(launch, config: TrainConfig, processes: int):
     """`launch` and `config` after the trainer's own checks, in the environment that its processes will get."""
     from sana_kit.training.check import check
-    from sana_kit.training.plan import print_plan
 
     with launch.environment():
-        found = check(config)
+        found = check(config, shapes=False)
         if config.dry_run:
+            from sana_kit.training.plan import print_plan
+
             own = config.dry_run_processes or processes
             return print_plan(found.config.replaced(dry_run_processes=own), found.base_model)
     return launch, config
@@ -181,8 +183,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
+    gc.freeze()
+    gc.enable()
     return run(*prepared)
 
 
 if __name__ == "__main__":
+    gc.disable()  # the imports of the checks are quicker so
     sys.exit(main())

@@ -15,16 +15,7 @@ from typing import Any
 import torch
 from diffusers import SanaControlNetModel
 
-LAYERS = 7  # of NVlabs' ControlNets, for 20 and for 28 blocks
 EMBEDDINGS = ("patch_embed", "time_embed", "caption_projection", "caption_norm")
-
-
-def default_layers(transformer_config: Mapping) -> int:
-    """Blocks of a ControlNet: 7, or one less than the transformer has.
-
-    Block i of it is added behind block i + 1 of the transformer, so a last one would have no place.
-    """
-    return min(LAYERS, transformer_config["num_layers"] - 1)
 
 
 def controlnet_config(transformer_config: Mapping, layers: int) -> dict[str, Any]:

@@ -264,6 +264,7 @@ def find_model(
     dtype: torch.dtype = torch.bfloat16,
     members: Collection[str] = TRAINED,
     fields: ModelFields = ModelFields(),
+    shapes: bool = True,
 ) -> tuple[Model | None, list[Problem]]:
     """(Model, problems): everything about a model that can be told without loading weights.
 
@@ -274,6 +275,7 @@ def find_model(
         dtype: what the transformer will compute in.
         members: pipeline classes that may be, of `MEMBERS`: those that train, or all of them for drawing.
         fields: what the settings are called in problems.
+        shapes: whether to hold the weights against their config, which takes the imports of diffusers.
     """
     try:
         found = base_of(model_path, revision, base_model, fields)
@@ -297,7 +299,7 @@ def find_model(
         scheduler_config=scheduler,
         fingerprint="",
     )
-    problems = _check_weights(model, dtype, fields)
+    problems = _check_weights(model, dtype, fields, shapes)
     if not problems:
         model.fingerprint = _fingerprint(model)
     return model, problems
@@ -395,14 +397,14 @@ def _local_parts(model: Model) -> list[Part]:
     return parts
 
 
-def _check_weights(model: Model, dtype: torch.dtype, fields: ModelFields) -> list[Problem]:
+def _check_weights(model: Model, dtype: torch.dtype, fields: ModelFields, shapes: bool) -> list[Problem]:
     """What is wrong with the weights files on this disk: names, sizes, shapes and dtypes, by their headers.
 
     What is merely worth knowing is added to the model's notes.
     """
     problems = []
     for part in _local_parts(model):
-        kinds, fault = check_part(part, model.variant)
+        kinds, fault = check_part(part if shapes else dataclasses.replace(part, build=None), model.variant)
         if fault is not None:
             remedy = "Fetch the folder again." if "do not fit" in fault else ""
             problems.append(Problem(fields.model, model.name, fault, remedy))

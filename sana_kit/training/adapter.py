@@ -1,78 +1,16 @@
-"""The trained adapter: its settings checked, its layers put into the transformer, an earlier adapter to go on from."""
+"""The trained adapter: its layers put into the transformer, an earlier adapter to go on from, a base in few bits."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import torch
 from peft.utils import set_peft_model_state_dict
 
 from patch_sana import base_model_fingerprint
-from sana_kit.errors import Problem
-from sana_kit.models.adapter import Lora, read_lora
-from sana_kit.models.folder import Model
-from sana_kit.models.lora import lora_config, parse_layers, unmatched_layers
-from sana_kit.models.quantize import QUANTIZATIONS, quantize_problems, quantize_weights
-from sana_kit.models.weights import meta_transformer
-from sana_kit.training.config import AdapterConfig, TrainConfig
-
-# Starts that move a part of the weights into the adapter, which then fits the changed weights alone.
-_CHANGES_BASE = ("pissa", "olora")
-# Kinds that peft knows and the kit does not train, and why.
-REFUSED = {
-    "lokr": "SanaPipeline loads no LoKr (the kit's own scripts draw with one that was trained elsewhere)",
-    "loha": "SanaPipeline loads no LoHa (the kit's own scripts draw with one that was trained elsewhere)",
-    "oft": "neither SanaPipeline nor the kit's own scripts load an OFT",
-}
-
-
-def adapter_problems(config: TrainConfig, model: Model) -> tuple[TrainConfig, list[Problem]]:
-    """(the settings with alpha, and with rank and kind of the adapter to begin with; what is wrong with them)."""
-    adapter = config.adapter
-    if config.train_mode == "controlnet":  # see control.py
-        return config, []
-    if config.train_mode != "lora":
-        names = ("use_rslora", "use_dora", "init_lora", "save_merged")
-        useless = [name for name in names if getattr(adapter, name)]
-        return config, [Problem(name, None, "has no effect without LoRA") for name in useless]
-    problems = []
-    if adapter.adapter_type != "lora":
-        reason = REFUSED.get(adapter.adapter_type.lower(), "there is no such adapter")
-        problems.append(Problem("adapter_type", adapter.adapter_type, reason, "Use lora, with use_dora for DoRA."))
-    if adapter.init_lora_weights in _CHANGES_BASE:
-        reason = (
-            "it moves a part of the base's weights into the adapter by a decomposition that differs between devices:"
-            " neither could the adapter be used on the unchanged base, nor would a resume elsewhere be exact"
-        )
-        problems.append(Problem("init_lora_weights", adapter.init_lora_weights, reason, "Use gaussian or orthogonal."))
-    if adapter.init_lora is None:
-        problems += _layer_problems(config, model)
-        if adapter.init_lora_weights == "orthogonal" and adapter.rank % 2:
-            problems.append(Problem("rank", adapter.rank, "must be even with init_lora_weights orthogonal"))
-        return config.replaced(lora_alpha=adapter.alpha), problems
-    lora, found = read_lora(adapter.init_lora, model.transformer_config)
-    if lora is None:
-        return config, [*problems, *(Problem("init_lora", p.value, p.reason, p.remedy) for p in found)]
-    return _begin_with(lora, config, problems)
-
-
-def quantization_problems(config: TrainConfig, model: Model | None, device: str, deepspeed: bool) -> list[Problem]:
-    """Why the base's weights cannot be kept in few bits."""
-    name, field = config.base_quantization, "base_quantization"
-    if name not in QUANTIZATIONS or config.train_mode == "controlnet":  # None, told with the choices, in control.py
-        return []
-    shapes = None if model is None else model.transformer_config
-    problems = [dataclasses.replace(p, field=field) for p in quantize_problems(name, torch.device(device), shapes)]
-    for wrong, reason, remedy in (
-        (config.train_mode != "lora", "such weights cannot be trained", "Use train_mode lora."),
-        (deepspeed, "DeepSpeed casts the base's weights to its own dtype", "Use one process or DDP."),
-        (config.use_dora, "DoRA needs the norms of whole weights", "Leave use_dora out."),
-        (config.compile, "compiled blocks were not tried with it", "Leave compile out."),
-        (config.mixed_precision == "fp16", "fp16 was not tried with it", "Use bf16."),
-    ):
-        if wrong:
-            problems.append(Problem(field, name, reason, remedy))
-    return problems
+from sana_kit.models.adapter import read_lora
+from sana_kit.models.lora import lora_config
+from sana_kit.models.lora_layers import parse_layers
+from sana_kit.models.quantize import quantize_weights
+from sana_kit.training.config import AdapterConfig
 
 
 def quantize_base(transformer: torch.nn.Module, name: str, dtype: torch.dtype) -> None:
@@ -84,37 +22,6 @@ def quantize_base(transformer: torch.nn.Module, name: str, dtype: torch.dtype) -
     """
     transformer.sana_base_model = base_model_fingerprint(transformer)
     quantize_weights(transformer.transformer_blocks, name, dtype)
-
-
-def _begin_with(lora: Lora, config: TrainConfig, problems: list[Problem]) -> tuple[TrainConfig, list[Problem]]:
-    """The settings that hold where the run begins with an adapter."""
-    adapter, file = config.adapter, config.init_lora
-    kinds = {(rank, lora.scaling[name]) for name, rank in lora.rank.items()}
-    if lora.factors or len(kinds) > 1:
-        what = f"it is {lora.kind}" if lora.factors else f"its layers differ in rank or scale ({len(kinds)} kinds)"
-        return config, [*problems, Problem("init_lora", file, what, "Give a LoRA or DoRA of one rank and alpha.")]
-    ((rank, scaling),) = kinds
-    alpha = scaling * (rank**0.5 if adapter.use_rslora else rank)
-    alpha = int(alpha) if alpha == int(alpha) else alpha
-    for name, own in (("rank", rank), ("lora_alpha", alpha), ("lora_layers", None)):
-        given = getattr(adapter, name)
-        if name in config.given and given is not None and given != own:
-            told = "names its layers" if own is None else f"has {name} {own}"
-            problems.append(Problem(name, given, f"the adapter to begin with {told}", "Leave it out."))
-    if adapter.use_dora and not lora.magnitude:
-        problems.append(Problem("use_dora", None, "the adapter to begin with has no magnitudes", "Leave it out."))
-    return config.replaced(rank=rank, lora_alpha=alpha, use_dora=bool(lora.magnitude)), problems
-
-
-def _layer_problems(config: TrainConfig, model: Model) -> list[Problem]:
-    """Layers that are asked for and not there, by the model's configuration alone (meta tensors, no memory)."""
-    modules = meta_transformer(model.transformer_config).named_modules()
-    names = [name for name, module in modules if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))]
-    ends = sorted({".".join(name.split(".")[2:]) for name in names if name.startswith("transformer_blocks")})
-    return [
-        Problem("lora_layers", config.lora_layers, f"'{layer}' {why}", f"Names in a block: {', '.join(ends)}.")
-        for layer, why in unmatched_layers(parse_layers(config.lora_layers), names)
-    ]
 
 
 def put_adapter(transformer: torch.nn.Module, config: AdapterConfig) -> None:

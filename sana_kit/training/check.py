@@ -22,13 +22,13 @@ from sana_kit.launchers import announced_wait, launched_world_size, local_rank
 from sana_kit.models.attention import resolve_attention
 from sana_kit.models.folder import Model, ModelFields, find_model, read_flow_shift
 from sana_kit.training.accounts import upload_problems
-from sana_kit.training.adapter import adapter_problems, quantization_problems
+from sana_kit.training.adapter_checks import adapter_problems, quantization_problems
+from sana_kit.training.budget import budget_problems
 from sana_kit.training.checkpoint_folders import find_checkpoint, folder_problems
 from sana_kit.training.config import DataConfig, TrainConfig
 from sana_kit.training.control import control_problems
 from sana_kit.training.launch_config import LaunchConfig, settle
 from sana_kit.training.optim import optimizer_name, optimizer_problems
-from sana_kit.training.recomputation import budget_problems
 from sana_kit.training.trackers import tracker_problems
 
 T = TypeVar("T")
@@ -50,8 +50,12 @@ class Checked:
     launch: LaunchConfig
 
 
-def check(config: TrainConfig) -> Checked:
+def check(config: TrainConfig, shapes: bool = True) -> Checked:
     """Look at settings, model, data, output folder, logins and the accelerate config; nothing is loaded or written.
+
+    Args:
+        shapes: whether to hold the weights' shapes against their config. It takes the imports of diffusers and peft,
+            so a launcher leaves it to its processes, which have them anyway.
 
     Raises:
         UserError: everything that was found wrong.
@@ -72,7 +76,7 @@ def check(config: TrainConfig) -> Checked:
         remedy = f"Known: {', '.join(devices.chips())}."
         problems.append(Problem("chip", config.chip, "its peak is not known", remedy))
     problems += _device_problems(config, device_type) + _data_problems(config)
-    model, found = _find_model(config)
+    model, found = _find_model(config, shapes)
     problems += found
     if model is not None:
         problems += _size_problems(config, model)
@@ -189,8 +193,9 @@ def _data_problems(config: TrainConfig) -> list[Problem]:
     if config.ema_only_final and config.ema_decay is None:
         problems.append(Problem("ema_only_final", None, "has no effect without --ema_decay"))
     instruction = data.complex_human_instruction
-    _, found = _found(lambda: parse_instruction(instruction), "complex_human_instruction", instruction)
-    problems += found
+    if instruction is None or instruction.strip().lower() != "default":  # the pipeline's own, which takes its import
+        _, found = _found(lambda: parse_instruction(instruction), "complex_human_instruction", instruction)
+        problems += found
     if not problems and local_rank() == 0:
         problems += _local_data_problems(config)
     return problems
@@ -207,7 +212,7 @@ def image_sources(config: TrainConfig, crops: int | None = None) -> list[dict[st
     return [{**data_set.source(), **shared, "repeats": data_set.repeats * crops} for data_set in config.sets]
 
 
-def _find_model(config: TrainConfig) -> tuple[Model | None, list[Problem]]:
+def _find_model(config: TrainConfig, shapes: bool) -> tuple[Model | None, list[Problem]]:
     name = config.pretrained_model_name_or_path
     found, problems = _found(
         lambda: find_model(
@@ -217,6 +222,7 @@ def _find_model(config: TrainConfig) -> tuple[Model | None, list[Problem]]:
             cache_dir=config.cache_dir,
             dtype=torch.float16 if config.mixed_precision == "fp16" else torch.bfloat16,
             fields=ModelFields(model="pretrained_model_name_or_path", base=None, dtype="mixed_precision", full="no"),
+            shapes=shapes,
         ),
         "pretrained_model_name_or_path",
         name,

@@ -320,7 +320,7 @@ def optimizer_problems(settings, device_type: str, under_deepspeed: bool) -> lis
     if name == "schedulefree" and settings.ema_decay is not None:
         reason = f"{name} averages the weights itself"
         problems.append(Problem("ema_decay", settings.ema_decay, reason, "Leave it out."))
-    if not problems:
+    if not problems and name != "adamw":  # torch's own needs no trial, for which its compiler would be imported
         device = torch.device(device_type)
         refused = savable_problem(
             lambda named: kind.build(parameter_groups(settings, named), settings, device), device, under_deepspeed

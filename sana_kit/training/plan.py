@@ -14,10 +14,11 @@ from sana_kit.arithmetic import training_flops_per_image
 from sana_kit.data.discover import find_images
 from sana_kit.launchers import launched_world_size
 from sana_kit.models.folder import Model
+from sana_kit.training.budget import AUTO
 from sana_kit.training.check import image_sources
 from sana_kit.training.config import TrainConfig
 from sana_kit.training.order import BucketOrder, MixedOrder, PermutationOrder
-from sana_kit.training.recomputation import AUTO, count_run_step, fit_memory, held_bytes
+from sana_kit.training.recomputation import count_run_step, fit_memory, held_bytes
 
 # An image's latents of 32 channels in bf16, and a caption's embeddings: what the store needs a sample, for the plan.
 _PLAN_CAPTION_TOKENS = 80

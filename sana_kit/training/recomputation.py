@@ -24,12 +24,12 @@ from sana_kit.models.lora import recompute_blocks
 from sana_kit.models.quantize import saved_bytes
 from sana_kit.roofline import StepCount, build_on_meta, count_training_step
 from sana_kit.training.adapter import put_adapter
+from sana_kit.training.budget import AUTO
 from sana_kit.training.config import TrainConfig
 from sana_kit.training.engine import Engine
 
 logger = logging.getLogger("sana")
 
-AUTO = "auto"
 # Of the free memory: workspaces of kernels and what an allocator cannot give out are not counted.
 USABLE = 0.94
 # Captions have at most so many tokens: a batch of the longest must fit, too.
@@ -157,31 +157,6 @@ def _with_controlnet(
     for part in model.trained_parts():
         part.requires_grad_(True)
     return model
-
-
-def budget_problems(config: TrainConfig, device_type: str) -> list[Problem]:
-    """What is wrong with the budget itself; whether a step fits into it is found by `fit_memory`."""
-    field, value = "memory_budget", config.memory_budget
-    if value is None:
-        return []
-    problems = []
-    # not by what was given: run.yaml gives every setting
-    for name, unset in (("gradient_checkpointing", False), ("gradient_checkpointing_interval", 1)):
-        if getattr(config, name) != unset:
-            reason = "a budget chooses which blocks are recomputed"
-            problems.append(Problem(name, None, reason, "Leave it out, or leave memory_budget out."))
-    if value == AUTO:
-        if not devices.kind_of(device_type).is_accelerator:
-            reason = "a CPU's memory is shared with other processes: what is free now says nothing"
-            problems.append(Problem(field, value, reason, "Give the GB that each process may use, such as 8."))
-        return problems
-    try:
-        usable = 0 < float(value) < math.inf
-    except ValueError:
-        usable = False
-    if not usable:
-        problems.append(Problem(field, value, "is neither auto nor a number of GB", "Give auto, or GB such as 60."))
-    return problems
 
 
 def fit_memory(

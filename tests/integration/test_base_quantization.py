@@ -88,7 +88,7 @@ def test_a_lora_on_few_bits_resumes_to_the_bit_and_fits_the_whole_base(flags, wh
 
 
 def test_what_few_bits_cannot_be_is_told_by_name(flags, tmp_path, monkeypatch):
-    monkeypatch.setattr("sana_kit.training.adapter.quantize_problems", lambda *more: [])
+    monkeypatch.setattr("sana_kit.training.adapter_checks.quantize_problems", lambda *more: [])
     for more, told in (
         (["--use_dora"], "DoRA needs the norms of whole weights"),
         (["--train_mode=full"], "such weights cannot be trained"),

@@ -27,7 +27,7 @@ from sana_kit.flags import make_parser
 from sana_kit.locks import lock_folder
 from sana_kit.models.attention import LinearAttentionProcessor, set_attention
 from sana_kit.models.folder import find_model
-from sana_kit.models.lora import DEFAULT_LORA_LAYERS
+from sana_kit.models.lora_layers import DEFAULT_LORA_LAYERS
 from sana_kit.training import checkpoint_folders, checkpoints
 from sana_kit.training.config import TrainConfig, parse_args
 from sana_kit.training.order import PermutationOrder

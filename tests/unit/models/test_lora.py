@@ -11,15 +11,8 @@ from diffusers import SanaTransformer2DModel
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners import lora
 
-from sana_kit.models.lora import (
-    PRESETS,
-    FusedLoraLinear,
-    LoraConv2d,
-    lora_config,
-    parse_layers,
-    recompute_blocks,
-    unmatched_layers,
-)
+from sana_kit.models.lora import FusedLoraLinear, LoraConv2d, lora_config, recompute_blocks
+from sana_kit.models.lora_layers import PRESETS, parse_layers, unmatched_layers
 from sana_kit.models.weights import meta_transformer
 
 

@@ -7,10 +7,10 @@ import pytest
 from sana_kit.errors import UserError
 from sana_kit.models.folder import find_model
 from sana_kit.step_table import count_step
+from sana_kit.training.budget import budget_problems
 from sana_kit.training.config import parse_args
 from sana_kit.training.recomputation import (
     ActivationBytes,
-    budget_problems,
     choose_recomputation,
     count_run_step,
     fit_memory,
