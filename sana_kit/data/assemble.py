@@ -273,7 +273,7 @@ def assemble(
     if found is not None:
         report["images with a mask"] = int(found.present[good].sum())
         lacking = len(good) - report["images with a mask"]
-        rest = f"; {lacking} have none and count whole" if lacking else ""
+        rest = f"; without one, so that all of it counts: {lacking}" if lacking else ""
         notes.append(f"{named.value}: {report['images with a mask']} image(s) have a loss mask{rest}.")
     facts = (positions, headers.digests, headers.sizes, report, notes)
     return ImageSet(table.source, rows, captions.texts, *facts, captions.choices, found)

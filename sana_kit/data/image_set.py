@@ -168,6 +168,10 @@ class ImageSet:
         """The source's row number: equal for repeats of one image."""
         return int(self._rows[i])
 
+    def rows(self) -> np.ndarray:
+        """(N,) int64: `row` of all samples."""
+        return self._rows.astype(np.int64)
+
     def digest(self) -> str:
         """Hex SHA-256 of the whole set: images, captions, order and positions; equal on every rank of a sound run."""
         if self._digest is None:

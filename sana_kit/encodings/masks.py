@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -99,6 +101,8 @@ def make_loss_masks(
     ranks.run_on_all(
         lambda: _make(images, transform, shapes, path, present) if ranks.is_local_main and not path.exists() else None
     )
+    with suppress(OSError):
+        os.utime(path)  # used now, for the pruning of the store
     return LossMasks(path, shapes, present, outside)
 
 

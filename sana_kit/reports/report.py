@@ -284,6 +284,7 @@ def write_report(
     images, unreadable = _images(output_dir, run, Path(before) if before else None, Path(after) if after else None)
     chosen, defaults = config_items(run.configs)
     names = [data_set.name for data_set in data_sets(config)]
+    names[3:] = [f"and {len(names) - 3} more"] if len(names) > 3 else []
     parts = [str(part) for part in (config.get("pretrained_model_name_or_path"), *names) if part]
     page = render(
         page="report",

@@ -42,6 +42,13 @@ def test_card_in_the_hubs_format(run_folder):
     assert ModelCard(text).data.to_dict()["base_model"] == data["base_model"]  # the hub's own reader takes it
 
 
+def test_several_data_sets_are_named_and_local_ones_are_not(run_folder, tmp_path):
+    text = write(run_folder, dataset=["lambdalabs/one", str(tmp_path), "lambdalabs/two"]).read_text(encoding="utf-8")
+    assert front_matter(text)["datasets"] == ["lambdalabs/one", "lambdalabs/two"]
+    (told,) = [line for line in text.splitlines() if "fine-tuned from" in line]
+    assert "datasets/lambdalabs/one" in told and "datasets/lambdalabs/two" in told and str(tmp_path) not in text
+
+
 def test_the_users_licence_and_text_are_kept(run_folder):
     path = write(run_folder)
     chosen = path.read_text().replace(path.read_text().splitlines()[1], "license: cc-by-sa-4.0\nlicense_link: LICENSE")

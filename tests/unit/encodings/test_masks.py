@@ -1,6 +1,8 @@
 """Loss masks of encoded samples: weights by place, of mean 1, made once and mapped."""
 
+import os
 import pickle
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 from sana_kit.data.discover import load_images
 from sana_kit.distributed import Ranks
 from sana_kit.encodings import masks as module
+from sana_kit.encodings import usage
 from sana_kit.training.recipes import loss_per_sample
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -88,3 +91,16 @@ def test_the_loss_is_the_weighted_mean_of_the_places():
     expected = (prediction[0, :, :, :2] - target[0, :, :, :2]).square().mean()
     torch.testing.assert_close(found[0], expected)
     assert torch.equal(found[1], loss_per_sample(prediction, target, sigma, "none")[1])
+
+
+def test_masks_that_no_run_used_lately_are_pruned(folder, run, tmp_path):
+    encoded = run(load_images(instance_data_dir=str(folder)))
+    encoded.add_masks(0.0, ALONE)
+    (path,) = (tmp_path / "store" / "masks").iterdir()
+    os.utime(path, (time.time() - 40 * 86400,) * 2)
+    encoded.add_masks(0.0, ALONE)  # a start renews them
+    usage.prune(tmp_path / "store")
+    assert path.exists()
+    os.utime(path, (time.time() - 40 * 86400,) * 2)
+    usage.prune(tmp_path / "store")
+    assert not path.exists()
