@@ -190,6 +190,15 @@ def transformer_ops(
     return ops
 
 
+def default_layers(transformer_config: Mapping) -> int:
+    """Blocks of a ControlNet: 7, or one less than the transformer has.
+
+    7 are those of NVlabs' ControlNets, for 20 and for 28 blocks. Block i of it is added behind block i + 1 of the
+    transformer, so a last one would have no place.
+    """
+    return min(7, transformer_config["num_layers"] - 1)
+
+
 def controlnet_ops(transformer_config, latent_hw: tuple[int, int], caption_tokens: int, layers: int) -> list[Op]:
     """The products of a frozen transformer's forward pass and of the ControlNet that is trained beside it.
 
@@ -242,9 +251,10 @@ def training_ops(
     rank: int = 4,
     controlnet_layers: int | None = None,
 ) -> list[Op]:
-    """The products of a training step's forward pass: `mode` "lora", "full" or "controlnet"."""
+    """The products of a training step's forward pass: `mode` "lora", "full" or "controlnet" (layers None: default)."""
     if mode == "controlnet":
-        return controlnet_ops(transformer_config, latent_hw, caption_tokens, controlnet_layers)
+        layers = controlnet_layers or default_layers(_config(transformer_config))
+        return controlnet_ops(transformer_config, latent_hw, caption_tokens, layers)
     return transformer_ops(transformer_config, latent_hw, caption_tokens, mode, rank)
 
 

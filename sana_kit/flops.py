@@ -24,6 +24,7 @@ from sana_kit.arithmetic import (
     text_encoder_ops,
     total_flops,
     training_bytes,
+    training_ops,
     transformer_ops,
     vae_decode_ops,
     vae_encode_ops,
@@ -102,7 +103,7 @@ def report(options: argparse.Namespace) -> dict:
         "decode": vae_decode_ops(vae, options.resolution, options.resolution),
         "prompt": text_encoder_ops(text, options.caption_tokens),
         "forward": transformer_ops(transformer, *shape),
-        "training": transformer_ops(transformer, *shape, mode=options.mode, rank=options.rank),
+        "training": training_ops(transformer, *shape, options.mode, options.rank),
     }
     figures = {
         "title": title,
@@ -186,7 +187,9 @@ def format_report(figures: dict, options: argparse.Namespace) -> str:
         return f"  {text:<50}" + (f"{value:10.2f}" if value >= 0.1 else f"{value:10.3g}")
 
     checkpointing = "on" if options.gradient_checkpointing else "off"
-    mode = f"LoRA rank {options.rank}" if options.mode == "lora" else "full"
+    mode = f"LoRA rank {options.rank}" if options.mode == "lora" else options.mode
+    # diffusers has no trainer of ControlNets for SANA
+    uncached = "encoding in each step" if options.mode == "controlnet" else "as diffusers' trainer does it"
     sizes = f"{figures['tokens']} tokens, {options.caption_tokens} caption tokens"
     lines = [
         f"{figures['title']} at {options.resolution} px: {sizes}",
@@ -197,7 +200,7 @@ def format_report(figures: dict, options: argparse.Namespace) -> str:
         row("transformer, forward", "transformer_forward"),
         row(f"training step ({mode}), the model's own", "training"),
         row(f"training step, executed (checkpointing {checkpointing})", "training_executed"),
-        row("the same as diffusers' trainer does it", "training_uncached"),
+        row(f"the same {uncached}", "training_uncached"),
         row("VAE decode, whole", "vae_decode"),
         row(f"generation, {options.num_inference_steps} steps, guidance {options.guidance_scale:g}", "generation"),
     ]
@@ -255,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--config", default="1600M", help=f"{', '.join(TRANSFORMERS)}, or a model folder (default 1600M)")
     add("--resolution", type=int, default=1024, help="pixels of a square image (default 1024)")
     add("--caption_tokens", type=int, default=300, help="tokens per caption, padding included (default 300)")
-    add("--mode", choices=("lora", "full"), default="lora", help="what is trained (default lora)")
+    add("--mode", choices=("lora", "full", "controlnet"), default="lora", help="what is trained (default lora)")
     add("--rank", type=int, default=4, help="LoRA rank (default 4)")
     add("--gradient_checkpointing", action="store_true", help="the run recomputes each block")
     add("--batch_size", type=int, default=8, help="images per device and pass (default 8)")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sana_kit.arithmetic import default_layers
 from sana_kit.data.controls import ControlKind, find_controls
 from sana_kit.data.decode import inspect_image
 from sana_kit.data.discover import find_images

@@ -21,7 +21,7 @@ KIT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(KIT), str(KIT / "tests"), str(KIT / "tests" / "benchmarks")]  # run as a file, from any folder
 
 from sana_kit import devices  # noqa: E402
-from sana_kit.arithmetic import training_bytes  # noqa: E402
+from sana_kit.arithmetic import default_layers, training_bytes  # noqa: E402
 
 
 def live_storages(device) -> dict[int, int]:
@@ -58,6 +58,10 @@ def peak_of(work, device) -> int:
     return peak
 
 
+def read_transformer_config(model) -> dict:
+    return json.loads((Path(model) / "transformer" / "config.json").read_text())
+
+
 def role(options) -> None:
     """One rank: two steps, then its bytes by part on the main process as a line of JSON."""
     import torch
@@ -67,10 +71,13 @@ def role(options) -> None:
 
     if options.bucket_elements:
         arithmetic.BUCKET_ELEMENTS = (1, options.bucket_elements)
-    built = build_engine(options, "--train_batch_size=1", f"--rank={options.rank}")
+    layers = default_layers(read_transformer_config(options.model))
+    built = build_engine(options, "--train_batch_size=1", f"--rank={options.rank}", f"--controlnet_layers={layers}")
     accelerator, _, transformer, engine, _ = built
     device = accelerator.device
     config = transformer.config
+    shown = torch.zeros(1, config.in_channels, 2, 2, dtype=torch.bfloat16, device=device)
+    control = {"control": shown} if options.train_mode == "controlnet" else {}
 
     def backward():
         generator = torch.Generator().manual_seed(0)
@@ -80,6 +87,7 @@ def role(options) -> None:
             encoder_attention_mask=torch.ones(1, 16, dtype=torch.bool, device=device),
             timestep=torch.full((1,), 500.0, device=device),
             return_dict=False,
+            **control,
         )[0]
         engine.backward(prediction.float().square().mean())
 
@@ -122,7 +130,7 @@ def role(options) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", choices=("scaled", "1600M", "600M"), default="1600M")
-    parser.add_argument("--train_mode", choices=("lora", "full"), default="lora")
+    parser.add_argument("--train_mode", choices=("lora", "full", "controlnet"), default="lora")
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--bucket_elements", type=int, help="most gradients in a bucket, instead of the trainer's")
@@ -150,7 +158,7 @@ def main() -> None:
     if options.json:
         print(json.dumps(figures))
         return
-    mode = f"LoRA rank {options.rank}" if options.train_mode == "lora" else "full fine-tuning"
+    mode = {"lora": f"LoRA rank {options.rank}", "full": "full fine-tuning"}.get(options.train_mode, "ControlNet")
     print(f"{options.model or options.config}, {mode}, ZeRO-2, {options.processes} processes: MB of one device")
     print(f"{'':12}{'computed':>12}{'allocated':>12}")
     for part, value in figures["allocated"].items():

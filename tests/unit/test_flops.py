@@ -15,6 +15,7 @@ from sana_kit.arithmetic import (
     AUTOENCODER,
     TEXT_ENCODER,
     TRANSFORMERS,
+    default_layers,
     forward_flops_per_image,
     model_flops_utilisation,
     roofline_seconds,

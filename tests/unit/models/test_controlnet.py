@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SanaControlNetModel, SanaTransformer2DModel
 
+from sana_kit.arithmetic import default_layers
 from sana_kit.models.attention import set_attention
 from sana_kit.models.controlnet import ControlledTransformer, begin_controlnet
 from sana_kit.models.lora import recompute_blocks
