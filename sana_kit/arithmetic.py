@@ -190,7 +190,7 @@ def transformer_ops(
     return ops
 
 
-def default_layers(transformer_config: Mapping) -> int:
+def default_controlnet_layers(transformer_config: Mapping) -> int:
     """Blocks of a ControlNet: 7, or one less than the transformer has.
 
     7 are those of NVlabs' ControlNets, for 20 and for 28 blocks. Block i of it is added behind block i + 1 of the
@@ -253,7 +253,7 @@ def training_ops(
 ) -> list[Op]:
     """The products of a training step's forward pass: `mode` "lora", "full" or "controlnet" (layers None: default)."""
     if mode == "controlnet":
-        layers = controlnet_layers or default_layers(_config(transformer_config))
+        layers = controlnet_layers or default_controlnet_layers(_config(transformer_config))
         return controlnet_ops(transformer_config, latent_hw, caption_tokens, layers)
     return transformer_ops(transformer_config, latent_hw, caption_tokens, mode, rank)
 

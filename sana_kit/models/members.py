@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +43,3 @@ NOT_TRAINED = (
     "it is SANA-Sprint, which is made by distilling a teacher model with an adversarial loss; this kit does not do"
     " that, and plain flow matching would undo it"
 )
-
-# Of NVlabs' ControlNets, for 20 and for 28 blocks.
-CONTROLNET_LAYERS = 7
-
-
-def controlnet_layers(transformer_config: Mapping) -> int:
-    """Blocks of a ControlNet: 7, or one less than the transformer has.
-
-    Block i of it is added behind block i + 1 of the transformer, so a last one would have no place.
-    """
-    return min(CONTROLNET_LAYERS, transformer_config["num_layers"] - 1)

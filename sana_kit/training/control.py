@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sana_kit.arithmetic import default_layers
+from sana_kit.arithmetic import default_controlnet_layers
 from sana_kit.data.controls import ControlKind, find_controls
 from sana_kit.data.decode import inspect_image
 from sana_kit.data.discover import find_images
@@ -16,7 +16,6 @@ from sana_kit.files import expand
 from sana_kit.generation.inputs import InputImage, Inputs
 from sana_kit.launchers import local_rank
 from sana_kit.models.folder import Model
-from sana_kit.models.members import controlnet_layers
 from sana_kit.training.config import AdapterConfig, ControlConfig, TrainConfig
 
 SOURCES = ("control_column", "control_data_dir", "control_edges")
@@ -101,7 +100,7 @@ def _layers(config: TrainConfig, model: Model) -> tuple[TrainConfig, list[Proble
     elif layers is not None and layers > most:
         reason = f"block i is added behind block i + 1 of the model, which has {most + 1}"
         problems.append(Problem("controlnet_layers", layers, reason, f"Use at most {most}."))
-    return config.replaced(controlnet_layers=layers or controlnet_layers(shapes)), problems
+    return config.replaced(controlnet_layers=layers or default_controlnet_layers(shapes)), problems
 
 
 def _missing(config: TrainConfig, image_source: dict[str, Any]) -> list[Problem]:

@@ -21,7 +21,7 @@ KIT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(KIT), str(KIT / "tests"), str(KIT / "tests" / "benchmarks")]  # run as a file, from any folder
 
 from sana_kit import devices  # noqa: E402
-from sana_kit.arithmetic import default_layers, training_bytes  # noqa: E402
+from sana_kit.arithmetic import default_controlnet_layers, training_bytes  # noqa: E402
 
 
 def live_storages(device) -> dict[int, int]:
@@ -71,7 +71,7 @@ def role(options) -> None:
 
     if options.bucket_elements:
         arithmetic.BUCKET_ELEMENTS = (1, options.bucket_elements)
-    layers = default_layers(read_transformer_config(options.model))
+    layers = default_controlnet_layers(read_transformer_config(options.model))
     built = build_engine(options, "--train_batch_size=1", f"--rank={options.rank}", f"--controlnet_layers={layers}")
     accelerator, _, transformer, engine, _ = built
     device = accelerator.device

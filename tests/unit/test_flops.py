@@ -15,7 +15,7 @@ from sana_kit.arithmetic import (
     AUTOENCODER,
     TEXT_ENCODER,
     TRANSFORMERS,
-    default_layers,
+    default_controlnet_layers,
     forward_flops_per_image,
     model_flops_utilisation,
     roofline_seconds,
@@ -30,7 +30,6 @@ from sana_kit.arithmetic import (
 from sana_kit.models.controlnet import ControlledTransformer, begin_controlnet
 from sana_kit.models.folder import find_model
 from sana_kit.models.lora import recompute_blocks
-from sana_kit.models.members import controlnet_layers
 
 SMALL = {
     "in_channels": 8,
@@ -115,7 +114,7 @@ def test_training_equals_the_counter(config, latent_hw, caption_tokens, mode, gr
 @pytest.mark.parametrize(("config", "latent_hw", "caption_tokens"), CONFIGS[::2], ids=["1600M", "small"])
 def test_training_a_controlnet_equals_the_counter(config, latent_hw, caption_tokens, gradient_checkpointing):
     config = TRANSFORMERS[config] if isinstance(config, str) else config
-    layers, transformer = controlnet_layers(config), build(config, "inference").requires_grad_(False)
+    layers, transformer = default_controlnet_layers(config), build(config, "inference").requires_grad_(False)
     model = ControlledTransformer(transformer, begin_controlnet(transformer, layers))
     for part in model.trained_parts():
         part.requires_grad_(True)

@@ -6,11 +6,10 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SanaControlNetModel, SanaTransformer2DModel
 
-from sana_kit.arithmetic import default_layers
+from sana_kit.arithmetic import default_controlnet_layers
 from sana_kit.models.attention import set_attention
 from sana_kit.models.controlnet import ControlledTransformer, begin_controlnet
 from sana_kit.models.lora import recompute_blocks
-from sana_kit.models.members import controlnet_layers
 from sana_kit.training.recipes import FlowMatching
 
 # A bias of all keys shifts every score of a query alike: its gradient is rounding alone.
@@ -149,4 +148,4 @@ def test_masters_in_float32_compute_in_bf16_beside_a_base_in_bf16(transformer):
 
 
 def test_every_block_of_it_has_a_block_to_add_to():
-    assert [controlnet_layers({"num_layers": blocks}) for blocks in (28, 20, 8, 7, 2)] == [7, 7, 7, 6, 1]
+    assert [default_controlnet_layers({"num_layers": blocks}) for blocks in (28, 20, 8, 7, 2)] == [7, 7, 7, 6, 1]
