@@ -15,6 +15,7 @@ rounds.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -40,6 +41,39 @@ from sana_kit.training.transformer import prepare_transformer  # noqa: E402
 WORDS = (
     "a drawing of the small large red green blue yellow square circle dog cat tree house with on under near".split()
 )
+
+
+# Runs a script that notes, after each backward pass, the CPU seconds that its process has had.
+CLOCKED = """
+import os, runpy, sys, time
+import torch
+
+own = torch.autograd.backward
+
+
+def backward(*args, **kwargs):
+    own(*args, **kwargs)
+    if os.environ.get("RANK", "0") == "0":
+        with open(os.environ["BENCH_CPU"], "a") as file:
+            file.write(f"{time.process_time()}\\n")
+
+
+torch.autograd.backward = backward
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def clocked(work: Path, command: list, environment=None, kit: Path = KIT) -> tuple[str, float]:
+    """(what the script printed, CPU seconds of rank 0 from one backward pass to the next, the first two left out)."""
+    runner, marks = work / "clocked.py", work / "cpu.txt"
+    runner.write_text(CLOCKED)
+    marks.unlink(missing_ok=True)
+    prefix = command.index(next(word for word in command if str(word).endswith(".py")))
+    out = run([*command[:prefix], runner, *command[prefix:]], {**(environment or {}), "BENCH_CPU": str(marks)}, kit)
+    times = [float(line) for line in marks.read_text().split()]
+    return out, statistics.median(after - before for before, after in itertools.pairwise(times[2:]))
 
 
 def write_scaled_model(folder: Path) -> Path:
@@ -144,8 +178,8 @@ def trainer_flags(options, model: Path, data: Path, output: Path) -> list[str]:
     ]
 
 
-def measure_kit(options, model, data, work, kit: Path = KIT) -> float:
-    """Steady-state images/s from the trainer's own summary; encodings are made in the first round and then found."""
+def measure_kit(options, model, data, work, kit: Path = KIT) -> tuple[float, float]:
+    """Steady-state images/s from the trainer's own summary, and CPU seconds an image; encodings are made once."""
     place = work / ("kit" if kit == KIT else "baseline")
     output = Path(tempfile.mkdtemp(dir=place)) / "run"  # a fresh run each round
     flags = trainer_flags(options, model, data, output)
@@ -153,17 +187,18 @@ def measure_kit(options, model, data, work, kit: Path = KIT) -> float:
     flags += [f"--train_mode={options.train_mode}", f"--encodings_dir={place / 'encodings'}"]
     if kit == KIT:
         flags += [f"--fused_blocks={options.fused_blocks}"]
-    run([*command_prefix(options.processes), kit / "train_dreambooth_lora_sana.py", *flags], kit=kit)
-    return json.loads((output / "summary.json").read_text())["images_per_second"]
+    command = [*command_prefix(options.processes), kit / "train_dreambooth_lora_sana.py", *flags]
+    _, spent = clocked(work, command, kit=kit)
+    return json.loads((output / "summary.json").read_text())["images_per_second"], spent / options.batch_size
 
 
-def measure_bare(options, model, data, work) -> float:
-    """Images/s of the bare loop, as its rank 0 prints it."""
+def measure_bare(options, model, data, work) -> tuple[float, float]:
+    """Images/s of the bare loop, as its rank 0 prints it, and CPU seconds an image."""
     arguments = ["--role=bare", f"--model={model}", f"--batch_size={options.batch_size}", f"--steps={options.steps}"]
     arguments += [f"--resolution={options.resolution}", f"--tokens={options.tokens}"]
     arguments += [f"--train_mode={options.train_mode}", f"--fused_blocks={options.fused_blocks}"]
-    out = run([*command_prefix(options.processes), Path(__file__).resolve(), *arguments])
-    return float(out.strip().splitlines()[-1].split()[-1])
+    out, spent = clocked(work, [*command_prefix(options.processes), Path(__file__).resolve(), *arguments])
+    return float(out.strip().splitlines()[-1].split()[-1]), spent / options.batch_size
 
 
 def build_engine(options, *flags: str):
@@ -257,17 +292,17 @@ def prepare_upstream(options, work: Path) -> list:
     return [runner, folder / name]
 
 
-def measure_upstream(options, model, data, work, script) -> float:
-    """Images/s of diffusers' trainer: median step after the first two."""
+def measure_upstream(options, model, data, work, script) -> tuple[float, float]:
+    """Images/s and CPU seconds an image of diffusers' trainer: median step after the first two."""
     output, times_file = work / "upstream_out", work / "times.txt"
     shutil.rmtree(output, ignore_errors=True)
     times_file.unlink(missing_ok=True)
     flags = trainer_flags(options, model, data, output) + ["--gradient_checkpointing", "--report_to=tensorboard"]
     command = [*command_prefix(options.processes), *script, *flags]
-    run(command, {"BENCH_TIMES": str(times_file)})
+    _, spent = clocked(work, command, {"BENCH_TIMES": str(times_file)})
     marks = [float(line) for line in times_file.read_text().split()]
     steps = [after - before for before, after in zip(marks, marks[1:], strict=False)][1:]
-    return options.batch_size * options.processes / statistics.median(steps)
+    return options.batch_size * options.processes / statistics.median(steps), spent / options.batch_size
 
 
 def main() -> None:
@@ -312,7 +347,9 @@ def main() -> None:
                 figures["baseline"].append(measure_kit(options, model, data, work, options.baseline.resolve()))
             if upstream:
                 figures["diffusers"].append(measure_upstream(options, model, data, work, upstream))
-            print(f"round {number + 1}: " + ", ".join(f"{k} {v[-1]:.3f}" for k, v in figures.items() if v), flush=True)
+            print(
+                f"round {number + 1}: " + ", ".join(f"{k} {v[-1][0]:.3f}" for k, v in figures.items() if v), flush=True
+            )
         engine = "one process" if options.processes == 1 else f"ZeRO-2, {options.processes} processes"
         print(
             f"\n{options.config} model, {options.train_mode}, {options.resolution} px, batch {options.batch_size} per"
@@ -320,12 +357,14 @@ def main() -> None:
             f" fused blocks {options.fused_blocks},"
             f" {os.environ.get('OMP_NUM_THREADS', 'all')} thread(s) per process, median of {options.rounds} rounds"
         )
-        kit = statistics.median(figures["kit"])
-        print(f"{'':12}{'images/s':>10}{'min':>9}{'max':>9}{'kit / it':>10}")
-        for name, values in figures.items():
+        rates, spent = ({name: [pair[i] for pair in pairs] for name, pairs in figures.items()} for i in (0, 1))
+        kit, own = statistics.median(rates["kit"]), statistics.median(spent["kit"])
+        print(f"{'':12}{'images/s':>10}{'min':>9}{'max':>9}{'kit / it':>10}{'CPU s an image':>16}{'it / kit':>10}")
+        for name, values in rates.items():
             if values:
-                middle = statistics.median(values)
-                print(f"{name:12}{middle:10.3f}{min(values):9.3f}{max(values):9.3f}{kit / middle:10.2f}")
+                middle, cpu = statistics.median(values), statistics.median(spent[name])
+                line = f"{name:12}{middle:10.3f}{min(values):9.3f}{max(values):9.3f}{kit / middle:10.2f}"
+                print(f"{line}{cpu:16.3f}{cpu / own:10.2f}")
 
 
 if __name__ == "__main__":

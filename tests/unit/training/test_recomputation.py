@@ -3,10 +3,14 @@
 import math
 
 import pytest
+import torch
+from diffusers import SanaTransformer2DModel
 
 from sana_kit.errors import UserError
 from sana_kit.models.folder import find_model
-from sana_kit.step_table import count_step
+from sana_kit.models.lora import recompute_blocks
+from sana_kit.roofline import KeptBytes
+from sana_kit.step_table import count_step, prepare
 from sana_kit.training.budget import budget_problems
 from sana_kit.training.config import parse_args
 from sana_kit.training.recomputation import (
@@ -102,3 +106,31 @@ def test_bytes_are_those_of_counted_steps(block):
     activations = ActivationBytes.counted(count, 4)
     assert activations.peak(2) == pytest.approx(count(2).peak / 2, rel=0.02)
     assert activations.peak(1) < activations.peak(2) < activations.peak(None)
+
+
+def test_a_step_at_4096_px_keeps_what_was_counted():
+    """LoRA on latents of 128 x 128 with fused blocks, every one recomputed: real tensors keep the counted bytes."""
+    config = {"in_channels": 4, "out_channels": 4, "num_layers": 3, "num_attention_heads": 2}
+    config |= {"attention_head_dim": 32, "caption_channels": 16, "num_cross_attention_heads": 2}
+    config |= {
+        "cross_attention_head_dim": 32,
+        "cross_attention_dim": 64,
+        "sample_size": 128,
+        "interpolation_scale": 2.0,
+    }
+    torch.manual_seed(0)
+    model = SanaTransformer2DModel(**config).to(torch.bfloat16)
+    prepare(model, "lora4", "fused", torch.bfloat16)
+    recompute_blocks(model, 1)
+    latents, captions = torch.randn(1, 4, 128, 128).bfloat16(), torch.randn(1, 8, 16).bfloat16()
+    mask = torch.ones(1, 1, 1, 8, dtype=torch.bool)
+    kept = KeptBytes([*model.parameters(), *model.buffers()])
+    with kept.hooks():
+        time = torch.tensor([500.0])
+        out = model(latents, captions, time, encoder_attention_mask=mask, return_dict=False)[0]
+        loss = torch.nn.functional.mse_loss(out.float(), torch.zeros(out.shape))
+    loss.backward()
+    gradients = [parameter.grad for name, parameter in model.named_parameters() if "lora_B" in name]
+    assert len(gradients) == 18 and all(bool(gradient.any() & gradient.isfinite().all()) for gradient in gradients)
+    counted = count_step(config, "lora4", "fused", latent_hw=(128, 128), images=1, tokens=8, interval=1)
+    assert kept.total == pytest.approx(counted.kept, rel=0.02)
