@@ -121,7 +121,7 @@ def run(config: TrainConfig, base_model, engine: Engine, stop: StopSignal, recor
     devices.seed_everything(config.seed)
 
     # 4. Data: encoded once; VAE and text encoder leave memory
-    samples = load_samples(config, base_model, engine, stop, recorder)
+    samples = load_samples(config, base_model, ranks, stop, recorder)
     encoded = samples.encoded
     micro_step, crops = config.train_batch_size * ranks.world_size, config.crops_per_image
     sets = samples.weighted_sets(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+from typing import Protocol
 
 import numpy as np
 
@@ -22,13 +23,21 @@ from sana_kit.models.folder import Model
 from sana_kit.training.check import image_sources
 from sana_kit.training.config import TrainConfig
 from sana_kit.training.control import control_kind
-from sana_kit.training.engine import Engine
 from sana_kit.training.order import WeightedSets
 from sana_kit.training.prior import generate_class_images
-from sana_kit.training.recorder import Recorder
 from sana_kit.training.state import check_same_images
 
 logger = logging.getLogger("sana")
+
+
+class Notes(Protocol):
+    """Who tells the user of the data: a run's `Recorder`."""
+
+    def warn(self, text: str) -> None:
+        """Something that is probably not meant."""
+
+    def note(self, text: str) -> None:
+        """Something worth keeping beside the run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +76,7 @@ class Samples:
         return range(first, first + self.num_held_out)
 
 
-def load_samples(
-    config: TrainConfig, base_model: Model, engine: Engine, stop: StopSignal, recorder: Recorder
-) -> Samples:
+def load_samples(config: TrainConfig, base_model: Model, ranks: Ranks, stop: StopSignal, recorder: Notes) -> Samples:
     """Find the images and encode what is not encoded yet; VAE and text encoder have left memory afterwards.
 
     Every rank calls it. What a user should know of the data goes to the recorder.
@@ -78,7 +85,7 @@ def load_samples(
         UserError, InputError: images or captions that cannot be used, all of them, on every rank.
         EncodingStopped: after a signal; a new start goes on from there.
     """
-    ranks, instruction = engine.ranks, parse_instruction(config.complex_human_instruction)
+    instruction = parse_instruction(config.complex_human_instruction)
     images, bounds = _load_sets(config, ranks)
     check_same_images(images, ranks)
     for note in images.notes:
@@ -93,11 +100,11 @@ def load_samples(
         (source,), remember_in = image_sources(config), f"{_encodings_dir(config)}/images"
         for part in parts:
             controls = load_controls(control_kind(config), source, part, remember_in=remember_in, ranks=ranks)
-    encoded = _encode(functools.reduce(concat, parts), config, base_model, engine, instruction, stop, recorder)
+    encoded = _encode(functools.reduce(concat, parts), config, base_model, ranks, instruction, stop, recorder)
     if controls is not None:
         rows = [part.row(i) for part in parts for i in range(len(part))]
         own = controls.of(encoded.images, rows)
-        encoded.controls = _encode(own, config, base_model, engine, instruction, stop, recorder)
+        encoded.controls = _encode(own, config, base_model, ranks, instruction, stop, recorder)
     counts = _counts(parts, encoded.images)
     num_class = counts[1] if config.with_prior_preservation else 0
     num_held_out = counts[-1] if held_out is not None else 0
@@ -188,10 +195,10 @@ def _encode(
     images: ImageSet,
     config: TrainConfig,
     base_model: Model,
-    engine: Engine,
+    ranks: Ranks,
     instruction: list[str] | None,
     stop: StopSignal,
-    recorder: Recorder,
+    recorder: Notes,
 ) -> EncodedDataset:
     prompts = [(prompt, instruction) for prompt in config.validation.prompts]
     prompts += [("", None)] if prompts or config.caption_dropout else []
@@ -213,7 +220,7 @@ def _encode(
             skip_bad_images=config.skip_bad_images,
         ),
         seed=config.crop_seed,
-        ranks=engine.ranks,
+        ranks=ranks,
         extra_prompts=prompts,
         stop=stop,
         log=logger.warning,
@@ -231,7 +238,7 @@ def _encode(
     if images.follows is not None:
         return encoded
     logger.info(facts.store)
-    encoded.add_masks(config.mask_outside, engine.ranks)
+    encoded.add_masks(config.mask_outside, ranks)
     if encoded.masks is not None:
         count, empty = encoded.masks.counts()
         logger.info(f"loss masks: {count} of {len(encoded)} samples, weight {config.mask_outside:g} outside")
