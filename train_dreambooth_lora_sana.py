@@ -91,8 +91,9 @@ def main(config: TrainConfig, process_started: float | None = None) -> int:
     ranks = engine.ranks
     ranks.run_on_all(lambda: None)  # what another rank found wrong is raised here
     phases.mark("processes")
-    gc.freeze()  # thousands of modules, none of which is ever garbage
-    gc.enable()
+    if not gc.isenabled():  # off since the imports: thousands of modules, none of which is ever garbage
+        gc.freeze()
+        gc.enable()
     configure_logging(ranks.is_main)
     devices.prepare_backend(engine.device, allow_tf32=config.allow_tf32)
     config = fit_to_device(config, base_model, engine)

@@ -183,7 +183,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
-    gc.freeze()
     gc.enable()
     return run(*prepared)
 
