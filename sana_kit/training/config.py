@@ -215,6 +215,9 @@ class ControlConfig:
     controlnet_layers: int | None = flag(
         None, "Blocks of the ControlNet; default 7, or one less than the model has.", low=1
     )
+    init_controlnet: str | None = flag(
+        None, "ControlNet to begin with: a folder or hub name; its number of blocks is the run's.", path=True
+    )
     validation_control_image: tuple[str, ...] = flag(
         (), "Control image of the validation prompts: one for all, or repeated, one for each in turn.", repeat=True
     )

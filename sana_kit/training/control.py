@@ -16,6 +16,7 @@ from sana_kit.files import expand
 from sana_kit.generation.inputs import InputImage, Inputs
 from sana_kit.launchers import local_rank
 from sana_kit.models.folder import Model
+from sana_kit.models.parts import find_controlnet
 from sana_kit.training.config import AdapterConfig, ControlConfig, TrainConfig
 
 SOURCES = ("control_column", "control_data_dir", "control_edges")
@@ -100,7 +101,24 @@ def _layers(config: TrainConfig, model: Model) -> tuple[TrainConfig, list[Proble
     elif layers is not None and layers > most:
         reason = f"block i is added behind block i + 1 of the model, which has {most + 1}"
         problems.append(Problem("controlnet_layers", layers, reason, f"Use at most {most}."))
+    if config.init_controlnet is not None and not problems:
+        return _begin_with(config, model)
     return config.replaced(controlnet_layers=layers or default_controlnet_layers(shapes)), problems
+
+
+def _begin_with(config: TrainConfig, model: Model) -> tuple[TrainConfig, list[Problem]]:
+    """The settings that hold where the run goes on with a ControlNet."""
+    field, name, layers = "init_controlnet", config.init_controlnet, config.controlnet_layers
+    part, problems = find_controlnet(name, model)
+    problems = [dataclasses.replace(problem, field=field) for problem in problems]
+    if part is None:
+        return config, problems
+    own, most = part.config["num_layers"], model.transformer_config["num_layers"] - 1
+    if own > most:
+        problems.append(Problem(field, name, f"it has {own} blocks, and the model has a place for {most}"))
+    if layers is not None and layers != own:
+        problems.append(Problem("controlnet_layers", layers, f"{name} has {own} blocks", "Leave it out."))
+    return config.replaced(controlnet_layers=own), problems
 
 
 def _missing(config: TrainConfig, image_source: dict[str, Any]) -> list[Problem]:

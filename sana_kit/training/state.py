@@ -56,6 +56,7 @@ IDENTITY = (
     "set_weights",
     "ema_decay",
     "controlnet_layers",
+    "init_controlnet",
     "control_column",
     "control_edges",
 )

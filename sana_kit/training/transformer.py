@@ -6,12 +6,14 @@ import logging
 
 import torch
 
+from sana_kit.errors import UserError
 from sana_kit.models.attention import set_attention
 from sana_kit.models.controlnet import ControlledTransformer, begin_controlnet
 from sana_kit.models.folder import Model
 from sana_kit.models.fused import fuse_blocks
 from sana_kit.models.loading import load_transformer
 from sana_kit.models.lora import recompute_blocks
+from sana_kit.models.parts import find_controlnet, load_controlnet
 from sana_kit.training.adapter import put_adapter, quantize_base
 from sana_kit.training.config import AdapterConfig, SpeedConfig, TrainConfig
 from sana_kit.training.engine import Engine
@@ -26,7 +28,7 @@ def prepare_transformer(config: TrainConfig, engine: Engine, base_model: Model) 
     device = engine.device if few_bits is None else torch.device("cpu")
     transformer = load_transformer(base_model, device=device, dtype=engine.weight_dtype)
     if config.train_mode == "controlnet":
-        return _with_controlnet(config, engine, transformer)
+        return _with_controlnet(config, engine, base_model, transformer)
     if config.train_mode == "lora":
         add_lora(transformer, config.adapter, engine)
         if few_bits is not None:
@@ -38,9 +40,17 @@ def prepare_transformer(config: TrainConfig, engine: Engine, base_model: Model) 
     return transformer.train()
 
 
-def _with_controlnet(config: TrainConfig, engine: Engine, transformer: torch.nn.Module) -> ControlledTransformer:
-    """The frozen transformer and a new ControlNet, trainable but for its copied embeddings."""
-    controlnet = begin_controlnet(transformer, config.controlnet_layers)
+def _with_controlnet(
+    config: TrainConfig, engine: Engine, base_model: Model, transformer: torch.nn.Module
+) -> ControlledTransformer:
+    """The frozen transformer and a ControlNet, new or one to go on with, trainable but for its embeddings."""
+    if config.init_controlnet is None:
+        controlnet = begin_controlnet(transformer, config.controlnet_layers)
+    else:
+        part, problems = find_controlnet(config.init_controlnet, base_model)
+        if part is None:
+            raise UserError(problems)
+        controlnet = load_controlnet(part, device=engine.device, dtype=engine.weight_dtype)
     masters = not engine.under_deepspeed and engine.compute_dtype != torch.float32
     model = ControlledTransformer(transformer, controlnet, engine.compute_dtype if masters else None)
     for part in model.trained_parts():

@@ -241,6 +241,24 @@ def test_a_base_with_norms_of_queries_and_keys_and_sprint_are_refused(common, im
     assert "SANA-Sprint" in refused(common, [*data, f"--pretrained_model_name_or_path={tiny_sprint}"])
 
 
+def test_a_run_goes_on_with_a_controlnet(common, whole, image_folder, tiny_model, tmp_path):
+    """A run of rate 0 is what it began with, to the bit; one that fits no longer is refused by name."""
+    data = [f"--instance_data_dir={image_folder}", "--control_edges", f"--output_dir={tmp_path / 'out'}"]
+    start = [f"--init_controlnet={whole}", "--learning_rate=0"]
+    assert run_trainer(*common, *data, *start) == 0
+    before, after = load_file(whole / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
+    assert same(before, after)
+    first = next(event["loss"] for event in events(tmp_path / "out", "step"))
+    new = [*data[:2], f"--output_dir={tmp_path / 'new'}", "--learning_rate=0"]
+    assert run_trainer(*common, *new) == 0
+    assert first != next(event["loss"] for event in events(tmp_path / "new", "step"))
+    assert "--controlnet_layers=2" in refused(common, [*data, *start, "--controlnet_layers=2"])
+    wide = tiny.make_tiny_controlnet(tmp_path / "wide", tiny.make_tiny_pipeline(tmp_path / "other", heads=6))
+    assert f"--init_controlnet={wide}: its width is 48" in refused(common, [*data, f"--init_controlnet={wide}"])
+    deep = tiny.make_tiny_controlnet(tmp_path / "deep", tiny_model, layers=2)
+    assert "it has 2 blocks, and the model has a place for 1" in refused(common, [*data, f"--init_controlnet={deep}"])
+
+
 def refused(common, flags):
     with pytest.raises(UserError) as caught:
         run_trainer(*common, *flags)
