@@ -38,7 +38,7 @@ from sana_kit.data.image_set import ImageSet
 from sana_kit.distributed import Ranks, StopSignal
 from sana_kit.errors import EncodingStopped, UserError, run_as_script
 from sana_kit.locks import lock_folder
-from sana_kit.runlog import PhaseClock
+from sana_kit.throughput import PhaseClock
 from sana_kit.training import checkpoints
 from sana_kit.training.check import check, tell_all_ranks
 from sana_kit.training.ema import WeightAverage

@@ -9,6 +9,7 @@ keeps a run from starting, 0 otherwise. Imports nothing heavy before it can say 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -40,6 +41,8 @@ CANN_FOR_TORCH_NPU = {
     "2.11": "9.1.0",
     "2.12": "9.1.0",
 }
+INSTALL = "pip install -r requirements_sana.txt -c sana_kit/constraints.txt"
+SET_ENV = "/usr/local/Ascend/ascend-toolkit/set_env.sh"
 HCCL_TIMEOUTS = {"HCCL_CONNECT_TIMEOUT": (120, 7200), "HCCL_EXEC_TIMEOUT": (68, 17340)}
 
 
@@ -81,117 +84,129 @@ def cann_version() -> tuple[str | None, str | None]:
     return "unknown", home
 
 
-def examine() -> tuple[list[str], list[str], list[str], str, int]:
-    """Look at the host.
+@dataclasses.dataclass
+class Findings:
+    """What the host has: lines to print, problems and warnings (each with its remedy), its devices' kind and count."""
 
-    Returns: (lines to print, fatal problems, warnings, kind, count), each problem with its remedy.
-    """
-    lines, fatal, warnings = [], [], []
-    lines.append(
-        f"host       {platform.node()}, {platform.system()} {platform.machine()}, Python {platform.python_version()}"
-    )
-    if not SUPPORTED[0] <= sys.version_info[:2] <= SUPPORTED[1]:
-        first, last = (".".join(map(str, version)) for version in SUPPORTED)
-        warnings.append(f"Python {platform.python_version()}: accepted are {first} to {last}. Use one of them.")
-    shown = []
-    for package, (first, last) in TESTED.items():
-        found = version(package)
-        shown.append(f"{package} {found or 'missing'}")
-        if found is None:
-            fatal.append(f"{package} is missing: pip install -r requirements_sana.txt -c sana_kit/constraints.txt")
-        elif not release(first) <= release(found)[:3] <= release(last):
-            warnings.append(
-                f"{package} {found} is outside the tested range {first} to {last}; if it fails, install {last}."
-            )
-    lines.append("packages   " + ", ".join(shown))
+    lines: list[str] = dataclasses.field(default_factory=list)
+    fatal: list[str] = dataclasses.field(default_factory=list)
+    warnings: list[str] = dataclasses.field(default_factory=list)
+    kind: str = "cpu"
+    count: int = 0
 
-    torch_npu = version("torch_npu")
-    driver, (cann, cann_home) = driver_version(), cann_version()
+
+def examine() -> Findings:
+    """Look at the host: Python, packages, Ascend's parts, devices, variables."""
+    found = Findings()
+    _examine_python(found)
+    _examine_packages(found)
+    torch_npu, driver, (cann, cann_home) = version("torch_npu"), driver_version(), cann_version()
     ascend_host = Path("/dev/davinci_manager").exists() or driver is not None
     if ascend_host or torch_npu or cann_home:
-        lines.append(
-            f"ascend     driver {driver or 'not found'}, CANN {cann or 'not active'},"
-            f" torch_npu {torch_npu or 'missing'}"
-        )
-        _examine_ascend(torch_npu, cann, ascend_host, fatal, warnings)
-
-    kind, count = "cpu", 0
-    try:
-        import torch
-    except Exception as error:
-        remedy = (
-            "torch_npu is installed, but CANN's libraries are not found: run `source"
-            " /usr/local/Ascend/ascend-toolkit/set_env.sh` first; on a host without NPU uninstall torch_npu"
-            if torch_npu
-            else "reinstall torch: pip install -r requirements_sana.txt -c sana_kit/constraints.txt"
-        )
-        fatal.append(f"import torch fails ({type(error).__name__}: {str(error).splitlines()[0]}). Remedy: {remedy}")
-        torch = None
-    if torch is not None:
-        kind = devices.accelerator_type()
-        count = devices.device_count()
-        if kind == "cpu":
-            lines.append(f"devices    none but the CPU ({os.cpu_count()} cores): fit for trials and tests")
-        for index in range(count):
-            device = torch.device(kind, index)
-            free, total = devices.memory_info_bytes(device)
-            lines.append(
-                f"devices    {kind}:{index} {devices.device_name(device)}, {free / 2**30:.1f} of {total / 2**30:.1f}"
-                f" GiB free"
-            )
-            if free < 0.5 * total:
-                warnings.append(
-                    f"{kind}:{index}: less than half of its memory is free; end the process that holds it."
-                )
-        if ascend_host and kind != "npu":
-            fatal.append(
-                "this is an Ascend host, but torch sees no NPU: install torch_npu of torch's version, source"
-                " set_env.sh, and"
-                " check ASCEND_RT_VISIBLE_DEVICES and `npu-smi info`"
-            )
-        if kind == "cpu" and shutil.which("nvidia-smi"):
-            warnings.append(
-                "nvidia-smi is there, but torch sees no CUDA device: a CPU build of torch is installed, or the driver"
-                " is too"
-                " old for it. Install a CUDA build of torch."
-            )
-    _examine_variables(kind, warnings)
-    return lines, fatal, warnings, kind, count
+        parts = f"driver {driver or 'not found'}, CANN {cann or 'not active'}, torch_npu {torch_npu or 'missing'}"
+        found.lines.append(f"ascend     {parts}")
+        _examine_ascend(found, torch_npu, cann, ascend_host)
+    if _torch_imports(found, torch_npu):
+        _examine_devices(found, ascend_host)
+    _examine_variables(found)
+    return found
 
 
-def _examine_ascend(
-    torch_npu: str | None, cann: str | None, ascend_host: bool, fatal: list[str], warnings: list[str]
-) -> None:
+def _examine_python(found: Findings) -> None:
+    python = platform.python_version()
+    found.lines.append(f"host       {platform.node()}, {platform.system()} {platform.machine()}, Python {python}")
+    if not SUPPORTED[0] <= sys.version_info[:2] <= SUPPORTED[1]:
+        first, last = (".".join(map(str, version)) for version in SUPPORTED)
+        found.warnings.append(f"Python {python}: accepted are {first} to {last}. Use one of them.")
+
+
+def _examine_packages(found: Findings) -> None:
+    shown = []
+    for package, (first, last) in TESTED.items():
+        have = version(package)
+        shown.append(f"{package} {have or 'missing'}")
+        if have is None:
+            found.fatal.append(f"{package} is missing: {INSTALL}")
+        elif not release(first) <= release(have)[:3] <= release(last):
+            tested = f"{package} {have} is outside the tested range {first} to {last}"
+            found.warnings.append(f"{tested}; if it fails, install {last}.")
+    found.lines.append("packages   " + ", ".join(shown))
+
+
+def _examine_ascend(found: Findings, torch_npu: str | None, cann: str | None, ascend_host: bool) -> None:
     torch = version("torch")
     if ascend_host and torch_npu is None:
-        fatal.append(f"torch_npu is missing: pip install torch_npu=={'.'.join(map(str, release(torch or '0')))}")
+        wanted = ".".join(map(str, release(torch or "0")))
+        found.fatal.append(f"torch_npu is missing: pip install torch_npu=={wanted}")
     if torch_npu and torch and release(torch)[:2] != release(torch_npu)[:2]:
-        fatal.append(
-            f"torch {torch} and torch_npu {torch_npu} do not pair: they must have the same version. pip install"
-            f" torch_npu=={'.'.join(map(str, release(torch)))}"
+        remedy = f"pip install torch_npu=={'.'.join(map(str, release(torch)))}"
+        found.fatal.append(
+            f"torch {torch} and torch_npu {torch_npu} do not pair: they must have the same version. {remedy}"
         )
     if torch_npu and cann is None:
-        fatal.append(
-            "CANN is not active (ASCEND_HOME_PATH is unset): source /usr/local/Ascend/ascend-toolkit/set_env.sh"
-        )
+        found.fatal.append(f"CANN is not active (ASCEND_HOME_PATH is unset): source {SET_ENV}")
     if torch_npu and cann and cann != "unknown":
         wanted = CANN_FOR_TORCH_NPU.get(".".join(map(str, release(torch_npu)[:2])))
         if wanted and release(cann)[:2] < release(wanted)[:2]:
-            warnings.append(
+            found.warnings.append(
                 f"CANN {cann} is older than {wanted}, which torch_npu {torch_npu} was released for. Update CANN."
             )
 
 
-def _examine_variables(kind: str, warnings: list[str]) -> None:
+def _torch_imports(found: Findings, torch_npu: str | None) -> bool:
+    try:
+        import torch  # noqa: F401
+    except Exception as error:
+        remedy = f"reinstall torch: {INSTALL}"
+        if torch_npu:
+            remedy = (
+                f"torch_npu is installed, but CANN's libraries are not found: run `source {SET_ENV}` first;"
+                " on a host without NPU uninstall torch_npu"
+            )
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        found.fatal.append(f"import torch fails ({reason}). Remedy: {remedy}")
+        return False
+    return True
+
+
+def _examine_devices(found: Findings, ascend_host: bool) -> None:
+    import torch
+
+    kind = found.kind = devices.accelerator_type()
+    found.count = devices.device_count()
+    if kind == "cpu":
+        found.lines.append(f"devices    none but the CPU ({os.cpu_count()} cores): fit for trials and tests")
+    for index in range(found.count):
+        device = torch.device(kind, index)
+        free, total = devices.memory_info_bytes(device)
+        memory = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+        found.lines.append(f"devices    {kind}:{index} {devices.device_name(device)}, {memory}")
+        if free < 0.5 * total:
+            found.warnings.append(
+                f"{kind}:{index}: less than half of its memory is free; end the process that holds it."
+            )
+    if ascend_host and kind != "npu":
+        found.fatal.append(
+            "this is an Ascend host, but torch sees no NPU: install torch_npu of torch's version, source set_env.sh,"
+            " and check ASCEND_RT_VISIBLE_DEVICES and `npu-smi info`"
+        )
+    if kind == "cpu" and shutil.which("nvidia-smi"):
+        found.warnings.append(
+            "nvidia-smi is there, but torch sees no CUDA device: a CPU build of torch is installed, or the driver is"
+            " too old for it. Install a CUDA build of torch."
+        )
+
+
+def _examine_variables(found: Findings) -> None:
     if os.environ.get("PYTORCH_ALLOC_CONF") and os.environ.get("PYTORCH_NPU_ALLOC_CONF"):
-        warnings.append(
+        found.warnings.append(
             "PYTORCH_ALLOC_CONF and PYTORCH_NPU_ALLOC_CONF are both set, an error in newer torch_npu: unset one."
         )
-    if kind == "npu":
+    if found.kind == "npu":
         for name, (low, high) in HCCL_TIMEOUTS.items():
             value = os.environ.get(name)
             if value is not None and not (value.isdigit() and low <= int(value) <= high):
-                warnings.append(f"{name}={value}: must be a whole number of seconds from {low} to {high}.")
+                found.warnings.append(f"{name}={value}: must be a whole number of seconds from {low} to {high}.")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -200,14 +215,14 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m sana_kit.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.parse_args(arguments)
-    lines, fatal, warnings, kind, count = examine()
-    print("\n".join(lines))
-    for text in warnings:
+    found = examine()
+    print("\n".join(found.lines))
+    for text in found.warnings:
         print(f"warning    {text}")
-    for text in fatal:
+    for text in found.fatal:
         print(f"problem    {text}")
-    print(f"{kind} {count}")
-    return 1 if fatal else 0
+    print(f"{found.kind} {found.count}")
+    return 1 if found.fatal else 0
 
 
 if __name__ == "__main__":

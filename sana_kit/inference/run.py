@@ -30,8 +30,8 @@ from sana_kit.models.attention import set_attention
 from sana_kit.models.fused import fuse_blocks
 from sana_kit.models.loading import load_pipeline, load_text_encoder, text_dtype
 from sana_kit.models.parts import load_controlnet
+from sana_kit.progress import console_bar
 from sana_kit.reports.gallery import write_gallery
-from sana_kit.runlog import console_bar
 
 
 @dataclasses.dataclass
@@ -120,22 +120,28 @@ def _run_in_folder(config: InferConfig, ranks: Ranks, plan: Plan, folder: Output
     lines: list[dict[str, Any]] = []
     if pending:
         prompts, negatives, text_errors = _encode(this, pending)
-        mine = []
-        for group in pending[ranks.rank :: ranks.world_size]:
-            fit = []
-            for job in group:
-                errors = [text_errors.get((job.prompt, False)), text_errors.get((job.negative_prompt or "", True))]
-                if any(errors):
-                    this.fail([job], errors[0] or errors[1])
-                else:
-                    fit.append(job)
-            if any(job.file_name not in done for job in fit):
-                mine.append(fit)
+        mine = _fit_groups(this, pending[ranks.rank :: ranks.world_size], text_errors)
         lines = _generate(this, mine, (prompts, negatives))
     results = ranks.gather((this.failures, lines, devices.peak_memory_bytes(ranks.device)))
     summary = ranks.agree(ranks.run_on_all(lambda: _finish(this, results) if ranks.is_main else None))
     _tell_end(this, summary)
     return summary
+
+
+def _fit_groups(this: _Run, groups: list[list[Job]], text_errors: dict[tuple[str, bool], str]) -> list[list[Job]]:
+    """The groups without the jobs whose text failed, and without the groups that hold nothing new."""
+    kept = []
+    for group in groups:
+        fit = []
+        for job in group:
+            error = text_errors.get((job.prompt, False)) or text_errors.get((job.negative_prompt or "", True))
+            if error:
+                this.fail([job], error)
+            else:
+                fit.append(job)
+        if any(job.file_name not in this.done for job in fit):
+            kept.append(fit)
+    return kept
 
 
 def _tell_plan(this: _Run, damaged: list[str]) -> None:
@@ -207,50 +213,13 @@ def _encode(this: _Run, pending: list[list[Job]]) -> tuple[dict, dict, dict[tupl
 
 def _generate(this: _Run, groups: list[list[Job]], embeds: tuple[dict, dict]) -> list[dict[str, Any]]:
     """Load what this rank needs, make its groups, write its images; returns their manifest lines."""
-    config, plan, ranks = this.config, this.plan, this.ranks
-
-    def load() -> tuple[Any, Any]:
-        if not groups:
-            return None, None
-        controlnet = None
-        if plan.controlnet is not None:
-            controlnet = load_controlnet(plan.controlnet, device=ranks.device, dtype=plan.dtype)
-            set_attention(controlnet, config.model.attention, ranks.device)
-        pipeline = load_pipeline(
-            plan.model,
-            lora_weights=plan.loras,
-            fuse_lora=config.lora.fuse_lora,
-            device=ranks.device,
-            dtype=plan.dtype,
-            vae_dtype=plan.vae_dtype,
-            attention=config.model.attention,
-            scheduler=config.images.scheduler,
-            quantize=config.model.quantize,
-            text_encoder=False,
-        )
-        if config.model.fused_blocks != "off":
-            pipeline.transformer.requires_grad_(False)
-            this.say(f"Blocks: {fuse_blocks(pipeline.transformer, config.model.fused_blocks)}")
-        return controlnet, pipeline
-
+    ranks = this.ranks
     start = time.perf_counter()
-    controlnet, pipeline = ranks.run_on_all(load)
+    controlnet, pipeline = ranks.run_on_all(lambda: _load(this) if groups else (None, None))
     this.seconds["load"] += time.perf_counter() - start
     start = time.perf_counter()
     writer = Writer(this.folder, this.fail)
-    facts = {
-        "model": config.model.model_path,
-        "lora_weights": ",".join(config.lora.lora_weights) or None,
-        "dtype": config.model.dtype,
-    }
-    if plan.loras:
-        facts["lora_scale"] = config.lora.lora_scale
-    if config.model.quantize is not None:
-        facts["quantize"] = config.model.quantize
-    if config.model.vae is not None:
-        facts["vae"] = config.model.vae
-    if plan.controlnet is not None:
-        facts["controlnet"] = config.inputs.controlnet
+    facts = _manifest_facts(this)
     try:
         if groups:
             steps = sum(steps_of(group[0]) for group in groups)
@@ -264,10 +233,10 @@ def _generate(this: _Run, groups: list[list[Job]], embeds: tuple[dict, dict]) ->
                     prompt_embeds=embeds[0],
                     negative_prompt_embeds=embeds[1],
                     device=ranks.device,
-                    dtype=plan.dtype,
-                    use_resolution_binning="auto" if config.images.resolution_binning else False,
+                    dtype=this.plan.dtype,
+                    use_resolution_binning="auto" if this.config.images.resolution_binning else False,
                     controlnet=controlnet,
-                    pag_layers=plan.pag_layers,
+                    pag_layers=this.plan.pag_layers,
                     on_step=bar.update,
                     on_error=this.fail,
                 )
@@ -279,6 +248,50 @@ def _generate(this: _Run, groups: list[list[Job]], embeds: tuple[dict, dict]) ->
     ranks.barrier()  # the slowest rank ends the run
     this.seconds["generate"] += time.perf_counter() - start
     return writer.lines
+
+
+def _load(this: _Run) -> tuple[Any, Any]:
+    """(ControlNet or None, pipeline without its text encoder) on this rank's device, as the configuration asks."""
+    config, plan, ranks = this.config, this.plan, this.ranks
+    controlnet = None
+    if plan.controlnet is not None:
+        controlnet = load_controlnet(plan.controlnet, device=ranks.device, dtype=plan.dtype)
+        set_attention(controlnet, config.model.attention, ranks.device)
+    pipeline = load_pipeline(
+        plan.model,
+        lora_weights=plan.loras,
+        fuse_lora=config.lora.fuse_lora,
+        device=ranks.device,
+        dtype=plan.dtype,
+        vae_dtype=plan.vae_dtype,
+        attention=config.model.attention,
+        scheduler=config.images.scheduler,
+        quantize=config.model.quantize,
+        text_encoder=False,
+    )
+    if config.model.fused_blocks != "off":
+        pipeline.transformer.requires_grad_(False)
+        this.say(f"Blocks: {fuse_blocks(pipeline.transformer, config.model.fused_blocks)}")
+    return controlnet, pipeline
+
+
+def _manifest_facts(this: _Run) -> dict[str, Any]:
+    """What every manifest line of the run says of its model."""
+    config, plan = this.config, this.plan
+    facts = {
+        "model": config.model.model_path,
+        "lora_weights": ",".join(config.lora.lora_weights) or None,
+        "dtype": config.model.dtype,
+    }
+    if plan.loras:
+        facts["lora_scale"] = config.lora.lora_scale
+    if config.model.quantize is not None:
+        facts["quantize"] = config.model.quantize
+    if config.model.vae is not None:
+        facts["vae"] = config.model.vae
+    if plan.controlnet is not None:
+        facts["controlnet"] = config.inputs.controlnet
+    return facts
 
 
 def _finish(this: _Run, results: list[tuple]) -> dict[str, Any]:

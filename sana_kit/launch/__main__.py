@@ -52,11 +52,11 @@ def find_devices() -> tuple[str, int]:
     """
     from sana_kit import doctor
 
-    lines, fatal, warnings, kind, count = doctor.examine()
-    print("\n".join([*lines, *(f"warning    {text}" for text in warnings)]), flush=True)
-    if fatal:
-        raise UserError([Problem("", None, text) for text in fatal])
-    return kind, count
+    found = doctor.examine()
+    print("\n".join([*found.lines, *(f"warning    {text}" for text in found.warnings)]), flush=True)
+    if found.fatal:
+        raise UserError([Problem("", None, text) for text in found.fatal])
+    return found.kind, found.count
 
 
 def completed(config: TrainConfig, words: list[str], decides: set[str]) -> list[str]:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeAlias
+
+from PIL import Image, ImageDraw, ImageFont
 
 from sana_kit.files import write_atomic
+
+Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 # The bundled font has Chinese, Japanese kana, Latin and Cyrillic letters (fonts/make_subset.py); for what it lacks,
 # fonts as distributions, macOS and Windows install them.
@@ -26,26 +32,25 @@ _FONTS = (
     "Arial Unicode.ttf",
     "DejaVuSans.ttf",
 )
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _NOWHERE = "\U0010fffe"  # in no font: what is drawn for it is drawn for every missing letter
 
 
 @lru_cache(maxsize=64)
-def _font(name: str, size: int):
+def _font(name: str, size: int) -> Font | None:
     """A font by file name, None where it is not installed; "": Pillow's own."""
-    from PIL import ImageFont
-
     try:
         return ImageFont.truetype(name, size) if name else ImageFont.load_default(size)
     except OSError:
         return None
 
 
-def _has(font, letter: str) -> bool:
+def _has(font: Font, letter: str) -> bool:
     """Whether a font draws a letter, and not the box that stands for a missing one."""
     return bytes(font.getmask(letter)) != bytes(font.getmask(_NOWHERE))
 
 
-def font_for(texts: Sequence[str], size: int):
+def font_for(texts: Sequence[str], size: int) -> Font:
     """The font that has the most of the letters of `texts`, the bundled one where several have all."""
     letters = {letter for text in texts for letter in text if not letter.isspace() and letter.isprintable()}
     best, most = None, -1
@@ -61,7 +66,7 @@ def font_for(texts: Sequence[str], size: int):
     return best
 
 
-def wrap_text(text: str, font, width: int, max_lines: int) -> list[str]:
+def wrap_text(text: str, font: Font, width: int, max_lines: int) -> list[str]:
     """`text` in lines of at most `width` pixels, broken at spaces, else inside words; "…" where it was cut."""
     lines, line = [], ""
     for word in text.split():
@@ -106,10 +111,49 @@ def contact_sheet(
         cell_size: pixels of the longer side of a cell; default the largest image's, at most 512.
 
     Raises:
-        ValueError: no image, or numbers of labels, rows and images that do not fit one another.
+        ValueError: no image, or numbers of labels, rows and images that do not fit one another; another suffix.
     """
-    from PIL import Image, ImageDraw
+    _check(images, labels, path, columns, row_labels)
+    grid = _Grid.of([_opened(image).size for image in images], min(columns, len(images)), cell_size)
+    font = font_for([*(labels or []), *(row_labels or [])], grid.text_size)
+    wrapped = [wrap_text(label, font, grid.cell_width, 3) for label in labels or []]
+    side = max(140, grid.cell_width * 3 // 4) if row_labels is not None else 0
+    row_heights = grid.row_heights(wrapped)
+    width = grid.gap + (side + grid.gap if side else 0) + grid.columns * (grid.cell_width + grid.gap)
+    title_font = font_for([title or ""], round(grid.text_size * 1.5))
+    title_lines = wrap_text(title, title_font, width - 2 * grid.gap, 3) if title else []
+    title_height = len(title_lines) * grid.title_line_height + (grid.gap if title_lines else 0)
 
+    height = grid.gap + title_height + sum(row_heights) + grid.gap * len(row_heights)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    _write_lines(draw, title_lines, grid.gap, grid.gap, grid.title_line_height, title_font, "#111")
+    y = grid.gap + title_height
+    for row, row_height in enumerate(row_heights):
+        x = grid.gap
+        if side:
+            lines = wrap_text(row_labels[row], font, side, max(1, grid.cell_height // grid.line_height))
+            _write_lines(draw, lines, x, y, grid.line_height, font, "#111")
+            x += side + grid.gap
+        for index in range(row * grid.columns, min((row + 1) * grid.columns, len(images))):
+            scaled = _scaled(images[index], grid.sizes[index])
+            left, top = (grid.cell_width - scaled.width) // 2, (grid.cell_height - scaled.height) // 2
+            sheet.paste(scaled, (x + left, y + top))
+            lines = wrapped[index] if wrapped else []
+            _write_lines(draw, lines, x, y + grid.cell_height + grid.gap // 2, grid.line_height, font, "#444")
+            x += grid.cell_width + grid.gap
+        y += row_height + grid.gap
+    return write_atomic(path, lambda file: sheet.save(file, _FORMATS[Path(path).suffix.lower()], quality=90))
+
+
+def _check(
+    images: Sequence,
+    labels: Sequence[str] | None,
+    path: str | os.PathLike,
+    columns: int,
+    row_labels: Sequence[str] | None,
+) -> None:
+    """Raise ValueError with everything that does not fit."""
     rows = math.ceil(len(images) / columns) if columns > 0 else 0
     problems = []
     if not images:
@@ -120,65 +164,74 @@ def contact_sheet(
         problems.append(f"{len(labels)} labels for {len(images)} images")
     if row_labels is not None and columns > 0 and len(row_labels) != rows:
         problems.append(f"{len(row_labels)} row labels for {rows} rows")
+    if Path(path).suffix.lower() not in _FORMATS:
+        problems.append(f"{path}: the name must end in .png, .jpg or .webp")
     if problems:
         raise ValueError("contact_sheet: " + "; ".join(problems) + ".")
-    columns = min(columns, len(images))
 
-    def opened(image):
-        if isinstance(image, Image.Image):
-            return image
-        return Image.open(image)  # lazily: only the header is read here
 
-    sizes = [opened(image).size for image in images]
-    cell = cell_size or min(512, max(max(size) for size in sizes))
-    scales = [cell / max(size) for size in sizes]
-    cell_width = max(max(1, round(size[0] * scale)) for size, scale in zip(sizes, scales, strict=True))
-    cell_height = max(max(1, round(size[1] * scale)) for size, scale in zip(sizes, scales, strict=True))
-    cell_width = max(cell_width, 96)  # room for a word of a label under a very small image
+@dataclasses.dataclass(frozen=True)
+class _Grid:
+    """Where cells lie, in pixels: one cell for the largest image, all of one size."""
 
-    text_size = max(12, round(cell_width / 22))
-    gap = max(8, cell_width // 32)
-    font = font_for([*(labels or []), *(row_labels or [])], text_size)
-    line_height = round(text_size * 1.35)
-    wrapped = [wrap_text(label, font, cell_width, 3) for label in labels] if labels is not None else []
-    side = max(140, cell_width * 3 // 4) if row_labels is not None else 0
-    label_heights = [
-        max((len(lines) for lines in wrapped[row * columns : (row + 1) * columns]), default=0) * line_height
-        for row in range(rows)
-    ]
-    row_heights = [cell_height + (height + gap // 2 if height else 0) for height in label_heights]
+    columns: int
+    sizes: list[tuple[int, int]]  # of each image once it is scaled: (width, height)
+    cell_width: int
+    cell_height: int
 
-    width = gap + (side + gap if side else 0) + columns * (cell_width + gap)
-    title_font = font_for([title or ""], round(text_size * 1.5))
-    title_lines = wrap_text(title, title_font, width - 2 * gap, 3) if title else []
-    title_height = len(title_lines) * round(line_height * 1.5) + (gap if title_lines else 0)
-    height = gap + title_height + sum(row_heights) + gap * rows
+    @classmethod
+    def of(cls, sizes: Sequence[tuple[int, int]], columns: int, cell_size: int | None) -> _Grid:
+        """The grid of images of these sizes; `cell_size` as in `contact_sheet`."""
+        cell = cell_size or min(512, max(max(size) for size in sizes))
+        scales = [cell / max(size) for size in sizes]
+        scaled = [
+            (max(1, round(width * scale)), max(1, round(height * scale)))
+            for (width, height), scale in zip(sizes, scales, strict=True)
+        ]
+        widest = max(max(width for width, _ in scaled), 96)  # room for a word of a label under a very small image
+        return cls(columns, scaled, widest, max(height for _, height in scaled))
 
-    sheet = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    y = gap
-    for line in title_lines:
-        draw.text((gap, y), line, fill="#111", font=title_font)
-        y += round(line_height * 1.5)
-    y = gap + title_height
-    for row in range(rows):
-        x = gap
-        if side:
-            for number, line in enumerate(wrap_text(row_labels[row], font, side, max(1, cell_height // line_height))):
-                draw.text((x, y + number * line_height), line, fill="#111", font=font)
-            x += side + gap
-        for index in range(row * columns, min((row + 1) * columns, len(images))):
-            scaled = opened(images[index]).convert("RGB")
-            size = tuple(max(1, round(side_length * scales[index])) for side_length in sizes[index])
-            if size != scaled.size:
-                enlarge = size[0] > scaled.size[0]
-                scaled = scaled.resize(size, Image.Resampling.BICUBIC if enlarge else Image.Resampling.LANCZOS)
-            sheet.paste(scaled, (x + (cell_width - size[0]) // 2, y + (cell_height - size[1]) // 2))
-            for number, line in enumerate(wrapped[index] if wrapped else ()):
-                draw.text((x, y + cell_height + gap // 2 + number * line_height), line, fill="#444", font=font)
-            x += cell_width + gap
-        y += row_heights[row] + gap
-    kind = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}.get(Path(path).suffix.lower())
-    if kind is None:
-        raise ValueError(f"contact_sheet: {path}: the name must end in .png, .jpg or .webp.")
-    return write_atomic(path, lambda file: sheet.save(file, kind, quality=90))
+    @property
+    def text_size(self) -> int:
+        return max(12, round(self.cell_width / 22))
+
+    @property
+    def gap(self) -> int:
+        return max(8, self.cell_width // 32)
+
+    @property
+    def line_height(self) -> int:
+        return round(self.text_size * 1.35)
+
+    @property
+    def title_line_height(self) -> int:
+        return round(self.line_height * 1.5)
+
+    def row_heights(self, wrapped: Sequence[Sequence[str]]) -> list[int]:
+        """Each row's cells and, where it has any, the lines of its longest label (`wrapped`: lines per image)."""
+        heights = []
+        for first in range(0, len(self.sizes), self.columns):
+            lines = max((len(label) for label in wrapped[first : first + self.columns]), default=0)
+            heights.append(self.cell_height + (lines * self.line_height + self.gap // 2 if lines else 0))
+        return heights
+
+
+def _opened(image: Image.Image | str | os.PathLike) -> Image.Image:
+    """A path's image; only its header is read here."""
+    return image if isinstance(image, Image.Image) else Image.open(image)
+
+
+def _scaled(image: Image.Image | str | os.PathLike, size: tuple[int, int]) -> Image.Image:
+    scaled = _opened(image).convert("RGB")
+    if size == scaled.size:
+        return scaled
+    enlarge = size[0] > scaled.size[0]
+    return scaled.resize(size, Image.Resampling.BICUBIC if enlarge else Image.Resampling.LANCZOS)
+
+
+def _write_lines(
+    draw: ImageDraw.ImageDraw, lines: Sequence[str], x: int, y: int, line_height: int, font: Font, color: str
+) -> None:
+    """Lines of text below one another, the first one's upper left corner at (x, y)."""
+    for number, line in enumerate(lines):
+        draw.text((x, y + number * line_height), line, fill=color, font=font)

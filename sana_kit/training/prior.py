@@ -17,7 +17,7 @@ from sana_kit.generation.jobs import Job, group_jobs
 from sana_kit.generation.texts import encode_job_prompts
 from sana_kit.models.folder import Model
 from sana_kit.models.loading import load_pipeline
-from sana_kit.runlog import console_bar
+from sana_kit.progress import console_bar
 from sana_kit.training.config import TrainConfig
 
 logger = logging.getLogger("sana")

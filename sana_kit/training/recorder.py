@@ -22,9 +22,11 @@ from sana_kit import devices
 from sana_kit.encodings.dataset import EncodedDataset
 from sana_kit.files import write_atomic
 from sana_kit.model_card import package_versions, this_command
+from sana_kit.progress import console_bar
 from sana_kit.reports.report import PagePace, refresh_report
 from sana_kit.reports.training_images import CroppedImages, write_training_images
-from sana_kit.runlog import JsonLinesLog, PhaseClock, ThroughputMeter, console_bar
+from sana_kit.runlog import JsonLinesLog
+from sana_kit.throughput import PhaseClock, ThroughputMeter
 from sana_kit.training.config import RUN_FILE, TrainConfig
 from sana_kit.training.engine import Engine
 from sana_kit.training.held_out import Measurement

@@ -19,7 +19,7 @@ from sana_kit.generation.jobs import Job, slug
 from sana_kit.models.controlnet import ControlledTransformer
 from sana_kit.models.folder import Model
 from sana_kit.models.loading import load_scheduler, load_vae
-from sana_kit.runlog import console_bar
+from sana_kit.progress import console_bar
 from sana_kit.training.config import TrainConfig
 from sana_kit.training.control import validation_inputs
 from sana_kit.training.ema import WeightAverage

@@ -14,16 +14,12 @@ LONG_FILES = {
 }
 LONG_FUNCTIONS = {
     "sana_kit/arithmetic.py": ["transformer_ops"],  # one table of a transformer's operators, row by row
-    "sana_kit/doctor.py": ["examine"],  # not yet cut: one check after the other
     "sana_kit/generation/denoise.py": ["denoise"],  # half of it is signature and docstring
     "sana_kit/generation/generate.py": ["generate"],  # half of it is signature and docstring
     "sana_kit/generation/sprint.py": ["denoise_sprint"],  # half of it is signature and docstring
-    "sana_kit/inference/run.py": ["_generate"],  # not yet cut
     "sana_kit/make_quickstart_model.py": ["train_transformer"],  # the script that made the model
     "sana_kit/model_card.py": ["write_model_card"],  # half of it is signature and docstring
     "sana_kit/models/loading.py": ["load_pipeline"],  # half of it is signature and docstring
-    "sana_kit/reports/contact_sheet.py": ["contact_sheet"],  # not yet cut
-    "sana_kit/runlog.py": ["_bar_class", "load_run"],  # a class inside, as tqdm is imported late; not yet cut
     "train_dreambooth_lora_sana.py": ["run"],  # the run from top to bottom
 }
 SOURCES = sorted([*KIT.glob("*.py"), *(KIT / "sana_kit").rglob("*.py")])
