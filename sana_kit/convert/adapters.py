@@ -266,7 +266,7 @@ def _metadata(
         kept[patch_sana.LORA_METADATA_KEY] = json.dumps(settings, indent=2, sort_keys=True)
     if spelling == first:
         return kept
-    note = {"first": first._asdict(), _ADDED: sorted(added), "stacked": dict(sorted(stacked.items()))}
+    note: dict[str, Any] = {"first": first._asdict(), _ADDED: sorted(added), "stacked": dict(sorted(stacked.items()))}
     if any(to_nvlabs(name) and name.startswith(_SPRINT_ONLY) for name in adapter.modules()):
         note["sprint"] = True  # NVlabs' names of the time embedding are those of the other members
     return {**kept, CONVERTED: json.dumps(note, sort_keys=True)}

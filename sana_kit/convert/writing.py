@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import safetensors.torch
 import torch
@@ -26,7 +27,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
 
-    def write(file) -> None:
+    def write(file: BinaryIO) -> None:
         for piece in (struct.pack("<Q", len(text)), text, memoryview(data)[8 + length :]):
             file.write(piece)
 

@@ -44,7 +44,7 @@ def images_that_fit(group: int, resolution: int, channels: int, dtype: torch.dty
 
 
 @torch.no_grad()
-def encode_pixels(vae, pixels: torch.Tensor) -> torch.Tensor:
+def encode_pixels(vae: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     """float32 (B, 3, H, W) in [-1, 1] to latents (B, C, H/f, W/f) * scaling_factor in the VAE's dtype, on the CPU."""
     parameter = next(vae.parameters())
     latents = vae.encode(pixels.to(parameter.device, parameter.dtype)).latent

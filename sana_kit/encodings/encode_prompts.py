@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +16,9 @@ from sana_kit.encodings.store import ShardWriter
 from sana_kit.errors import Problem, UserError
 from sana_kit.models.folder import Model
 from sana_kit.models.loading import load_text_encoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def prompt_groups(prompts: ExtraPrompts, batch: int) -> list[list[int]]:
@@ -80,7 +84,12 @@ def _check_finite(tensor: torch.Tensor, text: str, dtype: torch.dtype) -> None:
 
 
 def _encode_group(
-    tokenizer, text_encoder, prompts: list[str], instruction: list[str] | None, length: int, device: torch.device
+    tokenizer: PreTrainedTokenizerBase,
+    text_encoder: torch.nn.Module,
+    prompts: list[str],
+    instruction: list[str] | None,
+    length: int,
+    device: torch.device,
 ) -> list[torch.Tensor]:
     """One group of prompts, in halves when the device's memory does not suffice."""
     try:

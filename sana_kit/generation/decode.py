@@ -94,7 +94,7 @@ def decode_tiles(
     `rows` and `columns` are lists of (start, stop) in latents. Two rows of decoded tiles are held beside the result.
     """
     result = None
-    above = None  # the row of tiles above, blended
+    above: list[torch.Tensor] = []  # the row of tiles above, blended
     for i, (top, bottom) in enumerate(rows):
         row = []
         for j, (left, right) in enumerate(columns):

@@ -278,7 +278,7 @@ def _load(this: _Run) -> tuple[Any, Any]:
 def _manifest_facts(this: _Run) -> dict[str, Any]:
     """What every manifest line of the run says of its model."""
     config, plan = this.config, this.plan
-    facts = {
+    facts: dict[str, Any] = {
         "model": config.model.model_path,
         "lora_weights": ",".join(config.lora.lora_weights) or None,
         "dtype": config.model.dtype,

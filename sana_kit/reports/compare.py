@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from sana_kit.files import write_atomic
 from sana_kit.reports.charts import CHARTS, thin_series
@@ -23,14 +24,15 @@ def _names(folders: list[Path]) -> list[str]:
 
 def _charts(runs: list[RunLog], names: list[str]) -> tuple[list[dict], list[dict]]:
     """(headings, data) of the charts that at least one of the runs has values for."""
-    headings, charts = [], []
+    headings: list[dict] = []
+    charts: list[dict] = []
     for chart in CHARTS:
-        values = []
+        values: list[dict[int, float | None]] = []
         for run in runs:
             found = {line.get("step", 0): finite_number(line.get(chart.key)) for line in run.steps}
             values.append({step: None if value is None else value * chart.scale for step, value in found.items()})
         steps = sorted(set(values[0]) | set(values[1]))
-        series = [
+        series: list[dict[str, Any]] = [
             {"label": name, "y": [found.get(step) for step in steps], "color": color, "width": 1.5, "span": True}
             for name, found, color in zip(names, values, _COLORS, strict=True)
         ]
