@@ -11,11 +11,15 @@ import netrc
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from sana_kit.errors import Problem
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
 
 # {"file": below the output folder, "prompt", "seed"} of each image, and where it lies
 LogImages = Callable[[object, Sequence[dict], Sequence[Path], int], None]
@@ -38,18 +42,18 @@ class TrackerKind:
     login: str = ""
 
 
-def _to_tensorboard(tracker, entries: Sequence[dict], paths: Sequence[Path], step: int) -> None:
+def _to_tensorboard(tracker: GeneralTracker, entries: Sequence[dict], paths: Sequence[Path], step: int) -> None:
     stacked = np.stack([np.asarray(Image.open(path)) for path in paths])
     tracker.writer.add_images("validation", stacked, step, dataformats="NHWC")
 
 
-def _to_wandb(tracker, entries: Sequence[dict], paths: Sequence[Path], step: int) -> None:
+def _to_wandb(tracker: GeneralTracker, entries: Sequence[dict], paths: Sequence[Path], step: int) -> None:
     image = importlib.import_module("wandb").Image
     shown = [image(str(path), caption=entry["prompt"]) for path, entry in zip(paths, entries, strict=True)]
     tracker.log({"validation": shown}, step=step)
 
 
-def _to_comet(tracker, entries: Sequence[dict], paths: Sequence[Path], step: int) -> None:
+def _to_comet(tracker: GeneralTracker, entries: Sequence[dict], paths: Sequence[Path], step: int) -> None:
     for path in paths:
         tracker.writer.log_image(str(path), name=path.name, step=step)
 
@@ -73,7 +77,7 @@ TRACKERS: dict[str, TrackerKind] = {
 }
 
 
-def log_images(tracker, entries: Sequence[dict], output_dir: Path, step: int) -> None:
+def log_images(tracker: GeneralTracker, entries: Sequence[dict], output_dir: Path, step: int) -> None:
     """Hand validation images to one of accelerate's trackers; one that the kit does not know gets none."""
     kind = TRACKERS.get(tracker.name)
     if kind is not None:

@@ -22,7 +22,7 @@ class UpdateGuard:
         total: how many in all, then.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.grad_norm: torch.Tensor | float | None = None
         self.in_a_row = self.total = 0
         self._flags: list[torch.Tensor | bool] = []
@@ -49,7 +49,9 @@ def gradient_norm(parameters: Sequence[torch.nn.Parameter], max_norm: float) -> 
     return torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
 
 
-def step_if_finite(optimizer: torch.optim.Optimizer, base: torch.optim.Optimizer, norm: torch.Tensor):
+def step_if_finite(
+    optimizer: torch.optim.Optimizer, base: torch.optim.Optimizer, norm: torch.Tensor
+) -> torch.Tensor | bool:
     """Step unless `norm` is not finite; returns whether the step was left out, a scalar on the device or a bool.
 
     Args:
