@@ -48,6 +48,7 @@ class _Listing:
         images, captions: large_string arrays, as a set may have millions.
         masks: loss masks, which are no training images.
         others, folders, broken: the rest by kind; `broken` are links that lead nowhere.
+        nameless: images, captions and masks whose names are no UTF-8 text, as they can be shown.
     """
 
     images: pa.Array
@@ -56,6 +57,7 @@ class _Listing:
     others: list[str]
     folders: list[str]
     broken: list[str]
+    nameless: list[str]
 
 
 class _Names:
@@ -83,7 +85,7 @@ class _Names:
 def _listed_in(folder: Path) -> _Listing:
     """One look at a folder, without a stat for each entry."""
     images, captions = _Names(), _Names()
-    masks, others, folders, broken = [], [], [], []
+    masks, others, folders, broken, nameless = [], [], [], [], []
     with os.scandir(folder) as entries:
         for entry in entries:
             name = entry.name
@@ -91,7 +93,9 @@ def _listed_in(folder: Path) -> _Listing:
                 continue
             if entry.is_file():
                 suffix = name[name.rfind(".") :].lower() if "." in name else ""
-                if is_mask(name):
+                if not name.isascii() and (shown := _shown(name)) != name:
+                    (nameless if suffix in (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES) else others).append(shown)
+                elif is_mask(name):
                     masks.append(name)
                 elif suffix in IMAGE_SUFFIXES:
                     images.add(name)
@@ -100,11 +104,16 @@ def _listed_in(folder: Path) -> _Listing:
                 else:
                     others.append(name)
             elif entry.is_dir():
-                folders.append(name)
+                folders.append(_shown(name))
             elif entry.is_symlink():
-                broken.append(name)
-    rest = (sorted(names) for names in (masks, others, folders, broken))
+                broken.append(_shown(name))
+    rest = (sorted(names) for names in (masks, others, folders, broken, nameless))
     return _Listing(images.sorted(), captions.sorted(), *rest)
+
+
+def _shown(name: str) -> str:
+    r"""A name as text: bytes that are not UTF-8 as \xff."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _stems(names: pa.Array) -> pa.Array:
@@ -192,6 +201,9 @@ def find_in_folder(named: Named, captions: bool = True) -> Table:
     masks = masks_beside(folder, images.to_pylist()) if captions and listing.masks else None
     taken = set(masks.names) if masks else set()
     others = sorted([*listing.others, *unused, *(name for name in listing.masks if name not in taken)])
+    if listing.nameless:
+        what = f"the names of {len(listing.nameless)} file(s) in it are not UTF-8: {_listed(listing.nameless)}"
+        problems.append(named.problem(what, "Rename them."))
     if not len(images):
         hint = f" (it has the subfolders {_listed(folders, 5)}; images are looked for at the top)" if folders else ""
         problems.append(named.problem(f"no images in it{hint}", f"Known endings: {', '.join(IMAGE_SUFFIXES)}."))

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiny
 from PIL import Image
 
 from sana_kit.data.discover import load_class_images, load_images
@@ -231,3 +232,14 @@ def test_the_digest_tells_images_captions_and_order(tmp_path):
     (folder / "a.txt").write_text("one")
     (folder / "a.png").write_bytes(png("green"))
     assert len({first, changed, load_images(instance_data_dir=str(folder)).digest()}) == 3
+
+
+def test_a_file_name_that_is_no_text_is_named(tmp_path):
+    folder = tiny.write_image_folder(tmp_path / "set", count=2)
+    os.rename(folder / "image_00.png", os.fsencode(folder / "b") + b"\xff.png")
+    (folder / "note").write_text("")
+    os.rename(folder / "note", os.fsencode(folder / "c") + b"\xff")
+    with pytest.raises(ValueError, match=r"names of 1 file\(s\) in it are not UTF-8: b\\xff\.png"):
+        load_images(instance_data_dir=str(folder), instance_prompt="x")
+    os.rename(os.fsencode(folder / "b") + b"\xff.png", folder / "ü.png")
+    assert "c\\xff" in " ".join(load_images(instance_data_dir=str(folder), instance_prompt="x").notes)
