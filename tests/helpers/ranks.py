@@ -23,9 +23,11 @@ def _work(job: Callable, rank: int, world_size: int, port: int, results) -> None
         MASTER_PORT=str(port),
     )
     import torch
+    from accelerate.state import AcceleratorState
 
     from sana_kit.distributed import Ranks
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a run that an earlier test did in the parent
     torch.set_num_threads(1)
     ranks = Ranks.start("auto")
     try:
