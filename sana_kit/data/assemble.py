@@ -243,7 +243,9 @@ def assemble(
     problems = []
     if headers.bad and not asked.skip_bad:
         problems.append(named.problem(bad_image_problems(list(headers.bad.values()))))
-    good = np.delete(np.arange(count, dtype=np.int32), list(headers.bad))
+    good = np.arange(count, dtype=np.int32)
+    if headers.bad:
+        good = np.delete(good, list(headers.bad))
     if masks is not None:
         problems += _mask_problems(table, named, headers, masks)
     captions = _remembered_captions(table, named, good, asked, memory)
@@ -257,8 +259,10 @@ def assemble(
     if problems:
         refuse(problems)
     repeats = asked.repeats
-    rows = np.repeat(good, repeats)
-    positions = rows.astype(np.int64) * repeats + np.tile(np.arange(repeats), len(good))
+    rows = positions = good
+    if repeats > 1:
+        rows = np.repeat(good, repeats)
+        positions = rows.astype(np.int64) * repeats + np.tile(np.arange(repeats), len(good))
     report = {
         "images": len(good),
         "samples": len(rows),

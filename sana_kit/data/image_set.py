@@ -20,7 +20,7 @@ from sana_kit.data.texts import Texts
 from sana_kit.data.transform import TransformPlan, apply_transform
 from sana_kit.errors import ImageError
 
-_BLOCK = 65536  # samples that are hashed at a time
+_BLOCK = 8192  # samples that are hashed at a time
 LISTED_PROBLEMS = 20  # how many bad images an error names; the rest are counted
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 
-_BLOCK = 4096  # strings that are Python objects at once while all are looked at
+_BLOCK = 1024  # strings that are Python objects at once while all are looked at
 
 
 class Texts(Sequence):
