@@ -239,7 +239,7 @@ def test_ones_own_images_instead_of_the_shipped_set(tmp_path, rows, capsys):
     for index, (data, caption) in enumerate(rows[:5]):
         (folder / f"{index}.png").write_bytes(data)
         if index:
-            (folder / f"{index}.txt").write_text(caption.replace("in midnight style", "in  my\nstyle"))
+            (folder / f"{index}.txt").write_text(caption.replace("in midnight style", "in  my\tstyle"))
     own = ["--instance_data_dir", str(folder), "--instance_prompt", "thing in my style"]
     found = quickstart.prepare(images=folder, instance_prompt="thing in my style")
     assert found.trigger == "in my style" and found.dataset_path == str(folder)
