@@ -147,7 +147,8 @@ class Launch:
         machines, line = self._meeting()
         if machines == 1:
             return contextlib.nullcontext()
-        return announced(line, over=lambda: bool(psutil.Process().children()))
+        before = set(psutil.Process().children())
+        return announced(line, over=lambda: bool(set(psutil.Process().children()) - before))
 
     def _meeting(self) -> tuple[int, str]:
         """(number of machines, what the user of one of them is to know)."""

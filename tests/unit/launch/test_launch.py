@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+import subprocess
 import sys
+import threading
 from functools import partial
 
 import pytest
@@ -209,15 +211,23 @@ def test_machines_that_do_not_meet_are_told_of_in_words(launched, tmp_path, capf
     for old, new in words.items():
         text = text.replace(old, new)
     path.write_text(text)
-    monkeypatch.setattr(ranks, "announced", partial(ranks.announced, after=0.0))
+    told = threading.Event()
+    lines = []
+
+    def say(line):
+        lines.append(line)
+        told.set()
+
+    monkeypatch.setattr(ranks, "announced", partial(ranks.announced, after=0.0, say=say))
 
     def alone():
-        while "waits for the others at 10.0.0.7:6123" not in (said := capfd.readouterr().err):
-            pass
-        assert said.startswith("machine 0 of num_machines=2 ")
+        assert told.wait(60)
         raise DistStoreError("Timed out after 901 seconds waiting for clients. 1/2 clients joined.\nframe #0: ...")
 
-    assert launched(run=alone, options=("--config_file", str(path)))[0] == 1
+    with subprocess.Popen(["sleep", "60"]) as other:  # a child that is none of the run's processes
+        assert launched(run=alone, options=("--config_file", str(path)))[0] == 1
+        other.kill()
+    assert lines[0].startswith("machine 0 of num_machines=2 waits for the others at 10.0.0.7:6123")
     said = capfd.readouterr().err
     assert "the machines did not meet" in said and "1/2 clients joined" in said
     assert "frame" not in said and "Traceback" not in said
