@@ -22,6 +22,11 @@ def _as_flag(field: str) -> str:
     return f"--{field}"
 
 
+def listed(names: Sequence[str], limit: int = 10) -> str:
+    """The first `limit` names in a row, with dots where there are more."""
+    return ", ".join(names[:limit]) + (" ..." if len(names) > limit else "")
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """' Did you mean X?' for the known word that is nearest, '' where none is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

@@ -23,7 +23,7 @@ from sana_kit.data.sources import FileSource
 from sana_kit.data.tables import Table
 from sana_kit.data.transform import TransformPlan, apply_transform
 from sana_kit.distributed import Ranks
-from sana_kit.errors import Problem, UserError
+from sana_kit.errors import Problem, UserError, listed
 from sana_kit.files import expand
 
 # Of the images alone.
@@ -140,11 +140,12 @@ def _of_equal_names(folder: str, images: Any) -> Table:
     problems = []
     missing = [name for name, files in zip(images.names, found, strict=True) if not files]
     if missing:
-        reason = f"{len(missing)} of {len(found)} images have no control image of their name: {_listed(missing)}"
+        shown = listed(missing, LISTED_PROBLEMS)
+        reason = f"{len(missing)} of {len(found)} images have no control image of their name: {shown}"
         problems.append(Problem(field, folder, reason, "Add them, or take these images out."))
     double = [" and ".join(files) for files in found if len(files) > 1]
     if double:
-        reason = f"several files have the name of one image: {_listed(double)}"
+        reason = f"several files have the name of one image: {listed(double, LISTED_PROBLEMS)}"
         problems.append(Problem(field, folder, reason, "Keep one of each."))
     if problems:
         raise UserError(problems, "The control images cannot be used:")
@@ -153,10 +154,6 @@ def _of_equal_names(folder: str, images: Any) -> Table:
 
 def _stem(name: str) -> str:
     return str(PurePath(name).with_suffix(""))
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:LISTED_PROBLEMS]) + (" ..." if len(names) > LISTED_PROBLEMS else "")
 
 
 @dataclass(frozen=True)
@@ -182,8 +179,7 @@ class Controls:
 def load_controls(
     kind: ControlKind,
     source: Mapping[str, Any],
-    images: ImageSet,
-    *,
+    *images: ImageSet,
     remember_in: str | Path | None = None,
     ranks: Ranks | None = None,
 ) -> Controls:
@@ -191,7 +187,7 @@ def load_controls(
 
     Args:
         source: arguments of `find_images`.
-        images: all training images.
+        images: the sets that they belong to: those to train on, and held-out ones.
 
     Raises:
         UserError: control images that are missing, cannot be read or have another shape than their image, by name.
@@ -216,10 +212,11 @@ def load_controls(
     return Controls(kind, table, headers.digests, headers.sizes)
 
 
-def _shape_problems(kind: ControlKind, table: Table, images: ImageSet, sizes: np.ndarray) -> list[Problem]:
+def _shape_problems(kind: ControlKind, table: Table, images: Sequence[ImageSet], sizes: np.ndarray) -> list[Problem]:
     """Control images that are not of their image's shape; half or twice its size is no problem."""
-    rows = np.array([images.row(i) for i in range(len(images))], np.int64)
-    (width, height), (own_width, own_height) = images.sizes().astype(np.int64).T, sizes[rows].astype(np.int64).T
+    rows = np.array([part.row(i) for part in images for i in range(len(part))], np.int64)
+    shapes = np.concatenate([part.sizes() for part in images]).astype(np.int64)
+    (width, height), (own_width, own_height) = shapes.T, sizes[rows].astype(np.int64).T
     # by how much the shapes differ, in pixels of the image times its other side: one pixel is rounding
     off = np.abs(own_width * height - own_height * width) > np.maximum(np.maximum(width, own_width), own_height)
     first = {int(rows[i]): int(i) for i in np.flatnonzero(off)[::-1]}
@@ -230,5 +227,5 @@ def _shape_problems(kind: ControlKind, table: Table, images: ImageSet, sizes: np
         f"{source.name(row)} is {own_width[i]}x{own_height[i]} px, its image {width[i]}x{height[i]}"
         for row, i in sorted(first.items())
     ]
-    reason = f"{len(told)} control image(s) have another shape than their image: {_listed(told)}"
+    reason = f"{len(told)} control image(s) have another shape than their image: {listed(told, LISTED_PROBLEMS)}"
     return [Problem(kind.field, kind.value, reason, "Cut or scale them as their images are.")]

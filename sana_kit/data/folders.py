@@ -12,12 +12,12 @@ import pyarrow.compute as pc
 
 from sana_kit.data.captions import lines_of
 from sana_kit.data.decode import IMAGE_SUFFIXES
-from sana_kit.data.masks import is_mask, masks_beside
+from sana_kit.data.masks import is_mask, masks_of
 from sana_kit.data.memory import all_settled, stat_files
 from sana_kit.data.sources import FileSource
 from sana_kit.data.tables import Named, Table, refused_table
 from sana_kit.data.texts import text_array
-from sana_kit.errors import Problem
+from sana_kit.errors import Problem, listed
 from sana_kit.files import expand
 
 CAPTION_SUFFIXES = (".txt", ".caption")
@@ -179,10 +179,6 @@ def _captions_of(named: Named, listing: _Listing) -> tuple[pa.Array, list[str], 
     return names.take(pc.index_in(images, value_set=stems)), unused, problems
 
 
-def _listed(names: list[str], limit: int = 10) -> str:
-    return ", ".join(names[:limit]) + (" ..." if len(names) > limit else "")
-
-
 def find_in_folder(named: Named, captions: bool = True) -> Table:
     """The images directly in a folder, each with the caption of its .txt or .caption file."""
     folder = expand(named.value)
@@ -198,14 +194,14 @@ def find_in_folder(named: Named, captions: bool = True) -> Table:
         files, unused, problems = _captions_of(named, listing)
     else:
         files, unused, problems = pa.nulls(len(images), pa.large_string()), listing.captions.to_pylist(), []
-    masks = masks_beside(folder, images.to_pylist()) if captions and listing.masks else None
+    masks = masks_of(folder, images.to_pylist(), listing.masks) if captions and listing.masks else None
     taken = set(masks.names) if masks else set()
     others = sorted([*listing.others, *unused, *(name for name in listing.masks if name not in taken)])
     if listing.nameless:
-        what = f"the names of {len(listing.nameless)} file(s) in it are not UTF-8: {_listed(listing.nameless)}"
+        what = f"the names of {len(listing.nameless)} file(s) in it are not UTF-8: {listed(listing.nameless)}"
         problems.append(named.problem(what, "Rename them."))
     if not len(images):
-        hint = f" (it has the subfolders {_listed(folders, 5)}; images are looked for at the top)" if folders else ""
+        hint = f" (it has the subfolders {listed(folders, 5)}; images are looked for at the top)" if folders else ""
         problems.append(named.problem(f"no images in it{hint}", f"Known endings: {', '.join(IMAGE_SUFFIXES)}."))
     used = len(files) - files.null_count
     shared = used - len(pc.unique(files.drop_null()))
@@ -222,11 +218,11 @@ def _notes(where: str, shared: int, others: list[str], folders: list[str], broke
     if shared:
         notes.append(f"{where}: {shared} caption file(s) serve several images of the same name.")
     if others:
-        notes.append(f"{where}: {len(others)} other file(s) skipped by name: {_listed(others)}")
+        notes.append(f"{where}: {len(others)} other file(s) skipped by name: {listed(others)}")
     if folders:
-        notes.append(f"{where}: {len(folders)} subfolder(s) are not searched: {_listed(folders)}")
+        notes.append(f"{where}: {len(folders)} subfolder(s) are not searched: {listed(folders)}")
     if broken:
-        notes.append(f"{where}: {len(broken)} broken link(s): {_listed(broken)}")
+        notes.append(f"{where}: {len(broken)} broken link(s): {listed(broken)}")
     if any(name.startswith("metadata.") for name in others):
         notes.append(f"{where}: its metadata file is not used; give the folder as a data set to use it.")
     return notes

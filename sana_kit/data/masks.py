@@ -81,15 +81,20 @@ class NoMasks:
 
 def masks_beside(root: str | os.PathLike, names: Sequence[str]) -> MaskFiles | None:
     """The files NAME.mask.png beside the images NAME.*; None where no image has one."""
-    folders, present = {os.path.dirname(name) for name in names}, {}
-    for folder in folders:
+    found: list[str] = []
+    for folder in {os.path.dirname(name) for name in names}:
         try:
             with os.scandir(Path(root, folder)) as entries:
                 files = [entry.name for entry in entries if is_mask(entry.name) and entry.is_file()]
         except OSError:  # the images there are told to be missing
             continue
-        for file in files:
-            present[os.path.join(folder, file[: -len(MASK_ENDING)])] = os.path.join(folder, file)
+        found += [os.path.join(folder, file) for file in files]
+    return masks_of(root, names, found)
+
+
+def masks_of(root: str | os.PathLike, names: Sequence[str], masks: Sequence[str]) -> MaskFiles | None:
+    """Of these mask files the one of each image; None where no image has one. All are named relative to `root`."""
+    present = {mask[: -len(MASK_ENDING)]: mask for mask in masks}
     found = [present.get(os.path.splitext(name)[0], "") for name in names] if present else []
     return MaskFiles(root, found) if any(found) else None
 

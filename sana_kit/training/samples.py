@@ -98,8 +98,7 @@ def load_samples(config: TrainConfig, base_model: Model, ranks: Ranks, stop: Sto
     controls = None
     if config.train_mode == "controlnet":  # all of them looked at before a weight is loaded
         (source,), remember_in = image_sources(config), f"{_encodings_dir(config)}/images"
-        for part in parts:
-            controls = load_controls(control_kind(config), source, part, remember_in=remember_in, ranks=ranks)
+        controls = load_controls(control_kind(config), source, *parts, remember_in=remember_in, ranks=ranks)
     encoded = _encode(functools.reduce(concat, parts), config, base_model, ranks, instruction, stop, recorder)
     if controls is not None:
         rows = [part.row(i) for part in parts for i in range(len(part))]

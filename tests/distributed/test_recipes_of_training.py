@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import tiny
-from helpers import KIT, adapter_weights, launch, run_trainer, same
+from helpers import KIT, SHORT_RUN, adapter_weights, launch, run_trainer, same
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -42,17 +42,9 @@ def common(tiny_model, tmp_path_factory):
         f"--instance_data_dir={folder}",
         f"--data_sets={json.dumps(other)}",
         f"--encodings_dir={encodings}",
-        "--instance_prompt=a drawing",
+        *SHORT_RUN,
         "--mask_outside=0.1",
-        "--resolution=64",
         "--train_batch_size=1",
-        "--max_train_steps=4",
-        "--checkpointing_steps=2",
-        "--seed=0",
-        "--mixed_precision=bf16",
-        "--report_to=none",
-        "--learning_rate=1e-2",
-        "--complex_human_instruction=none",
     ]
 
 

@@ -23,6 +23,22 @@ TRAINER = "train_dreambooth_lora_sana.py"
 LAUNCHED = ("ACCELERATE_", "MASTER_", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_", "OMPI_", "SLURM_")
 
 
+# Flags of a run of four updates with two checkpoints; model, images and --output_dir are still needed. Given again, a
+# flag counts as given last.
+SHORT_RUN = (
+    "--instance_prompt=a drawing",
+    "--resolution=64",
+    "--train_batch_size=2",
+    "--max_train_steps=4",
+    "--checkpointing_steps=2",
+    "--seed=0",
+    "--mixed_precision=bf16",
+    "--report_to=none",
+    "--learning_rate=1e-2",
+    "--complex_human_instruction=none",
+)
+
+
 def free_port() -> int:
     """A TCP port of this machine that nobody uses at this moment."""
     with socket.socket() as probe:

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from diffusers import SanaPipeline, SanaTransformer2DModel
-from helpers import adapter_weights, run_trainer, same
+from helpers import SHORT_RUN, adapter_weights, run_trainer, same
 from safetensors.torch import load_file
 
 from sana_kit.errors import UserError
@@ -30,16 +30,8 @@ def flags(tiny_model, image_folder, tmp_path_factory):
         f"--pretrained_model_name_or_path={tiny_model}",
         f"--instance_data_dir={image_folder}",
         f"--encodings_dir={tmp_path_factory.mktemp('encodings')}",
-        "--instance_prompt=a drawing",
-        "--resolution=64",
-        "--train_batch_size=2",
-        "--max_train_steps=4",
-        "--checkpointing_steps=2",
-        "--seed=0",
+        *SHORT_RUN,
         "--mixed_precision=no",
-        "--report_to=none",
-        "--learning_rate=1e-2",
-        "--complex_human_instruction=none",
     ]
 
 

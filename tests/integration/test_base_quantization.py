@@ -9,7 +9,7 @@ import shutil
 import pytest
 import tiny
 import torch
-from helpers import adapter_weights, run_trainer, same
+from helpers import SHORT_RUN, adapter_weights, run_trainer, same
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -32,16 +32,7 @@ def flags(model, image_folder, tmp_path_factory):
         f"--pretrained_model_name_or_path={model}",
         f"--instance_data_dir={image_folder}",
         f"--encodings_dir={tmp_path_factory.mktemp('encodings')}",
-        "--instance_prompt=a drawing",
-        "--resolution=64",
-        "--train_batch_size=2",
-        "--max_train_steps=4",
-        "--checkpointing_steps=2",
-        "--seed=0",
-        "--mixed_precision=bf16",
-        "--report_to=none",
-        "--learning_rate=1e-2",
-        "--complex_human_instruction=none",
+        *SHORT_RUN,
         "--lora_layers=attention+ffn",
     ]
 

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from diffusers import SanaControlNetModel, SanaControlNetPipeline, SanaTransformer2DModel
-from helpers import events, run_trainer, same
+from helpers import SHORT_RUN, events, run_trainer, same
 from helpers.inferring import images, infer
 from PIL import Image
 from safetensors.torch import load_file
@@ -30,16 +30,7 @@ def common(tiny_model, tmp_path_factory):
         f"--pretrained_model_name_or_path={tiny_model}",
         f"--encodings_dir={encodings}",
         "--train_mode=controlnet",
-        "--instance_prompt=a drawing",
-        "--resolution=64",
-        "--train_batch_size=2",
-        "--max_train_steps=4",
-        "--checkpointing_steps=2",
-        "--seed=0",
-        "--mixed_precision=bf16",
-        "--report_to=none",
-        "--learning_rate=1e-2",
-        "--complex_human_instruction=none",
+        *SHORT_RUN,
     ]
 
 
