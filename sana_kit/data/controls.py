@@ -165,7 +165,7 @@ class Controls:
     digests: np.ndarray | None = None
     sizes: np.ndarray | None = None
 
-    def of(self, images: ImageSet, rows: Sequence[int]) -> ControlImages:
+    def of(self, images: ImageSet, rows: Sequence[int] | np.ndarray) -> ControlImages:
         """Those of `images`.
 
         Args:
@@ -214,7 +214,7 @@ def load_controls(
 
 def _shape_problems(kind: ControlKind, table: Table, images: Sequence[ImageSet], sizes: np.ndarray) -> list[Problem]:
     """Control images that are not of their image's shape; half or twice its size is no problem."""
-    rows = np.array([part.row(i) for part in images for i in range(len(part))], np.int64)
+    rows = np.concatenate([part.rows() for part in images])
     shapes = np.concatenate([part.sizes() for part in images]).astype(np.int64)
     (width, height), (own_width, own_height) = shapes.T, sizes[rows].astype(np.int64).T
     # by how much the shapes differ, in pixels of the image times its other side: one pixel is rounding

@@ -101,8 +101,7 @@ def load_samples(config: TrainConfig, base_model: Model, ranks: Ranks, stop: Sto
         controls = load_controls(control_kind(config), source, *parts, remember_in=remember_in, ranks=ranks)
     encoded = _encode(functools.reduce(concat, parts), config, base_model, ranks, instruction, stop, recorder)
     if controls is not None:
-        rows = [part.row(i) for part in parts for i in range(len(part))]
-        own = controls.of(encoded.images, rows)
+        own = controls.of(encoded.images, np.concatenate([part.rows() for part in parts]))
         encoded.controls = _encode(own, config, base_model, ranks, instruction, stop, recorder)
     counts = _counts(parts, encoded.images)
     num_class = counts[1] if config.with_prior_preservation else 0
