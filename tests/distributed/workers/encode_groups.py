@@ -24,7 +24,6 @@ from sana_kit.encodings import store as store_module
 from sana_kit.encodings.settings import EncodingSettings
 from sana_kit.models.folder import find_model
 
-torch.set_num_threads(1)
 MODEL, WORK, KILLS = sys.argv[1], sys.argv[2], int(sys.argv[3])
 
 
@@ -46,6 +45,9 @@ def group(world, job, timeout=90):
                 OMP_NUM_THREADS="1",
                 ACCELERATE_TORCH_DEVICE="cpu",
             )
+            # Before any thread: torch makes its pool of threads anew after a fork, and two threads that ask for it at
+            # once find none ("pool INTERNAL ASSERT FAILED").
+            torch.set_num_threads(1)
             try:
                 result = job(rank)
             except Exception as error:

@@ -198,7 +198,8 @@ def test_the_page_in_a_browser(address, browser, width):
     page.wait_for_selector("html[data-drawn='2']")
     assert page.inner_text("#status").startswith("4 images in") and not page.is_visible("#problems")
     assert page.locator(".seed").count() == 2 and page.locator("figure[data-side=lora]").count() == 2
-    page.wait_for_function("[...document.images].every(image => image.complete && image.naturalWidth === 64)")
+    page.evaluate("Promise.all([...document.images].map(image => image.decode()))")  # they may still be loading
+    assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth === 64)")
     assert page.evaluate("document.documentElement.scrollWidth - innerWidth") == 0
     page.wait_for_selector(".run")
     assert "my run" in page.inner_text(".run h3") and "running" in page.inner_text(".run h3")
