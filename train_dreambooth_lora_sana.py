@@ -179,7 +179,8 @@ def run(config: TrainConfig, base_model, engine: Engine, stop: StopSignal, recor
         if config.save_merged:
             write_merged(config, base_model, engine)
         if validator.jobs:
-            validate(validator, state, recorder)
+            drawn = validate(validator, state, recorder)
+            recorder.compare(encoded, samples.num_instance, drawn, stop)
     return leave(config, engine, encoded.images, state, recorder, stop if stopped else None)
 
 
@@ -288,10 +289,12 @@ def measure(held_out: HeldOut, state: TrainState, recorder: Recorder) -> None:
         recorder.held_out(held_out.measure(state))
 
 
-def validate(validator: Validator, state: TrainState, recorder: Recorder) -> None:
-    """Draw the validation images with the live weights, or their average, outside the measured time."""
+def validate(validator: Validator, state: TrainState, recorder: Recorder) -> list[dict]:
+    """Draw the validation images with the live weights, or their average, outside the measured time; returns them."""
     with recorder.paused():
-        recorder.validation(validator.draw(state.global_step))
+        drawn = validator.draw(state.global_step)
+        recorder.validation(drawn)
+    return drawn
 
 
 if __name__ == "__main__":

@@ -127,6 +127,7 @@ class RunLog:
     checkpoints: list[dict]
     held_out: list[dict]
     buckets: list[dict]  # of the run as it stands: width, height, images, lost, enlarged of each
+    memorisation: dict | None  # the comparison with training images at the end, see training/memorisation.py
     warnings: list[dict]
     resumes: list[dict]
     configs: list[dict]  # one per start or resume of the run as it stands
@@ -171,6 +172,7 @@ class _Reader:
     )
     configs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     buckets: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    memorisation: dict[str, Any] | None = None
     end: dict[str, Any] | None = None
     world_size: int | None = None
     repeated: int = 0
@@ -188,7 +190,8 @@ class _Reader:
             else:
                 self._go_back_to(step)
                 self.kinds["resume"].append({**line, "step": step})
-            self.end, self.world_size = None, line.get("world_size", self.world_size)
+            self.end = self.memorisation = None
+            self.world_size = line.get("world_size", self.world_size)
             if isinstance(line.get("config"), dict):
                 self.configs.append(line["config"])
         elif event == "step":
@@ -197,6 +200,8 @@ class _Reader:
             self.kinds[event].append({**line, "step": step})
         elif event == "buckets":
             self.buckets = line.get("rows") or []
+        elif event == "memorisation":
+            self.memorisation = line
         elif event == "end":
             self.end = line
         if isinstance(now, (int, float)):
@@ -227,6 +232,7 @@ class _Reader:
             checkpoints=self.kinds["checkpoint"],
             held_out=self.kinds["held_out"],
             buckets=self.buckets,
+            memorisation=self.memorisation,
             warnings=self.kinds["warning"],
             resumes=self.kinds["resume"],
             configs=self.configs,

@@ -11,6 +11,7 @@ from pathlib import Path
 from sana_kit.data.sets import data_sets
 from sana_kit.files import write_atomic
 from sana_kit.reports.charts import chart_series, format_seconds, marks_and_events, over_fitting, shorten
+from sana_kit.reports.memorisation import copies_told
 from sana_kit.reports.pages import folder_images, render, spread, unreadable_alert
 from sana_kit.reports.thumbnails import Thumbnails
 from sana_kit.runlog import JsonLinesLog, RunLog, finite_number, load_run
@@ -209,6 +210,8 @@ def _alerts(run: RunLog, unreadable: list[Path]) -> list[dict]:
         alerts.append({"kind": "", "text": text})
     if (text := over_fitting(run)) is not None:
         alerts.append({"kind": "", "text": text})
+    if (text := copies_told(run)) is not None:
+        alerts.append({"kind": "", "text": text})
     if run.damaged_lines:
         alerts.append({"kind": "", "text": f"{run.damaged_lines} line(s) of the log cannot be read and are left out."})
     return alerts + unreadable_alert(unreadable)
@@ -246,6 +249,8 @@ def _images(output_dir: Path, run: RunLog, before: Path | None, after: Path | No
     thumbnails = Thumbnails(output_dir / ".report_cache")
     paths = [path for pair in pairs for path in (pair["before_path"], pair["after_path"])]
     paths += [cell["path"] for cells in strips.values() for cell in cells] + [item["path"] for item in samples]
+    likes = _nearest_pairs(output_dir, run)
+    paths += [path for pair in likes for path in (pair["path"], pair["nearest_path"])]
     images = thumbnails.embed(paths)
     shown_pairs = [
         {**pair, "before": images[pair["before_path"]], "after": images[pair["after_path"]]}
@@ -258,9 +263,31 @@ def _images(output_dir: Path, run: RunLog, before: Path | None, after: Path | No
         if cells:
             table.append({"prompt": prompt, "seed": seed, "cells": cells})
     note, no_rows = _row_notes(run, rows)
-    shown_samples = [{**item, "image": images[item["path"]]} for item in samples if item["path"] in images]
+    shown_samples = [
+        {**item, "image": images[item["path"]], "masked": bool(item["line"].get("masked"))}
+        for item in samples
+        if item["path"] in images
+    ]
     context = {"pairs": shown_pairs, "pairs_note": pairs_note, "rows": table, "rows_note": note, "no_rows": no_rows}
-    return {**context, "samples": shown_samples}, thumbnails.unreadable
+    shown_likes = [
+        {**pair, "image": images[pair["path"]], "nearest_image": images[pair["nearest_path"]]}
+        for pair in likes
+        if pair["path"] in images and pair["nearest_path"] in images
+    ]
+    outside = finite_number((run.configs[-1] if run.configs else {}).get("mask_outside")) or 0.0
+    masked = f"{outside:g}" if any(item["masked"] for item in shown_samples) else ""
+    return {**context, "samples": shown_samples, "likes": shown_likes, "masked": masked}, thumbnails.unreadable
+
+
+def _nearest_pairs(output_dir: Path, run: RunLog) -> list[dict]:
+    """The last validation images beside their nearest training images, as the run compared them; nearest first."""
+    found = []
+    for row in (run.memorisation or {}).get("rows") or []:
+        path, nearest = output_dir / str(row.get("file")), output_dir / str(row.get("nearest"))
+        ratio = finite_number(row.get("ratio"))
+        if row.get("nearest") and ratio is not None and path.is_file() and nearest.is_file():
+            found.append({**row, "ratio": f"{ratio:.2f}", "path": path, "nearest_path": nearest})
+    return found
 
 
 def write_report(
@@ -300,6 +327,7 @@ def write_report(
         links=[{"href": file, "text": text} for file, text in _LINKS if (output_dir / file).exists()],
         compared=False,
         buckets=run.buckets,
+        memorisation=run.memorisation,
         **images,
         **_charts(run),
     )

@@ -21,6 +21,7 @@ FOLDER = "training_images"
 COUNT = 12
 SIDE = 256  # pixels of a written image's longer side, at most
 _CUT = 0.35  # brightness of what is cropped away
+_MASKED, _SHARE = (214, 40, 40), 0.6  # colour over what a loss mask leaves out, and how much of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,7 @@ class TrainingImage:
         caption: what it is trained with.
         name: the file's name, or the row of a table.
         mirrored: whether it is flipped after the crop.
+        mask: its loss mask, grey, of the image's size: white counts, black does not; None for none.
     """
 
     image: Image.Image
@@ -40,6 +42,7 @@ class TrainingImage:
     caption: str
     name: str = ""
     mirrored: bool = False
+    mask: Image.Image | None = None
 
 
 class CroppedImages(Sequence[TrainingImage]):
@@ -47,7 +50,7 @@ class CroppedImages(Sequence[TrainingImage]):
 
     def __init__(self, images: ImageSet, transform: Callable[[int], TransformPlan]):
         """`transform(i)` is the decision for sample i (`encodings.settings.Transform`)."""
-        self.images, self.transform = images, transform
+        self.images, self.transform, self._has_mask = images, transform, images.has_mask()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -56,14 +59,22 @@ class CroppedImages(Sequence[TrainingImage]):
         images = self.images
         image = images.load(index)
         plan = self.transform(index)
-        return TrainingImage(image, crop_box(image.size, plan), images.captions[index], images.name(index), plan.flip)
+        mask = images.load_mask(index) if self._has_mask[index] else None
+        crop = crop_box(image.size, plan)
+        return TrainingImage(image, crop, images.captions[index], images.name(index), plan.flip, mask)
 
 
 def draw_crop(sample: TrainingImage, side: int = SIDE) -> Image.Image:
-    """The image, its longer side at most `side` pixels, with all that the crop leaves out darkened."""
+    """The image, its longer side at most `side` pixels, with all that the crop leaves out darkened.
+
+    What a loss mask leaves out is red, half of it where the mask is grey.
+    """
     scale = min(1.0, side / max(sample.image.size))
     size = tuple(max(1, round(length * scale)) for length in sample.image.size)
     small = sample.image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    if sample.mask is not None:
+        share = sample.mask.convert("L").resize(size, Image.Resampling.BOX).point(lambda v: round(_SHARE * (255 - v)))
+        small.paste(_MASKED, (0, 0, *size), share)
     left, top, right, bottom = (round(edge * scale) for edge in sample.crop)
     box = (max(0, left), max(0, top), min(size[0], max(right, left + 1)), min(size[1], max(bottom, top + 1)))
     if box != (0, 0, *size):
@@ -97,6 +108,7 @@ def write_training_images(
             file = f"{number:03d}.png"
             draw_crop(sample).save(fresh / file)
             facts = {"name": sample.name, "size": sample.image.size, "crop": sample.crop, "mirrored": sample.mirrored}
+            facts["masked"] = sample.mask is not None
             lines.append(json.dumps({"file": file, "prompt": sample.caption, **facts}, ensure_ascii=False) + "\n")
         (fresh / "manifest.jsonl").write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
         shutil.rmtree(output_dir / FOLDER, ignore_errors=True)

@@ -42,6 +42,7 @@ RUN_FILES = (
     "sana_kit_base.json",
     "validation",
     "training_images",
+    "nearest_training_images",
     "model_card",
     "logs",
     "run.yaml",

@@ -19,7 +19,9 @@ from pathlib import Path
 import torch
 
 from sana_kit import devices
+from sana_kit.distributed import StopSignal
 from sana_kit.encodings.dataset import EncodedDataset
+from sana_kit.errors import ImageError
 from sana_kit.files import write_atomic
 from sana_kit.model_card import package_versions, this_command
 from sana_kit.progress import console_bar
@@ -30,6 +32,7 @@ from sana_kit.throughput import PhaseClock, ThroughputMeter
 from sana_kit.training.config import RUN_FILE, TrainConfig
 from sana_kit.training.engine import Engine
 from sana_kit.training.held_out import Measurement
+from sana_kit.training.memorisation import compare_with_training_images
 from sana_kit.training.plan import Plan, flops_per_image
 from sana_kit.training.state import TrainState
 from sana_kit.training.stream import SampleStream
@@ -47,6 +50,7 @@ class Recorder:
     Attributes:
         phases: seconds of the start, by phase.
         final_loss: mean of the newest interval of `--logging_steps`, None before the first.
+        memorisation: what of the last validation images is a copy of a training image, None where none was looked at.
         last_good: the newest whole checkpoint in words, for messages.
     """
 
@@ -54,6 +58,7 @@ class Recorder:
         self.config, self.engine, self.phases = config, engine, phases
         self.output_dir = Path(config.output_dir)
         self.final_loss: float | None = None
+        self.memorisation: dict | None = None
         self.last_good = "none was written"
         self._log: JsonLinesLog | None = None
         self._early: list[str] = []  # told before the log is open: a run that has nothing to do leaves it as it is
@@ -290,6 +295,28 @@ class Recorder:
         self._log.write("validation", step=self.state.global_step, **lists)
         self.refresh_page()
 
+    def compare(self, encoded: EncodedDataset, num_instance: int, drawn: list[dict], stop: StopSignal) -> None:
+        """Say which of the last validation images are copies of training images; see `training/memorisation.py`.
+
+        A run does not die of it: what cannot be read any more becomes a warning.
+        """
+        step = self.state.global_step
+        try:
+            found = compare_with_training_images(
+                encoded, num_instance, drawn, self.output_dir, self.engine.ranks, stop
+            )
+        except ImageError as error:
+            self.warn(f"memorisation: not looked for: {error}", step)
+            return
+        if found is None:
+            return
+        self.memorisation = found.figures()
+        self._log.write("memorisation", step=step, **self.memorisation)
+        if found.copies:
+            self.warn(found.told(), step)
+        else:
+            logger.info(found.told())
+
     def refresh_page(self) -> None:
         """Write report.html anew."""
         if self.engine.ranks.is_main:
@@ -323,6 +350,7 @@ class Recorder:
             "peak_memory_bytes": devices.peak_memory_bytes(engine.device),
             "flops_per_image": self.flops_per_image,
             "skipped_updates": engine.guard.total,
+            "memorisation": self.memorisation,
             "interrupted_by_signal": stop_signal,
         }
         if engine.ranks.is_main:

@@ -61,6 +61,7 @@ def test_the_launcher_trains_prints_the_result_block_and_tells_no_secret(tiny_mo
     assert adapter_weights(output)
     summary = json.loads((output / "summary.json").read_text())
     assert summary["world_size"] == 2 and summary["global_step"] == 6
+    assert summary["memorisation"]["training_crops"] == 6  # both ranks' shares
 
 
 def test_the_launcher_returns_the_trainers_failure_and_shows_its_error_last(tiny_model, tmp_path):

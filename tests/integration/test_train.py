@@ -138,6 +138,11 @@ def test_log_summary_and_validation_images(six_steps):
     summary = json.loads((output / "summary.json").read_text())
     assert summary["global_step"] == 6 and summary["final_loss"] == steps[-1]["loss"]
     assert summary["images_per_second"] > 0 and summary["duration_seconds"] > 0
+    memorised = summary["memorisation"]  # of an untrained model's noise nothing is a copy
+    assert (memorised["images"], memorised["copies"], memorised["training_crops"]) == (2, 0, 6)
+    assert {row["file"] for row in memorised["rows"]} == set(shown[-1]["files"])
+    assert all(Image.open(output / row["nearest"]).size == (80, 80) for row in memorised["rows"])
+    assert "<h2>Nearest training images</h2>" in (output / "report.html").read_text()
     phases = ["imports", "checks", "processes", "images and encodings", "transformer", "engine, checkpoint"]
     assert list(summary["start_seconds"]) == [*phases, "first validation", "first step"]
     assert 0 < sum(summary["start_seconds"].values()) <= summary["duration_seconds"]

@@ -9,6 +9,7 @@ from PIL import Image
 from sana_kit.data.discover import load_images
 from sana_kit.data.transform import apply_transform, plan_transform
 from sana_kit.reports.pages import folder_images
+from sana_kit.reports.report import write_report
 from sana_kit.reports.training_images import CroppedImages, TrainingImage, draw_crop, write_training_images
 
 
@@ -29,6 +30,37 @@ def test_the_crop_is_mirrored_with_the_image_and_large_images_are_scaled():
     image = white(2000, 1000)
     drawn = np.asarray(draw_crop(TrainingImage(image, (0, 0, 1000, 1000), "a", mirrored=True), side=200))
     assert drawn.shape == (100, 200, 3) and (drawn[:, :99] < 255).all() and (drawn[:, 101:] == 255).all()
+
+
+def test_what_a_loss_mask_leaves_out_is_red_inside_the_crop_and_mirrored_with_it():
+    mask = Image.new("L", (100, 50))
+    mask.paste(255, (0, 0, 50, 50))
+    mask.paste(128, (50, 0, 60, 50))
+    sample = TrainingImage(white(100, 50), (0, 0, 80, 50), "a", mirrored=True, mask=mask)
+    drawn = np.asarray(draw_crop(sample)).astype(int)[25, ::-1]
+    assert (drawn[1:49] == 255).all()
+    red = np.array([255 - 0.6 * (255 - channel) for channel in (214, 40, 40)])
+    assert np.abs(drawn[62:78] - red).max() <= 2 and np.abs(drawn[52:58] - (255 + red) / 2).max() <= 3
+    assert (drawn[82:].max(axis=0) <= 0.36 * red + 2).all()  # cropped away, too
+
+
+def test_masks_of_the_data_set_reach_the_page(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        white(40, 40).save(folder / name)
+    mask = Image.new("L", (40, 40))
+    mask.paste(255, (0, 0, 20, 40))
+    mask.save(folder / "a.mask.png")
+    images = load_images(instance_data_dir=str(folder), instance_prompt="a field")
+    plan = plan_transform((40, 40), index=0, target=(32, 32), center_crop=True, random_flip=False, seed=0)
+    out = tmp_path / "out"
+    shown = folder_images(write_training_images(CroppedImages(images, lambda index: plan), out))
+    assert [item["line"]["masked"] for item in shown.values()] == [True, False]
+    lines = [{"event": "start", "step": 0, "time": 0, "config": {"mask_outside": 0.25}}]
+    (out / "train_log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    page = write_report(out).read_text()
+    assert "What is red is outside the loss mask and counts 0.25." in page and page.count("(loss mask)") == 1
 
 
 @pytest.mark.parametrize("number", [1, 3, 40])
