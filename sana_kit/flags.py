@@ -50,6 +50,7 @@ class Flag:
     above: float | None
     below: float | None
     repeat: bool
+    many: bool
     off: str | None
     path: bool
     metavar: str | None
@@ -66,6 +67,7 @@ def flag(
     above: float | None = None,
     below: float | None = None,
     repeat: bool = False,
+    many: bool = False,
     off: str | None = None,
     path: bool = False,
     metavar: str | None = None,
@@ -82,11 +84,23 @@ def flag(
         help: one or two sentences.
         choices: the texts that are allowed; another one is found by `range_problems`, with all other problems.
         low, high: the smallest and largest value; above, below: bounds that are not allowed themselves.
+        many: with `repeat`: one or more values each time that the flag is given.
         path: the value names a file or folder; ~ is expanded.
         convert: makes the value from the text, instead of the annotation's type; ArgumentTypeError where it cannot.
     """
     settings = Flag(
-        help, None if choices is None else tuple(choices), low, high, above, below, repeat, off, path, metavar, convert
+        help,
+        None if choices is None else tuple(choices),
+        low,
+        high,
+        above,
+        below,
+        repeat,
+        many,
+        off,
+        path,
+        metavar,
+        convert,
     )
     if default is REQUIRED:
         return dataclasses.field(metadata={"flag": settings}, kw_only=True)
@@ -175,7 +189,8 @@ def _add(group: argparse._ArgumentGroup, field: dataclasses.Field, annotation: A
     metavar = "{" + ",".join(settings.choices) + "}" if settings.choices else settings.metavar
     words |= {"type": convert, "metavar": metavar}
     if several or settings.repeat:
-        words |= {"action": "append"} if settings.repeat else {"nargs": "+"}
+        many = {"action": "extend", "nargs": "+"} if settings.many else {"action": "append"}
+        words |= many if settings.repeat else {"nargs": "+"}
         if settings.repeat and "default" in words:  # argparse would append to the default
             words["default"] = None
     group.add_argument(name, **words)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sana_kit.errors import Problem, UserError, run_as_script
-from sana_kit.files import expand, read_header
+from sana_kit.files import check_output_folder, expand, read_header
 from sana_kit.flags import Parser
 
 ADAPTERS = ("diffusers", "peft", "kohya", "comfyui", "lycoris")
@@ -59,6 +59,8 @@ def convert(source: str, target: str, layout: str, **options: object) -> list[st
         problems.append(Problem("to", layout, f"{source} is {what}, which goes to {', '.join(kinds)}"))
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         problems.append(Problem("out", target, "is there already", "Name a new file or folder."))
+    else:
+        problems += check_output_folder(out.parent, "out")
     if layout == "nvlabs" and out.suffix not in (".pth", ".safetensors"):
         problems.append(
             Problem("out", target, "NVlabs' layout is one file", "Let its name end in .pth or .safetensors.")

@@ -20,7 +20,7 @@ import patch_sana
 from sana_kit.convert.writing import write_tensors
 from sana_kit.errors import Problem, UserError
 from sana_kit.files import write_atomic
-from sana_kit.models.factors import as_pair, check_factors, factor_rank
+from sana_kit.models.factors import as_pair, check_factors, factor_rank, shaped_pair
 from sana_kit.models.keys import to_nvlabs
 from sana_kit.models.layouts import (
     CONVERTED,
@@ -58,6 +58,7 @@ def convert_adapter(source: str, target: str, layout: str) -> list[str]:
     if not problems:
         notes += _factors_to_pairs(adapter, layout, problems)
         problems += _unsupported(adapter, source, layout)
+        notes += _rounded(adapter, layout)
     if problems:
         raise UserError(problems)
     record = json.loads(adapter.metadata.get(CONVERTED, "{}"))
@@ -82,13 +83,11 @@ def _faults(adapter: OpenAdapter, source: str) -> list[Problem]:
         problems += [Problem("in", source, f"{module}: {fault}")] if fault else []
     if not adapter.modules() and not adapter.unknown:
         problems.append(Problem("in", source, "holds no adapter weights"))
-    if (adapter.config or {}).get("lora_bias"):
-        problems.append(Problem("in", source, "adapters with biases (lora_bias) are not supported"))
     return problems
 
 
 def _factors_to_pairs(adapter: OpenAdapter, layout: str, problems: list[Problem]) -> list[str]:
-    """Make LoRA pairs of LoKr and LoHa factors where the target needs them and that is exact; lines about it."""
+    """Make LoRA pairs of LyCORIS' factors where the target needs them and that is exact; lines about it."""
     if not adapter.factors or layout == adapter.layout:
         return []
     apart, ranks = [], {}
@@ -98,35 +97,61 @@ def _factors_to_pairs(adapter: OpenAdapter, layout: str, problems: list[Problem]
             apart.append(module)
             continue
         scale = adapter.alphas.get(module, rank or 1) / (rank or 1)
-        adapter.pairs[module] = pair
+        adapter.pairs[module] = shaped_pair(module, *pair)
         adapter.alphas[module] = scale * pair[0].shape[0]
         ranks[module] = pair[0].shape[0]
         del adapter.factors[module]
     if apart:
-        reason = f"the LoKr or LoHa of {some_of(apart)} is no LoRA of a smaller rank than the layer"
+        reason = f"what LyCORIS adds to {some_of(apart)} is no LoRA of a smaller rank than the layer"
         remedy = "Draw with it as it is (--lora_weights reads it), or keep the lycoris layout."
         problems.append(Problem("in", str(adapter.path), reason, remedy))
     if not ranks:
         return []
     low, high = min(ranks.values()), max(ranks.values())
+    return [f"LyCORIS' factors made a LoRA, exact but for float32's rounding: {len(ranks)} layers, rank {low}-{high}"]
+
+
+def _rounded(adapter: OpenAdapter, layout: str) -> list[str]:
+    """A line where alpha / rank differs within a stack, so that one part's values are scaled, and rounded."""
+    if not SPELLINGS[layout].nvlabs:
+        return []
+    alphas, stacks = _alphas(adapter), []
+    for stack, parts in _stacks(sorted(adapter.pairs)).items():
+        scalings = [alphas[m] / adapter.pairs[m][0].shape[0] for m in parts if m]
+        if any(math.frexp(scaling / scalings[0])[0] != 0.5 for scaling in scalings):
+            stacks.append(stack)
+    if not stacks:
+        return []
     return [
-        f"LoKr or LoHa factors made a LoRA, exact but for float32's rounding: {len(ranks)} layers, rank {low}-{high}"
+        f"alpha / rank differs between the layers of {some_of(stacks)}, and a stack has one: the others' values are"
+        " scaled, so images and the way back are equal but for rounding"
     ]
 
 
 def _unsupported(adapter: OpenAdapter, source: str, layout: str) -> list[Problem]:
     """What the target cannot hold."""
-    if not SPELLINGS[layout].nvlabs or not adapter.magnitudes:
-        return []
+    problems, spelling = [], SPELLINGS[layout]
+    homeless = [m for m, (end, _) in adapter.biases.items() if spelling.nvlabs or (end == "diff_b") != spelling.flat]
+    if homeless:
+        reason = f"it adds to the biases of {some_of(homeless)}, which the {layout} layout has no place for"
+        problems.append(Problem("in", source, reason, "Draw with it as it is (--lora_weights reads it)."))
+    per_input = adapter.per_input()
+    if per_input and not spelling.flat:
+        reason = f"DoRA's magnitudes of {some_of(sorted(per_input))} have one value for each input"
+        remedy = "Only kohya's and LyCORIS' layouts hold such; drawing reads it as it is (--lora_weights)."
+        problems.append(Problem("in", source, reason, remedy))
+    if not spelling.nvlabs or not adapter.magnitudes or per_input:
+        return problems
     lacking = []
     for stack, parts in _stacks(adapter.modules()).items():
         have = [module for module in parts if module in adapter.magnitudes]
         if have and len(have) < len(parts):
             lacking.append(stack)
-    if not lacking:
-        return []
-    reason = f"DoRA's magnitudes of {some_of(lacking)} are needed for all stacked layers, and some have no adapter"
-    return [Problem("in", source, reason, "Take kohya's or LyCORIS' layout, whose layers are not stacked.")]
+    if lacking:
+        reason = f"DoRA's magnitudes of {some_of(lacking)} are needed for all stacked layers, and some have no adapter"
+        remedy = "Take kohya's or LyCORIS' layout, whose layers are not stacked."
+        problems.append(Problem("in", source, reason, remedy))
+    return problems
 
 
 def _stacks(modules: list[str]) -> dict[str, list[str | None]]:
@@ -177,7 +202,8 @@ def _written(adapter: OpenAdapter, spelling: Spelling, stacked: dict[str, list[i
     written = {}
     for name, layer in layers.items():
         stem = spelling.prefix + (name.replace(".", "_") if spelling.flat else name)
-        ends = {"down": spelling.down, "up": spelling.up, "magnitude": spelling.magnitude, "alpha": "alpha"}
+        ends = {"down": spelling.down, "up": spelling.up, "alpha": "alpha"}
+        ends |= dict.fromkeys(("magnitude", "per_input"), spelling.magnitude)
         for what, tensor in layer.items():
             if what != "alpha" or spelling.alpha:
                 written[f"{stem}.{ends[what]}"] = _shaped(tensor, what, spelling, layer)
@@ -189,6 +215,9 @@ def _written(adapter: OpenAdapter, spelling: Spelling, stacked: dict[str, list[i
             written[f"{stem}.alpha"] = _alpha_tensor(adapter.alphas[module], like)
         if module in adapter.magnitudes:
             written[f"{stem}.{spelling.magnitude}"] = adapter.magnitudes[module]
+    for module, (end, tensor) in adapter.biases.items():
+        stem = spelling.prefix + (module.replace(".", "_") if spelling.flat else module)
+        written[f"{stem}.{end}"] = tensor
     return written
 
 
@@ -196,7 +225,10 @@ def _layer(adapter: OpenAdapter, module: str, alphas: Mapping[str, float]) -> La
     down, up = adapter.pairs[module]
     layer = {"down": down, "up": up, "alpha": _alpha_tensor(alphas[module], down)}
     if module in adapter.magnitudes:
-        layer["magnitude"] = peft_magnitude(adapter, module)
+        if module in adapter.per_input():
+            layer["per_input"] = adapter.magnitudes[module]
+        else:
+            layer["magnitude"] = peft_magnitude(adapter, module)
     return layer
 
 

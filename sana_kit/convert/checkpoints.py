@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sana_kit.convert.writing import write_tensors
 from sana_kit.errors import Problem, UserError
-from sana_kit.files import apply_umask, expand, write_atomic
+from sana_kit.files import apply_umask, expand, remove_tree, unique_name, write_atomic
 from sana_kit.models.keys import NVLABS_BLOCKS, to_nvlabs
 from sana_kit.models.weights import TRANSFORMER_STEM, some_of, weight_files
 
@@ -181,8 +183,10 @@ def config_of(state: Mapping[str, torch.Tensor], options: Options, controlnet: b
         ratio = state[f"{block}.mlp.inverted_conv.conv.weight"].shape[0] / (2 * width)
     except KeyError as error:
         reason = f"lacks {error}, which every SANA checkpoint of NVlabs has"
-        raise UserError(Problem("in", None, reason)) from None
-    given = json.loads(expand(options.config).read_text(encoding="utf-8")) if options.config else None
+        own = any(name.startswith("transformer_blocks.") for name in state)
+        remedy = "Its names are diffusers': name the folder that it lies in, and go --to nvlabs." if own else ""
+        raise UserError(Problem("in", None, reason, remedy)) from None
+    given = _given_config(options.config) if options.config else None
     problems = []
     if given is not None:
         heads, cross = given["num_attention_heads"], given["num_cross_attention_heads"]
@@ -207,7 +211,7 @@ def config_of(state: Mapping[str, torch.Tensor], options: Options, controlnet: b
         "mlp_ratio": ratio,
         "sample_size": sample_size,
         "patch_size": patch,
-        "interpolation_scale": given["interpolation_scale"] if given else INTERPOLATION.get(sample_size),
+        "interpolation_scale": given.get("interpolation_scale") if given else INTERPOLATION.get(sample_size),
     }
     if controlnet:
         return config
@@ -215,6 +219,21 @@ def config_of(state: Mapping[str, torch.Tensor], options: Options, controlnet: b
     config["qk_norm"] = "rms_norm_across_heads" if f"{block}.attn.q_norm.weight" in state else None
     config["guidance_embeds"] = "cfg_embedder.mlp.0.weight" in state
     return config
+
+
+def _given_config(path: str) -> dict[str, Any]:
+    """The config.json that the user named: the file, or the folder that holds it."""
+    file = expand(path)
+    file = file / "config.json" if file.is_dir() else file
+    try:
+        given = json.loads(file.read_text(encoding="utf-8"))
+        lacking = [n for n in ("num_attention_heads", "num_cross_attention_heads", "sample_size") if n not in given]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(Problem("config", path, f"cannot be read ({error})")) from None
+    if lacking:
+        reason = f"lacks {', '.join(lacking)}"
+        raise UserError(Problem("config", path, reason, "Name the config.json of a SANA transformer of diffusers."))
+    return given
 
 
 def _layers(state: Mapping[str, torch.Tensor], prefix: str) -> int:
@@ -273,15 +292,33 @@ def nvlabs_to_folder(source: Path, target: Path, options: Options) -> list[str]:
     if problems:
         raise UserError(dict.fromkeys(problems))
     notes = [f"{source}: NVlabs' layout, {len(state)} tensors"]
+    # whole or not at all: a folder that was cut off would look like one that is there already
+    making = target.with_name(unique_name(target.name))
+    try:
+        notes += _write_folders(models, {name: state[name] for name in _EXTRA if name in state}, making, target)
+        os.replace(making, target)
+    except BaseException:
+        remove_tree(making)
+        raise
     notes += [f"Left behind, since diffusers has no place for it: {', '.join(rest)}"] if rest else []
+    has = " and --controlnet names it" if is_controlnet else ""
+    return [*notes, f"To draw with it: --model_path={target} --base_model=PIPELINE, whose other parts are taken{has}."]
+
+
+def _write_folders(
+    models: Sequence[tuple[torch.nn.Module, Tensors]], extra: Tensors, making: Path, target: Path
+) -> list[str]:
+    """Write the models and what diffusers has no place for below `making`; lines that name them below `target`."""
+    notes = []
     for model, tensors in models:
-        folder = target / ("controlnet" if type(model).__name__ == "SanaControlNetModel" else "transformer")
-        _save(model, tensors, folder)
+        name = "controlnet" if type(model).__name__ == "SanaControlNetModel" else "transformer"
+        _save(model, tensors, making / name)
         count = sum(tensor.numel() for tensor in tensors.values())
-        notes.append(f"{folder}: {type(model).__name__}, {model.config.num_layers} layers, {count:,} parameters")
-    extra = {name: state[name] for name in _EXTRA if name in state}
+        notes.append(
+            f"{target / name}: {type(model).__name__}, {model.config.num_layers} layers, {count:,} parameters"
+        )
     if extra:
-        write_tensors(target / "transformer" / EXTRA_FILE, extra, {"format": "pt"})
+        write_tensors(making / "transformer" / EXTRA_FILE, extra, {"format": "pt"})
         notes.append(f"Kept in {EXTRA_FILE} for the way back: {', '.join(extra)}")
     return notes
 
@@ -304,11 +341,11 @@ def read_folder(folder: Path) -> tuple[str, dict[str, Any], Tensors, Tensors]:
         name = config["_class_name"]
         model_class(name)
         files = weight_files(folder, TRANSFORMER_STEM, None)
-    except (OSError, ValueError, KeyError) as error:
+        tensors = {key: tensor for file in files for key, tensor in load_file(file).items()}
+        extra = load_file(folder / EXTRA_FILE) if (folder / EXTRA_FILE).is_file() else {}
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = f"is no folder of SanaTransformer2DModel or SanaControlNetModel ({error})"
         raise UserError(Problem("in", folder, reason)) from None
-    tensors = {key: tensor for file in files for key, tensor in load_file(file).items()}
-    extra = load_file(folder / EXTRA_FILE) if (folder / EXTRA_FILE).is_file() else {}
     return name, config, tensors, extra
 
 
@@ -347,6 +384,7 @@ def folder_to_nvlabs(source: Path, target: Path, options: Options) -> list[str]:
 
 def _two_folders(source: Path, options: Options) -> tuple[Path | None, Path]:
     """(folder of the ControlNet, folder of the transformer)."""
+    base = expand(options.base or "")
     if (source / "config.json").is_file():
         name = json.loads((source / "config.json").read_text(encoding="utf-8")).get("_class_name")
         if name != "SanaControlNetModel":
@@ -354,10 +392,11 @@ def _two_folders(source: Path, options: Options) -> tuple[Path | None, Path]:
         if options.base is None:
             reason = "is a ControlNet, and NVlabs' file holds it together with its base"
             raise UserError(Problem("base", None, reason, "Name the base's transformer folder."))
-        base = expand(options.base)
         return source, base / "transformer" if (base / "transformer").is_dir() else base
-    control = source / "controlnet"
-    return control if control.is_dir() else None, source / "transformer"
+    control, own = source / "controlnet", source / "transformer"
+    if control.is_dir() and not own.is_dir() and options.base is not None:  # the output of a ControlNet's training
+        return control, base / "transformer" if (base / "transformer").is_dir() else base
+    return control if control.is_dir() else None, own
 
 
 def _with_extras(state: Tensors, config: Mapping[str, Any], extra: Tensors) -> tuple[Tensors, list[str]]:

@@ -19,7 +19,9 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 
     safetensors writes the metadata in the random order of a hash map: it is sorted here.
     """
-    data = safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()}, metadata=dict(metadata))
+    data = safetensors.torch.save(
+        {name: t.contiguous() for name, t in tensors.items()}, metadata=dict(metadata) or None
+    )
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
     if "__metadata__" in header:

@@ -65,9 +65,10 @@ class LoraSettings:
     lora_weights: tuple[str, ...] = flag(
         (),
         "adapter: a safetensors file of any layout (diffusers, PEFT, kohya, ComfyUI, LyCORIS), or a folder that holds"
-        " pytorch_lora_weights.safetensors; PATH:0.8 gives it a strength, and several are separated by commas or"
-        " given one by one",
+        " pytorch_lora_weights.safetensors; PATH:0.8 gives it a strength, and several are separated by blanks or"
+        " commas",
         repeat=True,
+        many=True,
         path=True,
     )
     lora_scale: float = flag(1.0, "strength of all adapters together", low=-1e6, high=1e6)

@@ -13,7 +13,7 @@ import torch
 from sana_kit.errors import Problem, UserError
 from sana_kit.files import expand, file_sha256
 from sana_kit.models.about import read_about
-from sana_kit.models.factors import check_factors, factor_delta, factor_rank
+from sana_kit.models.factors import KINDS, check_factors, factor_delta, factor_rank
 from sana_kit.models.layouts import FIELD, LORA_FILE, OpenAdapter, adapter_file, for_module, open_any_adapter
 from sana_kit.models.weights import meta_transformer, some_of
 
@@ -35,11 +35,13 @@ class Lora:
 
     Attributes:
         layout: of its file, see `layouts.py`.
-        weights: as stored, by the names LAYER.lora_A.weight and LAYER.lora_B.weight.
+        weights: as stored, by the names LAYER.lora_A.weight and LAYER.lora_B.weight, in the shapes that peft has.
         rank: layer -> rank; of LoKr and LoHa the rank of their factors, 1 where these are whole.
         scaling: layer -> alpha / rank (or / sqrt(rank) with rsLoRA).
-        magnitude: layer -> DoRA's m, one value per output; empty for a plain LoRA.
-        factors: layer -> factors of LoKr or LoHa, for the layers that are no LoRA.
+        magnitude: layer -> DoRA's m, one value per output, in peft's shape; empty for a plain LoRA.
+        per_input: the layers whose magnitude has one value per input instead, (1, in, ...).
+        factors: layer -> LyCORIS' factors, for the layers that are no LoRA.
+        bias: layer -> what is added to its bias (out,), float32.
         about: what the file says of its training (`about.read_about`).
     """
 
@@ -52,33 +54,44 @@ class Lora:
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
     factors: dict[str, dict[str, torch.Tensor]] = dataclasses.field(default_factory=dict)
     layout: str = "diffusers"
+    per_input: frozenset[str] = frozenset()
+    bias: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def kind(self) -> str:
-        """What it is: LoRA, DoRA, LoKr or LoHa."""
+        """What it is: LoRA, DoRA, LoKr, LoHa and so on."""
         names = {name.split("_")[0] for factors in self.factors.values() for name in factors}
-        found = [shown for name, shown in (("lokr", "LoKr"), ("hada", "LoHa")) if name in names]
-        return " and ".join(found) or ("DoRA" if self.magnitude else "LoRA")
+        found = [shown for name, shown in KINDS.items() if name in names]
+        found = found or ["DoRA" if self.magnitude else "LoRA"]
+        return " and ".join([*found, *(["biases"] if self.bias else [])])
+
+
+def _number(text: str) -> float:
+    """NaN where it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def parse_adapters(values: Sequence[str]) -> list[tuple[str, float]]:
     """(path, factor) of each adapter in texts such as "a.safetensors:0.8,folder"; the factor is 1 unless given.
 
-    A text that is a file or folder as it stands is one, whatever commas and colons its name has.
+    A text that is a file or folder as it stands, or but for the factor behind its last colon, is one adapter, whatever
+    commas and colons its name has.
 
     Raises:
         UserError: an empty part, or a factor that is no finite number.
     """
     found, problems = [], []
     for value in values:
-        for part in [value] if expand(value).exists() else value.split(","):
+        name, _, behind = value.rpartition(":")
+        whole = expand(value).exists() or (name and math.isfinite(_number(behind)) and expand(name).exists())
+        for part in [value] if whole else value.split(","):
             path, colon, text = part.strip().rpartition(":")
             if expand(part.strip()).exists() or not colon:
                 path, text = part.strip(), "1"
-            try:
-                factor = float(text)
-            except ValueError:
-                factor = math.nan
+            factor = _number(text)
             if not path:
                 problems.append(Problem(FIELD, value, "holds an empty part", "Separate adapters by one comma each."))
             elif not math.isfinite(factor):
@@ -89,6 +102,9 @@ def parse_adapters(values: Sequence[str]) -> list[tuple[str, float]]:
     if problems:
         raise UserError(problems)
     return found
+
+
+_OTHER_KINDS = {"OFT": ".oft_blocks", "GLoRA": ".a1.weight", "(IA)3": ".on_input", "trained norms": ".w_norm"}
 
 
 def read_lora(path: str, transformer_config: dict) -> tuple[Lora | None, list[Problem]]:
@@ -115,7 +131,10 @@ def _read_lora(path: str, transformer_config: dict) -> Lora:
     rank = {module: down.shape[0] for module, (down, _) in found.pairs.items()}
     scaling = {}
     for module, r in rank.items():
-        alpha, stated = _alpha(module, r, settings, found.alphas)
+        if module in found.alphas:  # the file's own tensor, which is alpha / rank whatever peft's settings say
+            scaling[module] = found.alphas[module] / r
+            continue
+        alpha, stated = _alpha(module, r, settings)
         if stated != r:
             reason = f"its metadata says rank {stated} for {module}, its tensors have rank {r}"
             raise UserError(Problem(FIELD, path, reason))
@@ -124,21 +143,36 @@ def _read_lora(path: str, transformer_config: dict) -> Lora:
         r = factor_rank(factors)
         rank[module] = r or 1
         scaling[module] = found.alphas[module] / r if r and module in found.alphas else 1.0
-    halves = ("lora_A", "lora_B")
-    weights = {
-        f"{m}.{half}.weight": t for m, pair in found.pairs.items() for half, t in zip(halves, pair, strict=True)
-    }
+    weights = {}
+    for module, (down, up) in found.pairs.items():
+        for half, tensor, shape in zip(
+            ("lora_A", "lora_B"), (down, up), _pair_shapes(down, modules[module]), strict=True
+        ):
+            weights[f"{module}.{half}.weight"] = tensor.reshape(shape)
+    per_input, magnitudes = found.per_input(), {}
+    for module, magnitude in found.magnitudes.items():
+        convolution = modules[module].weight.ndim > 2
+        magnitudes[module] = magnitude if module in per_input else magnitude.view((1, -1, 1, 1) if convolution else -1)
+    bias = {m: t.float() * (scaling[m] if end == "lora_B.bias" else 1.0) for m, (end, t) in found.biases.items()}
     return Lora(
         found.path,
         file_sha256(found.path),
         weights,
         rank,
         scaling,
-        found.magnitudes,
+        magnitudes,
         read_about(found.metadata),
         found.factors,
         found.layout,
+        frozenset(per_input),
+        bias,
     )
+
+
+def _pair_shapes(down: torch.Tensor, module: torch.nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of A and B of a layer; some tools write those of 1 x 1 convolutions as of linear layers."""
+    weight, rank = module.weight.shape, down.shape[0]
+    return (rank, *weight[1:]), (weight[0], rank, *(1 for _ in weight[2:]))
 
 
 def _misfits(found: OpenAdapter, modules: Mapping[str, torch.nn.Module]) -> list[tuple[str, str]]:
@@ -149,6 +183,9 @@ def _misfits(found: OpenAdapter, modules: Mapping[str, torch.nn.Module]) -> list
     if unknown:
         reason = f"{len(unknown)} of its {found.total} tensors or layers belong to no layer of this model"
         remedy = "It is of another model, or in a layout that is not read (docs/formats.md lists those that are)."
+        for kind, end in _OTHER_KINDS.items():
+            if any(name.endswith(end) for name in unknown):
+                remedy = f"It seems to be {kind}, which is not read (docs/formats.md lists what is)."
         told.append((f"{reason}: {some_of(unknown)}", remedy))
     wrong = []
     for module, (down, up) in found.pairs.items():
@@ -157,9 +194,14 @@ def _misfits(found: OpenAdapter, modules: Mapping[str, torch.nn.Module]) -> list
             continue
         if module in strange:
             continue
-        weight, down, up = modules[module].weight.shape, tuple(down.shape), tuple(up.shape)
-        if down != (down[0], *weight[1:]) or up != (weight[0], down[0], *(1 for _ in weight[2:])):
-            wrong.append(f"{module} {tuple(weight)} has lora_A {down} and lora_B {up}")
+        wanted = [torch.Size(shape) for shape in _pair_shapes(down, modules[module])]
+        fits = all(
+            half.shape in (shape, torch.Size((shape[0], shape[1:].numel())))
+            for half, shape in zip((down, up), wanted, strict=True)
+        )
+        if not fits:
+            shapes = f"lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)}"
+            wrong.append(f"{module} {tuple(modules[module].weight.shape)} has {shapes}")
     for module in set(found.factors) - strange:
         fault = check_factors(found.factors[module])
         try:
@@ -168,6 +210,12 @@ def _misfits(found: OpenAdapter, modules: Mapping[str, torch.nn.Module]) -> list
         except (ValueError, RuntimeError) as error:
             fault = str(error)
         wrong += [f"{module}: {fault}"] if fault else []
+    for module, (_, bias) in found.biases.items():
+        own = getattr(modules.get(module), "bias", None)
+        if module not in strange and (own is None or own.shape != bias.shape):
+            wrong.append(
+                f"{module} has a bias of {tuple(bias.shape)}, {'none' if own is None else tuple(own.shape)} here"
+            )
     wrong += [f"{module} has a DoRA magnitude of {shape}" for module, shape in _odd_magnitudes(found, modules)]
     if wrong:
         remedy = "Give the adapter of this model, or the model that it was trained on."
@@ -181,12 +229,11 @@ def _misfits(found: OpenAdapter, modules: Mapping[str, torch.nn.Module]) -> list
 
 
 def _odd_magnitudes(found: OpenAdapter, modules: Mapping[str, torch.nn.Module]) -> list[tuple[str, tuple]]:
-    """The layers whose magnitude is not one value per output (LyCORIS' older files have one per input)."""
-    odd = []
+    """The layers whose magnitude has another number of values than the layer has outputs, or inputs."""
+    odd, per_input = [], found.per_input()
     for module, magnitude in found.magnitudes.items():
-        outputs = getattr(getattr(modules.get(module), "weight", None), "shape", [None])[0]
-        per_input = found.spelling.magnitude == "dora_scale" and magnitude.shape[:1] != (outputs,)
-        if magnitude.numel() != outputs or per_input:
+        outputs, inputs = (*getattr(getattr(modules.get(module), "weight", None), "shape", ()), None, None)[:2]
+        if magnitude.numel() != (inputs if module in per_input else outputs):
             odd.append((module, tuple(magnitude.shape)))
     return odd
 
@@ -195,6 +242,7 @@ def _tensors(found: OpenAdapter) -> list[tuple[str, torch.Tensor]]:
     """(name, tensor) of all that an adapter holds."""
     listed = [(f"{m}.{half}", t) for m, pair in found.pairs.items() for half, t in zip("AB", pair, strict=True)]
     listed += [(f"{m}.magnitude", t) for m, t in found.magnitudes.items()]
+    listed += [(f"{m}.{end}", t) for m, (end, t) in found.biases.items()]
     listed += [(f"{m}.{name}", t) for m, factors in found.factors.items() for name, t in factors.items()]
     return [(name, tensor) for name, tensor in listed if tensor is not None]
 
@@ -202,18 +250,19 @@ def _tensors(found: OpenAdapter) -> list[tuple[str, torch.Tensor]]:
 def _settings(config: Mapping[str, Any] | None, found: OpenAdapter) -> tuple[Mapping[str, Any], str | None]:
     """(peft settings of the adapter, what of them is not supported)."""
     settings = config or {}
-    if settings.get("lora_bias"):
-        return settings, "adapters with biases (lora_bias) are not supported"
+    bare = sorted(
+        module for module, (end, _) in found.biases.items() if end == "lora_B.bias" and module not in found.pairs
+    )
+    if bare:
+        return settings, f"it holds lora_B.bias and no lora_B for {some_of(bare)}"
     lacking = sorted({*found.pairs} - {*found.magnitudes})
     if settings.get("use_dora") and lacking:
         return settings, f"its metadata says DoRA, and it holds no magnitude for {some_of(lacking)}"
     return settings, None
 
 
-def _alpha(module: str, rank: int, settings: Mapping[str, Any], alphas: Mapping[str, float]) -> tuple[float, int]:
+def _alpha(module: str, rank: int, settings: Mapping[str, Any]) -> tuple[float, int]:
     """(alpha, the rank that the metadata says) of a module."""
-    if module in alphas:
-        return alphas[module], rank
     alpha = for_module(settings.get("alpha_pattern"), module, settings.get("lora_alpha", rank))
     return alpha, for_module(settings.get("rank_pattern"), module, settings.get("r", rank))
 
@@ -255,6 +304,10 @@ def apply_loras(transformer: torch.nn.Module, loras: Sequence[tuple[Lora, float]
                     if name in lora.scaling:
                         merged = merged + _addition(weight, name, lora, factor)
                 weight.copy_(merged)
+            for name in sorted({name for lora, _ in loras for name in lora.bias}):
+                bias = modules[name].bias
+                added = [factor * lora.bias[name].to(bias.device) for lora, factor in loras if name in lora.bias]
+                bias.copy_(bias.float() + torch.stack(added).sum(0))
         return
     problems = [problem for lora, _ in loras for problem in check_fusing(lora, fuse)]
     if problems:
@@ -302,6 +355,8 @@ def _addition(weight: torch.Tensor, name: str, lora: Lora, factor: float) -> tor
     if name not in lora.magnitude:
         return (lora.scaling[name] * factor) * delta
     magnitude = lora.magnitude[name].to(weight.device, torch.float32).flatten()
-    directed = (weight.float() + lora.scaling[name] * delta).flatten(1)
-    directed = directed * (magnitude / directed.norm(dim=1))[:, None]
-    return factor * (directed.view(weight.shape) - weight.float())
+    along = int(name in lora.per_input)  # 0: a norm for each output, 1: for each input
+    directed = (weight.float() + lora.scaling[name] * delta).transpose(0, along)
+    norm = directed.flatten(1).norm(dim=1)
+    directed = directed * (magnitude / norm).view(-1, *(1 for _ in directed.shape[1:]))
+    return factor * (directed.transpose(0, along) - weight.float())

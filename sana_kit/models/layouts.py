@@ -7,7 +7,7 @@
     lycoris    lycoris_transformer_blocks_0_attn1_to_q.lora_down.weight, or .lokr_w1, .hada_w1_a, ...
 
 Read, all of them are by diffusers' layers: two factors (down (r, in), up (out, r), of a convolution with its window),
-alpha, DoRA's magnitude; the factors of LoKr and LoHa stay as they are (`sana_kit/models/factors.py`).
+alpha, DoRA's magnitude; what LyCORIS adds otherwise stays as it is (`sana_kit/models/factors.py`), and so do biases.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from sana_kit.errors import Problem, UserError
 from sana_kit.files import expand, read_header
 from sana_kit.models.factors import FACTORS
 from sana_kit.models.keys import from_nvlabs, is_nvlabs, unflatten
-from sana_kit.models.weights import some_of
 
 LORA_FILE = patch_sana.ADAPTER_FILE  # diffusers' name, which the trainer writes
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -71,7 +70,9 @@ _MAGNITUDES = (
     "lora_magnitude_vector.default.weight",
     "dora_scale",
 )
-_ENDS = re.compile(r"(.+?)\.(" + "|".join(map(re.escape, (*_DOWN, *_UP, *_MAGNITUDES, "alpha", *FACTORS))) + ")")
+BIASES = ("lora_B.bias", "diff_b")  # what is added to a bias: peft's, scaled as the weight's is; ComfyUI's, as it is
+_KNOWN = (*_DOWN, *_UP, *_MAGNITUDES, *BIASES, "alpha", *FACTORS)
+_ENDS = re.compile(r"(.+?)\.(" + "|".join(map(re.escape, _KNOWN)) + ")")
 
 
 @dataclasses.dataclass
@@ -83,7 +84,8 @@ class OpenAdapter:
         pairs: layer -> (down (r, in, ...), up (out, r, ...)); one of them is None where the file has only the other.
         alphas: layer -> alpha, where the file has a tensor of it.
         magnitudes: layer -> DoRA's m, as stored.
-        factors: layer -> the factors of LoKr or LoHa, by their names.
+        factors: layer -> LyCORIS' factors, by their names.
+        biases: layer -> (one of BIASES, what is added to the bias (out,)).
         unknown: names that belong to no layer.
         config: peft's settings, from the metadata or the config beside it; None where there are none.
         metadata: all of the file's metadata.
@@ -96,6 +98,7 @@ class OpenAdapter:
     alphas: dict[str, float] = dataclasses.field(default_factory=dict)
     magnitudes: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     factors: dict[str, dict[str, torch.Tensor]] = dataclasses.field(default_factory=dict)
+    biases: dict[str, tuple[str, torch.Tensor]] = dataclasses.field(default_factory=dict)
     unknown: list[str] = dataclasses.field(default_factory=list)
     config: dict[str, Any] | None = None
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -108,7 +111,16 @@ class OpenAdapter:
 
     def modules(self) -> list[str]:
         """The layers that it changes, in order."""
-        return sorted({*self.pairs, *self.factors})
+        return sorted({*self.pairs, *self.factors, *self.biases})
+
+    def per_input(self) -> set[str]:
+        """The layers whose magnitude has one value per input, (1, in, ...), as LyCORIS' older files have it."""
+        return {module for module, magnitude in self.magnitudes.items() if _per_input(magnitude)}
+
+
+def _per_input(magnitude: torch.Tensor) -> bool:
+    # peft's of a convolution is (1, out, 1, 1) under a name of its own, and is turned on reading
+    return magnitude.ndim > 1 and magnitude.shape[0] == 1
 
 
 def is_adapter_name(name: str) -> bool:
@@ -216,12 +228,22 @@ def _take(
     """Put one layer of the file into `adapter`, taken apart where it is a stack of diffusers' layers."""
     modules = from_nvlabs(layer, sprint) if adapter.spelling.nvlabs and is_nvlabs(layer) else [layer]
     factors = {name: tensor for name, tensor in tensors.items() if name in FACTORS}
-    if factors and len(modules) > 1:
-        adapter.unknown += [f"{adapter.spelling.prefix}{layer}.{name}" for name in factors]
-        return
     alpha = float(tensors["alpha"]) if "alpha" in tensors else None
     magnitude = tensors.get("magnitude")
+    if magnitude is not None and adapter.spelling.magnitude != "dora_scale":
+        magnitude = magnitude.flatten()
     down, up = tensors.get("down"), tensors.get("up")
+    whole = factors if magnitude is None or not _per_input(magnitude) else {*factors, adapter.spelling.magnitude}
+    if whole and len(modules) > 1:  # what belongs to the stack as a whole
+        adapter.unknown += [f"{adapter.spelling.prefix}{layer}.{name}" for name in whole]
+        return
+    if "lora_mid.weight" in factors:
+        factors |= {f"lora_{n}.weight": t for n, t in (("down", down), ("up", up)) if t is not None}
+        down = up = None
+    for name in BIASES:
+        if name in tensors:
+            parts = tensors[name].chunk(len(modules))
+            adapter.biases |= {m: (name, part) for m, part in zip(modules, parts, strict=True)}
     if len(modules) > 1:
         taken = _unstack(down, up, alpha, magnitude, len(modules), ranks)
     else:
@@ -322,36 +344,3 @@ def peft_magnitude(adapter: OpenAdapter, module: str) -> torch.Tensor:
     down = adapter.pairs[module][0]
     shape = (1, -1, *(1 for _ in down.shape[2:])) if down is not None and down.ndim > 2 else (-1,)
     return adapter.magnitudes[module].reshape(shape)
-
-
-def read_any_adapter(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, str]]:
-    """(state, config, metadata) of a LoRA file of any layout, in this kit's own.
-
-    state: {`transformer.MODULE.lora_A.weight` (r, in, ...), `.lora_B.weight` (out, r, ...), `.lora_magnitude_vector`
-    (out,) or (1, out, 1, 1) of DoRA}, as stored, on the CPU. config: peft's settings (r, lora_alpha, rank_pattern,
-    alpha_pattern, use_dora, use_rslora, target_modules). metadata: all of the file's. The layout is that of
-    `open_any_adapter(path)`.
-
-    Raises:
-        UserError: no such file; tensors that belong to no layer; LoKr or LoHa, which are no LoRA.
-    """
-    adapter = open_any_adapter(path)
-    half = [module for module, pair in adapter.pairs.items() if None in pair]
-    problems = []
-    if adapter.unknown:
-        reason = f"{len(adapter.unknown)} of {adapter.total} tensors belong to no layer: {some_of(adapter.unknown)}"
-        problems.append(Problem(FIELD, path, reason))
-    if half:
-        problems.append(Problem(FIELD, path, f"one of the two factors is missing for {some_of(half)}"))
-    if adapter.factors:
-        reason = f"holds LoKr or LoHa factors ({some_of(adapter.factors)}), which are no LoRA"
-        problems.append(Problem(FIELD, path, reason, "sana_kit.convert makes one of them where that is exact."))
-    if problems:
-        raise UserError(problems)
-    state = {}
-    for module, pair in sorted(adapter.pairs.items()):
-        for name, tensor in zip(("lora_A.weight", "lora_B.weight"), pair, strict=True):
-            state[f"{patch_sana.KEY_PREFIX}{module}.{name}"] = tensor
-        if module in adapter.magnitudes:
-            state[f"{patch_sana.KEY_PREFIX}{module}.lora_magnitude_vector"] = peft_magnitude(adapter, module)
-    return state, settings_of(adapter), adapter.metadata

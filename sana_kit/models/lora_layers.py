@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 DEFAULT_LORA_LAYERS = ("to_k", "to_q", "to_v")
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-_FFN = ("ff.conv_inverted", "ff.conv_point")  # not conv_depth: its filters have one input each
+_FFN = ("ff.conv_inverted", "ff.conv_point")
+DEPTHWISE = "conv_depth"  # its filters have one input each
 _REST = ("linear_1", "linear_2", "time_embed.linear", "patch_embed.proj", "proj_out")
 PRESETS = {"attention": _ATTENTION, "attention+ffn": (*_ATTENTION, *_FFN), "all": (*_ATTENTION, *_FFN, *_REST)}
 
@@ -27,16 +28,20 @@ def parse_layers(text: str | None) -> str | list[str]:
 
 
 def unmatched_layers(layers: str | list[str], names: Iterable[str]) -> list[tuple[str, str]]:
-    """(layer asked for, why) for what of `parse_layers` finds no layer among `names`."""
+    """(layer asked for, why) for what of `parse_layers` finds no layer in `names`, or one that peft cannot train."""
     names = list(names)
-    if isinstance(layers, str):
-        try:
-            found = any(re.fullmatch(layers, name) for name in names)
-        except re.error as error:
-            return [(layers, f"is no regular expression ({error})")]
-        return [] if found else [(layers, "matches no whole name of a linear or convolution layer of the transformer")]
-    return [
-        (layer, "matches no linear or convolution layer of the transformer")
-        for layer in layers
-        if not any(name == layer or name.endswith("." + layer) for name in names)
-    ]
+    told = []
+    for layer in [layers] if isinstance(layers, str) else layers:
+        if isinstance(layers, str):
+            try:
+                found = [name for name in names if re.fullmatch(layer, name)]
+            except re.error as error:
+                return [(layer, f"is no regular expression ({error})")]
+            whole = "whole name of a "
+        else:
+            found, whole = [name for name in names if name == layer or name.endswith("." + layer)], ""
+        if not found:
+            told.append((layer, f"matches no {whole}linear or convolution layer of the transformer"))
+        elif any(name.endswith(DEPTHWISE) for name in found):
+            told.append((layer, f"takes in {DEPTHWISE}, whose filters have one input each: peft has no LoRA for such"))
+    return told

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from peft.utils import set_peft_model_state_dict
 
 from patch_sana import base_model_fingerprint
-from sana_kit.models.adapter import read_lora
+from sana_kit.models.adapter_start import read_start
 from sana_kit.models.lora import lora_config
 from sana_kit.models.lora_layers import parse_layers
 from sana_kit.models.quantize import quantize_weights
@@ -29,13 +32,22 @@ def put_adapter(transformer: torch.nn.Module, config: AdapterConfig) -> None:
 
     With `config.init_lora` they begin as that adapter, which `adapter_problems` has found to fit.
     """
-    settings, lora = {"use_rslora": config.use_rslora, "use_dora": config.use_dora}, None
+    settings: dict[str, Any] = {"use_rslora": config.use_rslora, "use_dora": config.use_dora}
+    lora = None
     layers = parse_layers(config.lora_layers)
     start = {"kaiming": True}.get(config.init_lora_weights, config.init_lora_weights)
     if config.init_lora is not None:
-        lora, _ = read_lora(config.init_lora, transformer.config)
+        lora, _ = read_start(config.init_lora, transformer.config)
         assert lora is not None, config.init_lora
         layers = sorted(lora.rank)
+        root = 0.5 if config.use_rslora else 1.0
+        alphas = {name: lora.scaling[name] * rank**root for name, rank in lora.rank.items()}
+        settings["rank_pattern"] = {name: rank for name, rank in lora.rank.items() if rank != config.rank}
+        settings["alpha_pattern"] = {
+            name: int(alpha) if alpha == int(alpha) else alpha
+            for name, alpha in alphas.items()
+            if not math.isclose(alpha, config.alpha, rel_tol=1e-9)
+        }
     transformer.add_adapter(
         lora_config(
             rank=config.rank,
@@ -43,7 +55,7 @@ def put_adapter(transformer: torch.nn.Module, config: AdapterConfig) -> None:
             dropout=config.lora_dropout,
             layers=layers,
             init_lora_weights=start,
-            **{name: True for name, on in settings.items() if on},
+            **{name: value for name, value in settings.items() if value},
         )
     )
     if lora is None or next(transformer.parameters()).is_meta:

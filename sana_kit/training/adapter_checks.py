@@ -6,11 +6,13 @@ No peft, transformers or diffusers are imported for the usual settings: the laun
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import torch
 
 from sana_kit.errors import Problem
-from sana_kit.models.adapter import Lora, read_lora
+from sana_kit.models.adapter import Lora
+from sana_kit.models.adapter_start import read_start
 from sana_kit.models.folder import Model
 from sana_kit.models.lora_layers import PRESETS, parse_layers, unmatched_layers
 from sana_kit.models.quantize import QUANTIZATIONS, quantize_problems
@@ -51,7 +53,7 @@ def adapter_problems(config: TrainConfig, model: Model) -> tuple[TrainConfig, li
         if adapter.init_lora_weights == "orthogonal" and adapter.rank % 2:
             problems.append(Problem("rank", adapter.rank, "must be even with init_lora_weights orthogonal"))
         return config.replaced(lora_alpha=adapter.alpha), problems
-    lora, found = read_lora(adapter.init_lora, model.transformer_config)
+    lora, found = read_start(adapter.init_lora, model.transformer_config)
     if lora is None:
         return config, [*problems, *(Problem("init_lora", p.value, p.reason, p.remedy) for p in found)]
     return _begin_with(lora, config, problems)
@@ -78,12 +80,10 @@ def quantization_problems(config: TrainConfig, model: Model | None, device: str,
 
 def _begin_with(lora: Lora, config: TrainConfig, problems: list[Problem]) -> tuple[TrainConfig, list[Problem]]:
     """The settings that hold where the run begins with an adapter."""
-    adapter, file = config.adapter, config.init_lora
-    kinds = {(rank, lora.scaling[name]) for name, rank in lora.rank.items()}
-    if lora.factors or len(kinds) > 1:
-        what = f"it is {lora.kind}" if lora.factors else f"its layers differ in rank or scale ({len(kinds)} kinds)"
-        return config, [*problems, Problem("init_lora", file, what, "Give a LoRA or DoRA of one rank and alpha.")]
-    ((rank, scaling),) = kinds
+    adapter = config.adapter
+    # most layers' own; the others get theirs as patterns of peft's, see adapter.put_adapter
+    rank = Counter(lora.rank.values()).most_common(1)[0][0]
+    scaling = Counter(scale for name, scale in lora.scaling.items() if lora.rank[name] == rank).most_common(1)[0][0]
     alpha = scaling * (rank**0.5 if adapter.use_rslora else rank)
     alpha = int(alpha) if alpha == int(alpha) else alpha
     for name, own in (("rank", rank), ("lora_alpha", alpha), ("lora_layers", None)):

@@ -94,7 +94,10 @@ class AdapterConfig:
         "gaussian", "How the first matrix begins; the second is zero but with orthogonal.", choices=LORA_STARTS
     )
     init_lora: str | None = flag(
-        None, "Adapter (any layout) to begin with; its rank, alpha and layers are the run's.", path=True
+        None,
+        "Adapter (any layout) to begin with; its ranks, alphas and layers are the run's. PATH:0.8 scales it, several"
+        " are separated by commas and add up.",
+        path=True,
     )
     save_merged: bool = flag(False, "Also write transformer/ with the LoRA merged into the weights.")
 

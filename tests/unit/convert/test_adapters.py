@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 import patch_sana
 from sana_kit.convert.adapters import convert_adapter
 from sana_kit.errors import UserError
+from sana_kit.flags import parse
+from sana_kit.inference.config import InferConfig
 from sana_kit.models.adapter import apply_loras, parse_adapters, read_lora
 from sana_kit.models.keys import from_nvlabs, to_nvlabs, unflatten
-from sana_kit.models.layouts import open_any_adapter, read_any_adapter
+from sana_kit.models.layouts import open_any_adapter, settings_of
 from sana_kit.models.weights import meta_transformer
 
 CONFIG = {
@@ -115,6 +117,31 @@ def test_there_and_back_is_byte_equal_and_means_the_same(tmp_path, layout, kind)
     assert again.read_bytes() == there.read_bytes()
 
 
+@pytest.mark.parametrize("layout", OTHERS)
+def test_rslora_keeps_its_strength_in_every_layout(tmp_path, layout):
+    """alpha / sqrt(rank) there is alpha / rank with another alpha in layouts that have a tensor of it."""
+    modules = {f"transformer_blocks.1.attn1.to_{x}": 4 for x in "qkv"} | {"proj_out": 2}
+    original = lora(tmp_path / "own", modules=modules, use_rslora=True)
+    assert not same(merged(original), merged(lora(tmp_path / "plain", modules=modules)))
+    there = converted(original, tmp_path / layout, layout)
+    expected, got = merged(original), merged(there)
+    assert max(float((expected[key] - got[key]).abs().max()) for key in got) < 1e-6
+    assert converted(there, tmp_path / "back", "diffusers").read_bytes() == original.read_bytes()
+
+
+def test_a_stack_of_several_strengths_is_told_to_be_rounded(tmp_path):
+    modules = {f"transformer_blocks.1.attn1.to_{x}": 4 for x in "qkv"}
+    alphas = {"transformer_blocks.1.attn1.to_q": 3, "transformer_blocks.1.attn1.to_k": 16}
+    original = lora(tmp_path / "own", modules=modules, alpha_pattern=alphas)
+    lines = convert_adapter(str(original), str(tmp_path / "c.safetensors"), "comfyui")
+    assert any("differs between the layers of blocks.1.attn.qkv" in line for line in lines)
+    expected, got = merged(original), merged(tmp_path / "c.safetensors")
+    assert max(float((expected[key] - got[key]).abs().max()) for key in got) < 1e-6
+    halves = lora(tmp_path / "halves", modules=modules, alpha_pattern={**alphas, next(iter(alphas)): 4})
+    lines = convert_adapter(str(halves), str(tmp_path / "h.safetensors"), "comfyui")
+    assert not any("differs" in line for line in lines) and same(merged(halves), merged(tmp_path / "h.safetensors"))
+
+
 def test_every_layout_becomes_every_other(tmp_path):
     original = lora(tmp_path / "own")
     expected, file = merged(original), original
@@ -198,9 +225,10 @@ def test_files_of_other_tools_are_read_and_given_back_byte_for_byte(tmp_path, na
     way = "diffusers" if layout != "diffusers" else "kohya"
     other = converted(file, tmp_path / "other", way)
     assert same(merged(other), merged(file))
-    state, config, metadata = read_any_adapter(str(other))
-    assert {config["r"], metadata["ss_network_dim"]} == {4, "4"} and len(state) == 4
-    assert {key.split(".")[0] for key in state} == {"transformer"} and config["lora_alpha"] == (alpha or 4)
+    adapter = open_any_adapter(str(other))
+    config = settings_of(adapter)
+    assert {config["r"], adapter.metadata["ss_network_dim"]} == {4, "4"} and len(adapter.pairs) == 2
+    assert config["lora_alpha"] == (alpha or 4)
     back = converted(other, tmp_path / "back", layout)
     assert load_file(back).keys() == load_file(file).keys() and same(load_file(back), load_file(file))
     assert open_any_adapter(str(back)).metadata == open_any_adapter(str(file)).metadata
@@ -277,8 +305,6 @@ def test_lokr_and_loha_are_applied_as_peft_applies_them(tmp_path, kind, exact):
         assert torch.allclose(ours[key], expected, atol=1e-6)
         with pytest.raises(UserError, match="is no LoRA of a smaller rank"):
             convert_adapter(str(tmp_path / "l.safetensors"), str(tmp_path / "own"), "diffusers")
-    with pytest.raises(UserError, match="which are no LoRA"):
-        read_any_adapter(str(tmp_path / "l.safetensors"))
 
 
 def test_all_that_belongs_nowhere_is_named_at_once(tmp_path):
@@ -348,6 +374,9 @@ def test_adapters_on_a_command_line(tmp_path):
     odd.touch()
     found = parse_adapters([str(odd), "x.safetensors:0.8,y/z", "c:d:-1"])
     assert found[0] == (str(odd), 1.0) and found[-3:] == [("x.safetensors", 0.8), ("y/z", 1.0), ("c:d", -1.0)]
+    assert parse_adapters([f"{odd}:-.25"]) == [(str(odd), -0.25)]
+    config, given = parse(InferConfig, "", ["--lora_weights", "a:0.8", "b,c", "--lora_weights=d"])
+    assert config.lora.lora_weights == ("a:0.8", "b,c", "d") and given == {"lora_weights"}
     with pytest.raises(UserError) as told:
         parse_adapters(["a,,b", "a:strong", "a:nan"])
     assert len(told.value.problems) == 3 and "'strong' behind its colon no number" in str(told.value)

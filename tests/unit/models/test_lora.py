@@ -153,3 +153,7 @@ def test_names_and_expressions_are_told_apart():
     assert not unmatched_layers(r".*\.attn1\..*", names) and unmatched_layers("attn1.*", names)
     assert unmatched_layers(["to_q", "to_z"], names)[0][0] == "to_z"
     assert "no regular expression" in unmatched_layers("(", names)[0][1]
+    depth = ["transformer_blocks.0.ff.conv_depth", "transformer_blocks.0.ff.conv_point"]
+    for layers in (["conv_depth"], r".*\.ff\..*"):
+        assert "takes in conv_depth" in unmatched_layers(layers, depth)[0][1]
+    assert not unmatched_layers(r".*conv_point", depth)
