@@ -190,7 +190,11 @@ class Ranks:
             collective()
         except RuntimeError as error:
             reason = self._heartbeat.why() if self._heartbeat is not None else None
-            raise RankFailed(reason or f"another rank ended while this one waited for it ({error})") from error
+            if reason is None:
+                reason = f"another rank ended while this one waited for it ({error})"
+                if self._heartbeat is not None:  # the ranks that are left end now; nobody waits for one that is gone
+                    self._heartbeat.tell_failure(reason)
+            raise RankFailed(reason) from error
 
     def gather(self, value) -> list:
         """Every rank's value (anything that pickles), in rank order, on every rank."""

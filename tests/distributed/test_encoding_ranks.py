@@ -4,12 +4,11 @@ One worker process imports the libraries once and forks the groups of ranks (wor
 """
 
 import json
-import subprocess
 import sys
 
 import pytest
 import tiny
-from helpers import KIT, script_environment
+from helpers import KIT, run, script_environment
 
 LEFT = ["latents", "prompts", "runs"]  # no marks of ranks that have ended
 
@@ -20,7 +19,7 @@ def ranks(tmp_path_factory, tiny_model):
     return run_ranks(tmp_path_factory.mktemp("ranks"), tiny_model, kills=6)
 
 
-def run_ranks(work, tiny_model, kills):
+def run_ranks(work, tiny_model, kills, scenarios="all"):
     tiny.write_image_folder(work / "images", count=7)
     tiny.write_image_folder(work / "single", count=1)
     (tiny.write_image_folder(work / "lacking", count=7) / "image_05.png").unlink()
@@ -30,13 +29,8 @@ def run_ranks(work, tiny_model, kills):
     data = (corrupt / "cut.jpg").read_bytes()
     (corrupt / "cut.jpg").write_bytes(data[: len(data) * 3 // 4])
     script = KIT / "tests" / "distributed" / "workers" / "encode_groups.py"
-    done = subprocess.run(
-        [sys.executable, str(script), str(tiny_model), str(work), str(kills)],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**script_environment(), "CUDA_VISIBLE_DEVICES": ""},
-    )
+    command = [sys.executable, script, tiny_model, work, kills, scenarios]
+    done = run(command, env={**script_environment(), "CUDA_VISIBLE_DEVICES": ""})
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads(lines[-1][7:])
@@ -101,6 +95,6 @@ def test_concurrent_runs_in_one_store(ranks):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_forty_kills_at_random_moments(tmp_path, tiny_model):
-    results = run_ranks(tmp_path, tiny_model, kills=40)
+    results = run_ranks(tmp_path, tiny_model, kills=40, scenarios="kills")
     assert len(results["kills"]) == 40 and results["after kills"][0]["digest"] == results["undisturbed"][0]["digest"]
     print("encoded at each kill:", results["kills"])

@@ -68,6 +68,7 @@ def killed(ranks):
         ranks.barrier()
     finally:
         assert time.monotonic() - begin < 600  # long before the half hour of a collective
+        assert ranks._heartbeat._ended.is_set()  # the end of the interpreter does not wait for the one that is gone
 
 
 def test_a_killed_rank_ends_the_others_at_once():

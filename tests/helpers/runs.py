@@ -92,7 +92,7 @@ def wait_for_step(output, step, process):
     until(lambda: max(steps_logged(output), default=0) >= step, process, log_of(output))
 
 
-def wait_for_new_step(output, process):
-    """Wait until the run has logged a step since this call: the log also holds those of runs before."""
+def wait_for_new_step(output, process, count=1):
+    """Wait until the run has logged `count` steps since this call: the log also holds those of runs before."""
     before = len(steps_logged(output))
-    until(lambda: len(steps_logged(output)) > before, process, log_of(output))
+    until(lambda: len(steps_logged(output)) >= before + count, process, log_of(output))

@@ -1,6 +1,7 @@
 """Groups of ranks that encode together, one group a scenario; imports once, then forks.
 
-Started by test_encoding_ranks.py: python encode_groups.py MODEL WORK KILLS. The last line is RESULT and a JSON object.
+Started by test_encoding_ranks.py: python encode_groups.py MODEL WORK KILLS SCENARIOS. The last line is RESULT and a
+JSON object. SCENARIOS is "all", or "kills" for the killed runs and what they are compared with.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from sana_kit.encodings import store as store_module
 from sana_kit.encodings.settings import EncodingSettings
 from sana_kit.models.folder import find_model
 
-MODEL, WORK, KILLS = sys.argv[1], sys.argv[2], int(sys.argv[3])
+MODEL, WORK, KILLS, SCENARIOS = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
 
 
 def group(world, job, timeout=90):
@@ -101,26 +102,10 @@ def encode(folder, store, **changes):
     }
 
 
-out = {}
-folder = WORK + "/images"
-out["one rank"] = group(1, lambda rank: encode(folder, WORK + "/store1"))
-out["two ranks"] = group(2, lambda rank: encode(folder, WORK + "/store2"))
-out["three ranks"] = group(3, lambda rank: encode(folder, WORK + "/store3"))
-out["again on two"] = group(2, lambda rank: encode(folder, WORK + "/store3"))
-out["idle ranks"] = group(3, lambda rank: encode(WORK + "/single", WORK + "/store4"))
-out["idle left"] = sorted(os.listdir(WORK + "/store4"))
-out["corrupt"] = group(3, lambda rank: encode(WORK + "/corrupt", WORK + "/store5"))
-out["corrupt left"] = sorted(os.listdir(WORK + "/store5"))
-out["skipped"] = group(3, lambda rank: encode(WORK + "/corrupt", WORK + "/store5", skip_bad_images=True))
-
-
 def alone_on_its_machine(rank):
     os.environ["LOCAL_WORLD_SIZE"] = "1"
     peers.SHARED_SECONDS = 1.0
-    return encode(folder, f"{WORK}/own{rank}")
-
-
-out["separate"] = group(2, alone_on_its_machine)
+    return encode(IMAGES, f"{WORK}/own{rank}")
 
 
 def fails_in_the_model(rank):
@@ -133,26 +118,35 @@ def fails_in_the_model(rank):
         return real(vae, pixels)
 
     encode_images.encode_pixels = broken
-    return encode(folder, WORK + "/store6")
-
-
-out["failure"] = group(3, fails_in_the_model)
-out["failure left"] = sorted(os.listdir(WORK + "/store6"))
+    return encode(IMAGES, WORK + "/store6")
 
 
 def disagrees(rank):
-    return encode(folder, WORK + "/store7", resolution=64 if rank else 63)
-
-
-out["flag error on one rank"] = group(2, disagrees)
+    return encode(IMAGES, WORK + "/store7", resolution=64 if rank else 63)
 
 
 def other_images(rank):
     return encode(WORK + ("/lacking" if rank else "/images"), WORK + "/store7")
 
 
-out["other images on one rank"] = group(2, other_images)
-out["other images left"] = os.path.exists(WORK + "/store7")
+IMAGES = WORK + "/images"
+out = {}
+if SCENARIOS == "all":
+    out["one rank"] = group(1, lambda rank: encode(IMAGES, WORK + "/store1"))
+    out["two ranks"] = group(2, lambda rank: encode(IMAGES, WORK + "/store2"))
+    out["three ranks"] = group(3, lambda rank: encode(IMAGES, WORK + "/store3"))
+    out["again on two"] = group(2, lambda rank: encode(IMAGES, WORK + "/store3"))
+    out["idle ranks"] = group(3, lambda rank: encode(WORK + "/single", WORK + "/store4"))
+    out["idle left"] = sorted(os.listdir(WORK + "/store4"))
+    out["corrupt"] = group(3, lambda rank: encode(WORK + "/corrupt", WORK + "/store5"))
+    out["corrupt left"] = sorted(os.listdir(WORK + "/store5"))
+    out["skipped"] = group(3, lambda rank: encode(WORK + "/corrupt", WORK + "/store5", skip_bad_images=True))
+    out["separate"] = group(2, alone_on_its_machine)
+    out["failure"] = group(3, fails_in_the_model)
+    out["failure left"] = sorted(os.listdir(WORK + "/store6"))
+    out["flag error on one rank"] = group(2, disagrees)
+    out["other images on one rank"] = group(2, other_images)
+    out["other images left"] = os.path.exists(WORK + "/store7")
 
 
 def slow(vae, pixels, real=encode_images.encode_pixels):
@@ -212,5 +206,6 @@ def concurrent(rank):
     return encode(WORK + "/many", WORK + "/store10", vae_batch_size=1)
 
 
-out["concurrent"] = group(2, concurrent)
+if SCENARIOS == "all":
+    out["concurrent"] = group(2, concurrent)
 print("RESULT " + json.dumps(out))
