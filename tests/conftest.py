@@ -3,6 +3,7 @@
 pytest.ini puts the kit, tests/ and tests/helpers/ on the Python path: `import tiny`, `from helpers import same`.
 """
 
+import gc
 import os
 import shutil
 
@@ -13,10 +14,22 @@ from helpers import KIT, launch, script_environment
 __all__ = ["KIT", "launch", "script_environment"]
 
 
+def keep_what_is_there():
+    """What has been imported is no garbage: runs in this process look for theirs often, up to half a second each."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_collection_finish(session):
+    keep_what_is_there()
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """Folder of a complete tiny SanaPipeline (see tiny.make_tiny_pipeline)."""
-    return tiny.make_tiny_pipeline(tmp_path_factory.mktemp("model") / "tiny-sana")
+    folder = tiny.make_tiny_pipeline(tmp_path_factory.mktemp("model") / "tiny-sana")
+    keep_what_is_there()  # diffusers and transformers import the classes of models when they are asked for
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import KIT, script_environment
+from helpers import KIT, run, script_environment
 
 NOT_HERE = {
     "source /usr/local/Ascend/ascend-toolkit/set_env.sh": "needs CANN",
@@ -203,7 +203,6 @@ def on_tiny_things(line, model, data, images):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
 def test_every_command_of_the_pages_runs(kit_copy, tiny_model, parquet_dataset, image_folder):
     dreambooth = kit_copy / "diffusers" / "examples" / "dreambooth"
     dreambooth.mkdir(parents=True)
@@ -211,7 +210,7 @@ def test_every_command_of_the_pages_runs(kit_copy, tiny_model, parquet_dataset, 
     (kit_copy / "diffusers" / "src" / "diffusers" / "__init__.py").write_text('__version__ = "0.0.0"\n')
     (kit_copy / "diffusers" / "setup.py").write_text("")
     shutil.copy(KIT / "tests" / "helpers" / "fake_upstream_trainer.py", dreambooth / "train_dreambooth_lora_sana.py")
-    environment = {**script_environment(threads=2), "PYTHON": sys.executable, "PYTHONPATH": ""}
+    environment = {**script_environment(), "PYTHON": sys.executable, "PYTHONPATH": ""}
     ran = 0
     for line in commands(*PAGES):
         if line in NOT_HERE:
@@ -222,7 +221,7 @@ def test_every_command_of_the_pages_runs(kit_copy, tiny_model, parquet_dataset, 
             (kit_copy.parent / "over" / "examples" / "dreambooth").mkdir(parents=True)
         else:
             words = on_tiny_things(line, tiny_model, parquet_dataset, image_folder)
-        done = subprocess.run(words, cwd=kit_copy, capture_output=True, text=True, timeout=300, env=environment)
+        done = run(words, cwd=kit_copy, env=environment)
         assert done.returncode == 0, f"{line}\n{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         ran += 1
     assert ran >= 18
@@ -231,7 +230,6 @@ def test_every_command_of_the_pages_runs(kit_copy, tiny_model, parquet_dataset, 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
 def test_the_quick_start_changes_the_images(kit_copy):
     """The first of the README's two commands, whole. The measured distance to the fine-tuning set must fall as
     stated.
@@ -239,14 +237,8 @@ def test_the_quick_start_changes_the_images(kit_copy):
     import json
 
     environment = {k: v for k, v in script_environment(threads=1).items() if k != "OMP_NUM_THREADS"}
-    done = subprocess.run(
-        ["bash", "finetune_sana_dreambooth_lora_deepspeed_bf16.sh", "--quickstart"],
-        cwd=kit_copy,
-        capture_output=True,
-        text=True,
-        timeout=1400,
-        env={**environment, "PYTHON": sys.executable, "PYTHONPATH": ""},
-    )
+    environment.update(PYTHON=sys.executable, PYTHONPATH="")
+    done = run(["bash", "finetune_sana_dreambooth_lora_deepspeed_bf16.sh", "--quickstart"], cwd=kit_copy, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     output = kit_copy / "quickstart_output"
     for name in ("before_after.png", "report.html", "pytorch_lora_weights.safetensors", "after/gallery.html"):
