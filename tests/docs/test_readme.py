@@ -238,7 +238,8 @@ def test_the_quick_start_changes_the_images(kit_copy):
 
     environment = {k: v for k, v in script_environment(threads=1).items() if k != "OMP_NUM_THREADS"}
     environment.update(PYTHON=sys.executable, PYTHONPATH="")
-    done = run(["bash", "finetune_sana_dreambooth_lora_deepspeed_bf16.sh", "--quickstart"], cwd=kit_copy, env=environment)
+    command = ["bash", "finetune_sana_dreambooth_lora_deepspeed_bf16.sh", "--quickstart"]
+    done = run(command, cwd=kit_copy, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     output = kit_copy / "quickstart_output"
     for name in ("before_after.png", "report.html", "pytorch_lora_weights.safetensors", "after/gallery.html"):
