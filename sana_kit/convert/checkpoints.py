@@ -301,8 +301,8 @@ def nvlabs_to_folder(source: Path, target: Path, options: Options) -> list[str]:
         remove_tree(making)
         raise
     notes += [f"Left behind, since diffusers has no place for it: {', '.join(rest)}"] if rest else []
-    has = " and --controlnet names it" if is_controlnet else ""
-    return [*notes, f"To draw with it: --model_path={target} --base_model=PIPELINE, whose other parts are taken{has}."]
+    more = f" --controlnet={target}" if is_controlnet else ""
+    return [*notes, f"To draw with it: --model_path={target} --base_model=PIPELINE (for its other parts){more}"]
 
 
 def _write_folders(
@@ -390,13 +390,19 @@ def _two_folders(source: Path, options: Options) -> tuple[Path | None, Path]:
         if name != "SanaControlNetModel":
             return None, source
         if options.base is None:
-            reason = "is a ControlNet, and NVlabs' file holds it together with its base"
-            raise UserError(Problem("base", None, reason, "Name the base's transformer folder."))
+            raise _no_base()
         return source, base / "transformer" if (base / "transformer").is_dir() else base
     control, own = source / "controlnet", source / "transformer"
-    if control.is_dir() and not own.is_dir() and options.base is not None:  # the output of a ControlNet's training
+    if control.is_dir() and not own.is_dir():  # the output of a ControlNet's training
+        if options.base is None:
+            raise _no_base()
         return control, base / "transformer" if (base / "transformer").is_dir() else base
     return control if control.is_dir() else None, own
+
+
+def _no_base() -> UserError:
+    reason = "needed: it is a ControlNet, and NVlabs' file holds one together with its base"
+    return UserError(Problem("base", None, reason, "Name the base's transformer folder."))
 
 
 def _with_extras(state: Tensors, config: Mapping[str, Any], extra: Tensors) -> tuple[Tensors, list[str]]:

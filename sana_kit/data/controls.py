@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from sana_kit.data.discover import find_images
 from sana_kit.data.headers import read_headers
 from sana_kit.data.image_set import LISTED_PROBLEMS, ImageSet, bad_image_problems
 from sana_kit.data.memory import Memory
-from sana_kit.data.sources import FileSource
+from sana_kit.data.sources import FileSource, JoinedSource
 from sana_kit.data.tables import Table
 from sana_kit.data.transform import TransformPlan, apply_transform
 from sana_kit.distributed import Ranks
@@ -158,10 +159,13 @@ def _stem(name: str) -> str:
 
 @dataclass(frozen=True)
 class Controls:
-    """Control images that were looked at; `of(images)` are those of a set of training images."""
+    """Control images that were looked at; `of(images)` are those of a set of training images.
 
-    kind: ControlKind
-    table: Table | None
+    Attributes:
+        source: of all data sets, one behind the other; None where they are computed.
+    """
+
+    source: Any
     digests: np.ndarray | None = None
     sizes: np.ndarray | None = None
 
@@ -169,16 +173,45 @@ class Controls:
         """Those of `images`.
 
         Args:
-            rows: of each sample in the table that `find_images` found.
+            rows: of each sample in the tables that `find_images` found, one behind the other.
         """
-        if self.table is None:
+        if self.source is None:
             return Outlines(images)
-        return ControlImages(images, self.table.source, np.array(rows, np.int64), self.digests, self.sizes)
+        return ControlImages(images, self.source, np.array(rows, np.int64), self.digests, self.sizes)
+
+
+def find_all_controls(
+    kinds: Sequence[ControlKind], images: Sequence[Table], sources: Sequence[Mapping[str, Any]]
+) -> list[Table | None]:
+    """`find_controls` of each data set.
+
+    Raises:
+        UserError: what is wrong with those of any set; an image name that two sets look up in one folder.
+    """
+    tables: list[Table | None] = []
+    problems: list[Problem] = []
+    seen: dict[tuple[str, str], int] = {}
+    for number, (kind, table, source) in enumerate(zip(kinds, images, sources, strict=True)):
+        try:
+            tables.append(find_controls(kind, table, source))
+        except UserError as error:
+            problems += error.problems
+            continue
+        if kind.folder is not None:
+            files: Any = table.source
+            names = [(str(expand(kind.folder).resolve()), _stem(name)) for name in files.names]
+            twice = [name for folder, name in names if seen.setdefault((folder, name), number) != number]
+            if twice:
+                reason = f"images of two data sets have one name there: {listed(twice, LISTED_PROBLEMS)}"
+                problems.append(Problem(kind.field, kind.value, reason, "Give a folder for each data set."))
+    if problems:
+        raise UserError(dict.fromkeys(problems), "The control images cannot be used:")
+    return tables
 
 
 def load_controls(
-    kind: ControlKind,
-    source: Mapping[str, Any],
+    kinds: Sequence[ControlKind],
+    sources: Sequence[Mapping[str, Any]],
     *images: ImageSet,
     remember_in: str | Path | None = None,
     ranks: Ranks | None = None,
@@ -186,33 +219,39 @@ def load_controls(
     """Find, hash and check the control images; every rank calls it.
 
     Args:
-        source: arguments of `find_images`.
-        images: the sets that they belong to: those to train on, and held-out ones.
+        kinds: of each data set; sources: of each, the arguments of `find_images`.
+        images: what the data sets, one behind the other, were made into: what to train on, and what is held out.
 
     Raises:
         UserError: control images that are missing, cannot be read or have another shape than their image, by name.
     """
     ranks = ranks or Ranks(0, 1, torch.device("cpu"))
-    table = ranks.run_on_all(lambda: find_controls(kind, find_images(**source)[0], source))
-    if table is None:
-        return Controls(kind, None)
-    headers = read_headers(table.source, Memory(remember_in, writes=ranks.is_local_main), ranks)
+
+    def find() -> list[Table | None]:
+        return find_all_controls(kinds, [find_images(**source)[0] for source in sources], sources)
+
+    tables = [table for table in ranks.run_on_all(find) if table is not None]
+    if not tables:
+        return Controls(None)
+    memory = Memory(remember_in, writes=ranks.is_local_main)
+    headers = [read_headers(table.source, memory, ranks) for table in tables]
+    source = functools.reduce(JoinedSource, [table.source for table in tables])
+    digests, sizes = (np.concatenate([getattr(part, name) for part in headers]) for name in ("digests", "sizes"))
 
     def check() -> None:
-        problems = []
-        if headers.bad:
-            text = bad_image_problems(list(headers.bad.values()))
-            problems.append(Problem(kind.field, kind.value, text))
-        else:
-            problems += _shape_problems(kind, table, images, headers.sizes)
-        if problems:
+        problems = [
+            Problem(kind.field, kind.value, bad_image_problems(list(part.bad.values())))
+            for kind, part in zip(kinds, headers, strict=True)
+            if part.bad
+        ]
+        if problems := problems or _shape_problems(kinds[0].field, source, images, sizes):
             raise UserError(problems, "The control images cannot be used:")
 
     ranks.run_on_all(check)
-    return Controls(kind, table, headers.digests, headers.sizes)
+    return Controls(source, digests, sizes)
 
 
-def _shape_problems(kind: ControlKind, table: Table, images: Sequence[ImageSet], sizes: np.ndarray) -> list[Problem]:
+def _shape_problems(field: str, source: Any, images: Sequence[ImageSet], sizes: np.ndarray) -> list[Problem]:
     """Control images that are not of their image's shape; half or twice its size is no problem."""
     rows = np.concatenate([part.rows() for part in images])
     shapes = np.concatenate([part.sizes() for part in images]).astype(np.int64)
@@ -222,10 +261,9 @@ def _shape_problems(kind: ControlKind, table: Table, images: Sequence[ImageSet],
     first = {int(rows[i]): int(i) for i in np.flatnonzero(off)[::-1]}
     if not first:
         return []
-    source: Any = table.source
     told = [
         f"{source.name(row)} is {own_width[i]}x{own_height[i]} px, its image {width[i]}x{height[i]}"
         for row, i in sorted(first.items())
     ]
     reason = f"{len(told)} control image(s) have another shape than their image: {listed(told, LISTED_PROBLEMS)}"
-    return [Problem(kind.field, kind.value, reason, "Cut or scale them as their images are.")]
+    return [Problem(field, None, reason, "Cut or scale them as their images are.")]

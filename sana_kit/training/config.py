@@ -211,8 +211,12 @@ class DataConfig:
 @dataclasses.dataclass(frozen=True)
 class ControlConfig:
     control_column: str | None = flag(None, "Column of the control images, beside --image_column.")
-    control_data_dir: str | None = flag(
-        None, "Folder of control images that are called as the training images are; endings may differ.", path=True
+    control_data_dir: str | tuple[str, ...] | None = flag(
+        None,
+        "Folder of control images that are called as the training images are; endings may differ. Several data sets"
+        " share one, or have one each, in their order (repeatable).",
+        path=True,
+        repeat=True,
     )
     control_edges: bool = flag(False, "Control images are the outlines of the training images, computed.")
     controlnet_layers: int | None = flag(

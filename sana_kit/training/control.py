@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from sana_kit.arithmetic import default_controlnet_layers
-from sana_kit.data.controls import ControlKind, find_controls
+from sana_kit.data.controls import ControlKind, find_all_controls
 from sana_kit.data.decode import inspect_image
 from sana_kit.data.discover import find_images
+from sana_kit.data.sets import several
 from sana_kit.errors import ImageError, Problem, UserError
 from sana_kit.files import expand
 from sana_kit.generation.inputs import InputImage, Inputs
@@ -22,9 +23,11 @@ from sana_kit.training.config import AdapterConfig, ControlConfig, TrainConfig
 SOURCES = ("control_column", "control_data_dir", "control_edges")
 
 
-def control_kind(config: TrainConfig) -> ControlKind:
-    """Where the control images of a checked run come from."""
-    return ControlKind(config.control_column, config.control_data_dir, config.control_edges)
+def control_kinds(config: TrainConfig) -> list[ControlKind]:
+    """Where the control images of each data set of a checked run come from."""
+    count, folders = len(config.sets), several(config.control_data_dir) or (None,)
+    folders = folders * count if len(folders) == 1 else folders
+    return [ControlKind(config.control_column, folder, config.control_edges) for folder in folders]
 
 
 def control_problems(
@@ -49,16 +52,17 @@ def control_problems(
         reason = f"{'several' if named else 'none'} of them given"
         remedy = "Say where the control images come from, by one of them."
         problems.append(Problem(", ".join(SOURCES), None, reason, remedy))
-    elif len(image_sources) > 1:
-        reason = "control images go with one data set, and several are given"
-        problems.append(Problem("train_mode", config.train_mode, reason, "Put them into one."))
     elif not image_sources:
         pass  # told with the images
-    elif config.control_column is not None and image_sources[0]["dataset_name"] is None:
+    elif config.control_column is not None and any(source["dataset_name"] is None for source in image_sources):
         remedy = "Use --control_data_dir, or a data set."
         problems.append(Problem("control_column", config.control_column, "a folder has no columns", remedy))
+    elif len(several(config.control_data_dir)) not in (0, 1, len(image_sources)):
+        reason = f"{len(several(config.control_data_dir))} folders for {len(image_sources)} data set(s)"
+        remedy = "Name one for all, or one for each, in the order of the data sets."
+        problems.append(Problem("control_data_dir", None, reason, remedy))
     elif local_rank() == 0:
-        problems += _missing(config, image_sources[0])
+        problems += _missing(config, image_sources)
     return config, problems + _validation_problems(config)
 
 
@@ -121,17 +125,21 @@ def _begin_with(config: TrainConfig, model: Model) -> tuple[TrainConfig, list[Pr
     return config.replaced(controlnet_layers=own), problems
 
 
-def _missing(config: TrainConfig, image_source: dict[str, Any]) -> list[Problem]:
+def _missing(config: TrainConfig, image_sources: Sequence[dict[str, Any]]) -> list[Problem]:
     """Images without a control image; what is wrong with the images themselves is told elsewhere."""
-    name = image_source["dataset_name"]
-    if name is not None and not (expand(name).exists() or name.startswith((".", "/"))):
-        return []  # of the hub: looked at once it is there
+    kinds, tables, sources = [], [], []
+    for kind, source in zip(control_kinds(config), image_sources, strict=True):
+        name = source["dataset_name"]
+        if name is not None and not (expand(name).exists() or name.startswith((".", "/"))):
+            continue  # of the hub: looked at once it is there
+        try:
+            tables.append(find_images(**source)[0])
+        except UserError:
+            continue
+        kinds.append(kind)
+        sources.append(source)
     try:
-        table, _ = find_images(**image_source)
-    except UserError:
-        return []
-    try:
-        find_controls(control_kind(config), table, image_source)
+        find_all_controls(kinds, tables, sources)
     except UserError as error:
         return list(error.problems)
     return []

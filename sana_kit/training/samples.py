@@ -22,7 +22,7 @@ from sana_kit.errors import InputError, Problem, UserError
 from sana_kit.models.folder import Model
 from sana_kit.training.check import image_sources
 from sana_kit.training.config import TrainConfig
-from sana_kit.training.control import control_kind
+from sana_kit.training.control import control_kinds
 from sana_kit.training.order import WeightedSets
 from sana_kit.training.prior import generate_class_images
 from sana_kit.training.state import check_same_images
@@ -97,8 +97,8 @@ def load_samples(config: TrainConfig, base_model: Model, ranks: Ranks, stop: Sto
     parts += [held_out] if held_out is not None else []
     controls = None
     if config.train_mode == "controlnet":  # all of them looked at before a weight is loaded
-        (source,), remember_in = image_sources(config), f"{_encodings_dir(config)}/images"
-        controls = load_controls(control_kind(config), source, *parts, remember_in=remember_in, ranks=ranks)
+        sources, remember_in = image_sources(config), f"{_encodings_dir(config)}/images"
+        controls = load_controls(control_kinds(config), sources, *parts, remember_in=remember_in, ranks=ranks)
     encoded = _encode(functools.reduce(concat, parts), config, base_model, ranks, instruction, stop, recorder)
     if controls is not None:
         own = controls.of(encoded.images, np.concatenate([part.rows() for part in parts]))

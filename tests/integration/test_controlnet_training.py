@@ -176,7 +176,8 @@ def test_other_control_images_are_told_on_a_resume(flags, whole, control, tmp_pa
     shutil.copytree(control, other)
     Image.new("RGB", Image.open(control / "image_02.png").size).save(other / "image_02.png")
     more = [f"--control_data_dir={other}", "--max_train_steps=5", f"--output_dir={output}"]
-    assert run_trainer(*flags, *more, "--resume_from_checkpoint=latest") == 0
+    others = [flag for flag in flags if not flag.startswith("--control_data_dir")]  # two would be of two data sets
+    assert run_trainer(*others, *more, "--resume_from_checkpoint=latest") == 0
     told = [line["message"] for line in events(output, "warning")]
     assert "the control images are other ones than when the checkpoint was written" in " ".join(told)
 
@@ -218,8 +219,9 @@ def test_which_control_images_must_be_said_and_other_modes_take_none(common, ima
     both = ["--control_edges", "--control_column=edges"]
     assert "several of them given" in refused(common, [*data, *both])
     assert "a folder has no columns" in refused(common, [*data, "--control_column=edges"])
-    two = [*data, f"--instance_data_dir={tmp_path}", "--control_edges"]
-    assert "control images go with one data set" in refused(common, two)
+    three = [f"--control_data_dir={tmp_path / name}" for name in "abc"]
+    two = [*data, f"--instance_data_dir={tmp_path}", *three]
+    assert "--control_data_dir: 3 folders for 2 data set(s)" in refused(common, two)
     said = refused(common, [*data, "--train_mode=lora", "--control_edges"])
     assert "--control_edges: has no effect without --train_mode controlnet" in said
 

@@ -4,12 +4,14 @@ python -m pytest tests/unit/convert/test_checkpoints.py
 """
 
 import json
+import shutil
 
 import pytest
 import torch
 from helpers.nvlabs import NVlabsSana
 from safetensors.torch import load_file, save_file
 
+from sana_kit.convert import checkpoints
 from sana_kit.convert.__main__ import convert, main
 from sana_kit.convert.checkpoints import Options, config_of, from_diffusers, meta_model, position_table
 from sana_kit.errors import UserError
@@ -177,13 +179,49 @@ def test_a_controlnet_goes_with_its_base_and_back(tmp_path):
 def test_a_controlnet_alone_needs_its_own_base(tmp_path):
     control_pair(tmp_path)
     source = str(tmp_path / "first" / "controlnet")
-    with pytest.raises(UserError, match="base: is a ControlNet, and NVlabs' file holds it together with its base"):
+    with pytest.raises(UserError, match="base: needed: it is a ControlNet"):
         convert(source, str(tmp_path / "c.pth"), "nvlabs")
     convert(source, str(tmp_path / "c.pth"), "nvlabs", base=str(tmp_path / "first"))
+    output = tmp_path / "output"  # of a training: controlnet/ without a transformer/
+    shutil.copytree(source, output / "controlnet")
+    with pytest.raises(UserError, match="base: needed: it is a ControlNet"):
+        convert(str(output), str(tmp_path / "e.pth"), "nvlabs")
+    convert(str(output), str(tmp_path / "e.pth"), "nvlabs", base=str(tmp_path / "first"))
+    assert (tmp_path / "e.pth").read_bytes() == (tmp_path / "c.pth").read_bytes()
     random_model(config_for("1.6B"), 5).save_pretrained(tmp_path / "other" / "transformer")
     with pytest.raises(UserError, match="differs from the base in .*x_embedder.proj.weight.*room for one of them"):
         convert(source, str(tmp_path / "d.pth"), "nvlabs", base=str(tmp_path / "other"))
     assert not (tmp_path / "d.pth").exists()
+
+
+def test_a_conversion_is_whole_or_not_there(tmp_path, monkeypatch):
+    """Nothing that looks done is left by one that was cut off; what is wrong with --config and OUT is told at once."""
+    save_file(nvlabs_state(), tmp_path / "x.safetensors")
+    source, out = str(tmp_path / "x.safetensors"), tmp_path / "out"
+    config = tmp_path / "config.json"
+    for text, told in ((None, "cannot be read"), ("[1", "cannot be read"), ("{}", "lacks num_attention_heads")):
+        if text is not None:
+            config.write_text(text)
+        with pytest.raises(UserError, match=f"config=.*{told}"):
+            convert(source, str(out), "diffusers", config=str(config))
+    folder = tmp_path / "folder"
+    random_model(config_for("1.5 1.6B"), 0).save_pretrained(folder)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="out=.*file: is a file"):
+        convert(source, str(tmp_path / "file" / "below"), "diffusers", config=str(folder))
+    monkeypatch.setattr(checkpoints, "write_tensors", lambda *_: 1 / 0)
+    monkeypatch.setattr(checkpoints, "_EXTRA", ("final_layer.linear.bias",))
+    with pytest.raises(ZeroDivisionError):
+        convert(source, str(out), "diffusers", config=str(folder))
+    assert not out.exists() and {p.name for p in tmp_path.iterdir()} == {
+        "x.safetensors",
+        *("config.json", "folder", "file"),
+    }
+    monkeypatch.undo()
+    lines = convert(source, str(out), "diffusers", config=str(folder))
+    assert f"--model_path={out} --base_model=PIPELINE" in lines[-1]
+    with pytest.raises(UserError, match="Its names are diffusers': name the folder"):
+        convert(str(out / "transformer/diffusion_pytorch_model.safetensors"), str(tmp_path / "y"), "diffusers")
 
 
 def nvlabs_state(name="1.5 1.6B"):

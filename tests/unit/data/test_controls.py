@@ -42,7 +42,7 @@ def images(tmp_path):
 def load(folder, kind, **given):
     source = source_of(instance_data_dir=str(folder), **given)
     found = load_images(**source, instance_prompt="a drawing")
-    return found, load_controls(kind, source, found)
+    return found, load_controls([kind], [source], found)
 
 
 def rows_of(images):
@@ -72,6 +72,30 @@ def test_buckets_of_controls_are_those_of_their_images(images):
     own = known.of(found, rows_of(found))
     settings = EncodingSettings("nowhere", resolution=64, resolutions=(512,))
     assert [Transform(own, settings)(i) for i in range(6)] == [Transform(found, settings)(i) for i in range(6)]
+
+
+def test_several_data_sets_have_their_control_images_one_behind_the_other(images, tmp_path):
+    """A folder for each, the names alike; in one folder for both they could not be told apart."""
+    folder, controls = images
+    other = tiny.write_image_folder(tmp_path / "other", 3)
+    inverted = tmp_path / "inverted"
+    inverted.mkdir()
+    for file in other.glob("*.png"):
+        ImageOps.invert(Image.open(file)).save(inverted / file.name)
+    sources = [source_of(instance_data_dir=str(place)) for place in (folder, other)]
+    both = concat(*(load_images(**source, instance_prompt="a drawing") for source in sources))
+    kept, held = both.without([0, 7]), both.without([i for i in range(9) if i not in (0, 7)])
+    kinds = [ControlKind(folder=str(place)) for place in (controls, inverted)]
+    own = load_controls(kinds, sources, kept, held).of(held, rows_of(held))
+    assert own.name(0) == "image_00.webp" and own.name(1) == "image_01.png"
+    assert np.array_equal(np.array(own.load(1)), 255 - np.array(held.load(1)))
+    with pytest.raises(UserError, match="images of two data sets have one name there: image_00, image_01, image_02"):
+        load_controls(kinds[:1] * 2, sources, both)
+    (inverted / "image_01.png").unlink()
+    (controls / "image_04.webp").unlink()
+    with pytest.raises(UserError) as caught:
+        load_controls(kinds, sources, both)
+    assert [problem.value for problem in caught.value.problems] == [str(controls), str(inverted)]
 
 
 def test_a_missing_and_a_double_control_image_are_named(images):
@@ -113,14 +137,14 @@ def test_a_column_of_control_images_goes_row_by_row(tmp_path):
     source = source_of(dataset_name=str(tmp_path), caption_column="text")
     found = load_images(**source)
     held = found.without([0, 2])
-    own = load_controls(ControlKind(column="seen"), source, held).of(held, rows_of(held))
+    own = load_controls([ControlKind(column="seen")], [source], held).of(held, rows_of(held))
     for i in range(2):
         assert np.array_equal(np.array(own.load(i)), 255 - np.array(held.load(i)))
     with pytest.raises(UserError) as caught:
-        load_controls(ControlKind(column="depth"), source, found)
+        load_controls([ControlKind(column="depth")], [source], found)
     assert caught.value.problems[0].field == "control_column"
     with pytest.raises(UserError, match="have no file names"):
-        load_controls(ControlKind(folder=str(tmp_path)), source, found)
+        load_controls([ControlKind(folder=str(tmp_path))], [source], found)
 
 
 def test_outlines_are_computed_at_the_size_that_is_trained_at(images):
