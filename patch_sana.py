@@ -53,8 +53,11 @@ BASE_METADATA_KEY = "sana_base_model"
 
 ENGINE_FOLDER = "pytorch_model"  # the tag under which accelerate lets the DeepSpeed engine save and load
 
+# In the names of an adapter's parameters: LoRA's, LoKr's, LoHa's.
+ADAPTER_PARTS = ("lora_", "lokr_", "hada_")
+
 # Settings that decide what the tensors mean; a file and a model that differ in one of them do not fit.
-SCALE_SETTINGS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+SCALE_SETTINGS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "alpha", "peft_type")
 
 
 def _adapter_name(model):
@@ -103,6 +106,8 @@ def _lora_config(model):
     plain = json.loads(json.dumps(config.to_dict(), default=_plain))
     defaults = json.loads(json.dumps(type(config)().to_dict(), default=_plain))
     always = SCALE_SETTINGS + ("target_modules", "lora_dropout")
+    if plain.get("peft_type") == "LORA":  # what files without the entry are
+        plain.pop("peft_type")
     return {key: value for key, value in plain.items() if key in always or value != defaults.get(key, value)}
 
 
@@ -110,7 +115,7 @@ def _warn_of_unread_alpha(lora_config):
     """diffusers before 0.34 reads no metadata of a LoRA and takes alpha = rank: silently another strength."""
     from diffusers.loaders import lora_base
 
-    rank, alpha = lora_config["r"], lora_config["lora_alpha"]
+    rank, alpha = lora_config["r"], lora_config.get("lora_alpha", lora_config["r"])  # LoKr and LoHa have another name
     if rank != alpha and not hasattr(lora_base, "LORA_ADAPTER_METADATA_KEY"):
         logger.warning(
             f"This diffusers ignores lora_alpha {alpha} of a saved LoRA and takes the rank, {rank}. In its pipeline "
@@ -152,7 +157,7 @@ def base_model_fingerprint(model: torch.nn.Module) -> dict[str, Any]:
     parameters = {
         key.replace("_orig_mod.", "").replace(".base_layer.", "."): parameter.detach()
         for key, parameter in model.named_parameters()
-        if "lora_" not in key
+        if not any(part in key for part in ADAPTER_PARTS)
     }
     names = sorted(parameters)
     if any(hasattr(parameters[key], "ds_id") or parameters[key].numel() == 0 for key in names):

@@ -336,7 +336,12 @@ def bucket_elements(trained: int) -> int:
 
 
 def training_bytes(
-    transformer_config, mode: str = "lora", rank: int = 4, devices: int = 8, controlnet_layers: int | None = None
+    transformer_config,
+    mode: str = "lora",
+    rank: int = 4,
+    devices: int = 8,
+    controlnet_layers: int | None = None,
+    adapter_weights: int | None = None,
 ) -> dict[str, int]:
     """Bytes on one device under the kit's ZeRO-2 in bf16, activations apart; tests hold them against allocated bytes.
 
@@ -344,6 +349,7 @@ def training_bytes(
         transformer_config, rank: see `transformer_ops`; biases and norms, a thousandth of the whole, are not counted.
         mode: "lora", "full" or "controlnet", whose ControlNet has `controlnet_layers` blocks.
         devices: over how many masters, moments and reduced gradients are shared out.
+        adapter_weights: of another adapter than a LoRA of `rank` on to_q, to_k and to_v.
 
     Returns:
         weights (bf16, the adapter's among them), gradients (the device's share, float32), masters and moments (its
@@ -353,6 +359,8 @@ def training_bytes(
     ops = training_ops(transformer_config, (1, 1), 1, mode, rank, controlnet_layers)
     total = sum(op.weights for op in ops)
     trained = sum(op.weights for op in ops if op.trainable)
+    if adapter_weights is not None:
+        total, trained = total - trained + adapter_weights, adapter_weights
     share = math.ceil(trained / devices)
     return {
         "weights": round(2 * total),

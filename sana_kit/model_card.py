@@ -25,6 +25,7 @@ import yaml
 from huggingface_hub import HfApi, ModelCardData
 from PIL import Image
 
+from sana_kit.card_snippet import snippet
 from sana_kit.data.sets import data_sets, several
 from sana_kit.files import write_atomic
 from sana_kit.runlog import load_run
@@ -43,6 +44,8 @@ REMOVED = "REMOVED"
 # What a run of each mode makes, and how the hub calls its relation to the base model.
 _TRAINED = {
     "lora": ("LoRA weights", "adapter"),
+    "lokr": ("LoKr weights", "adapter"),
+    "loha": ("LoHa weights", "adapter"),
     "full": ("transformer weights (all of them trained)", "finetune"),
     "controlnet": ("ControlNet weights", "adapter"),
 }
@@ -197,46 +200,6 @@ def _pairs(before: list[dict], after: list[dict]) -> list[dict]:
     ]
 
 
-def _snippet(base: str, repository: str, settings: dict, example: str, mode: str) -> str:
-    """Python that draws with the weights as they were trained: size, instruction, checkpoint's own scheduler."""
-    variant = f", variant={settings['variant']!r}" if settings.get("variant") else ""
-    lines = ["import torch", *_loading(base, repository, variant, mode)]
-    lines.append('pipeline.to("cuda" if torch.cuda.is_available() else "cpu")  # "npu" with torch_npu')
-    lines += ["image = pipeline(", f"    prompt={example!r},"]
-    lines += ['    control_image=load_image("control.png"),'] if mode == "controlnet" else []
-    if settings.get("resolution"):
-        side = settings["resolution"]
-        lines.append(f"    height={side},")
-        lines.append(f"    width={side},")
-    steps, guidance = settings.get("validation_inference_steps"), settings.get("validation_guidance_scale")
-    lines += [f"    num_inference_steps={steps},"] if steps else []
-    lines += [f"    guidance_scale={guidance},"] if guidance else []
-    instruction = settings.get("instruction", "default")
-    if instruction != "default":  # what the prompts of the training had before them, None for nothing
-        lines.append(f"    complex_human_instruction={instruction!r},")
-    lines += ["    use_resolution_binning=False,", ").images[0]", 'image.save("image.png")']
-    return "\n".join(lines)
-
-
-def _loading(base: str, repository: str, variant: str, mode: str) -> list[str]:
-    """The lines that import and load the pipeline."""
-    if mode == "lora":
-        return [
-            "from diffusers import SanaPipeline",
-            "",
-            f"pipeline = SanaPipeline.from_pretrained({base!r}{variant}, torch_dtype=torch.bfloat16)",
-            f"pipeline.load_lora_weights({repository!r})",
-        ]
-    part, pipeline, model = "transformer", "SanaPipeline", "SanaTransformer2DModel"
-    if mode == "controlnet":
-        part, pipeline, model = "controlnet", "SanaControlNetPipeline", "SanaControlNetModel"
-    lines = [f"from diffusers import {', '.join(sorted((pipeline, model)))}"]
-    lines += ["from diffusers.utils import load_image"] if mode == "controlnet" else []
-    load = f'{part} = {model}.from_pretrained(\n    weights, subfolder="{part}", torch_dtype=torch.bfloat16\n)'
-    lines += ["", f"weights = {repository!r}", load, f"pipeline = {pipeline}.from_pretrained("]
-    return [*lines, f"    {base!r}{variant}, {part}={part}, torch_dtype=torch.bfloat16", ")"]
-
-
 def _base_licence(base_model: str | None) -> str | None:
     """The licence that the card of a local copy of the base model names."""
     card = Path(base_model or "") / "README.md"
@@ -283,7 +246,7 @@ def write_model_card(
         trigger: words that the captions share; None where they share none.
         validation_prompts: example prompts, used where no image is there.
         command: command line of the run; secrets are removed from it, local paths shortened.
-        train_mode: "lora", "full" or "controlnet".
+        train_mode: "lora", "lokr", "loha", "full" or "controlnet".
         rank, lora_alpha: of the adapter.
         license: a licence id of the hub, such as "apache-2.0".
         versions: {package: version}; default those installed.
@@ -297,7 +260,7 @@ def write_model_card(
     """
     if train_mode not in _TRAINED:
         raise ValueError(f"train_mode={train_mode!r}: must be one of {', '.join(_TRAINED)}.")
-    output_dir, lora = Path(output_dir), train_mode == "lora"
+    output_dir, lora = Path(output_dir), train_mode in ("lora", "lokr", "loha")
     path, kept = _where_to_write(output_dir)
     settings = _logged_settings(output_dir) if settings is None else settings
     base, licence = _base_model(base_model), {"license": license} if license else kept
@@ -319,7 +282,7 @@ def write_model_card(
         base_link=_link(base),
         data_link=" and ".join(_link(name, "datasets/") for name in data) or None,
         trigger=trigger,
-        snippet=_snippet(
+        snippet=snippet(
             base or "PATH_OR_NAME_OF_THE_BASE_MODEL", repo_id or PLACEHOLDER, settings, example, train_mode
         ),
         pairs=_pairs(before, shown),
@@ -331,6 +294,12 @@ def write_model_card(
         base_licence=_base_licence(base_model),
     )
     return write_atomic(path, lambda file: file.write(card.encode()))
+
+
+def _trained(config: dict) -> str:
+    """What a run of that configuration trained: a key of _TRAINED."""
+    mode = config.get("train_mode") or "lora"
+    return config.get("adapter_type") or mode if mode == "lora" else mode
 
 
 def _logged_settings(output_dir: Path) -> dict:
@@ -457,7 +426,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             trigger=config.get("trigger"),
             validation_prompts=[prompts] if isinstance(prompts, str) else prompts,
             command=config.get("command"),
-            train_mode=config.get("train_mode") or "lora",
+            train_mode=_trained(config),
             rank=config.get("rank"),
             lora_alpha=config.get("lora_alpha"),
             license=options.license,

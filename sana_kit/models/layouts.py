@@ -25,7 +25,7 @@ import torch
 import patch_sana
 from sana_kit.errors import Problem, UserError
 from sana_kit.files import expand, read_header
-from sana_kit.models.factors import FACTORS
+from sana_kit.models.factors import FACTORS, factor_rank
 from sana_kit.models.keys import from_nvlabs, is_nvlabs, unflatten
 
 LORA_FILE = patch_sana.ADAPTER_FILE  # diffusers' name, which the trainer writes
@@ -182,6 +182,10 @@ def open_any_adapter(path: str, sprint: bool = False) -> OpenAdapter:
     ranks, sprint = record.get("stacked", {}), sprint or record.get("sprint", False)
     for layer, tensors in layers.items():
         _take(adapter, layer, tensors, sprint, ranks.get(layer))
+    if config is not None and "alpha" in config:  # peft's of LoKr and LoHa, whose files have no tensors of it
+        for module, factors in adapter.factors.items():
+            if factor_rank(factors) is not None:
+                adapter.alphas.setdefault(module, float(config["alpha"]))
     return adapter
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+# Kinds of adapter beside LoRA that are trained: name -> how it is written.
+FACTOR_KINDS = {"lokr": "LoKr", "loha": "LoHa"}
 DEFAULT_LORA_LAYERS = ("to_k", "to_q", "to_v")
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _FFN = ("ff.conv_inverted", "ff.conv_point")

@@ -12,6 +12,7 @@ from patch_sana import base_model_fingerprint
 from sana_kit.models.adapter_start import read_start
 from sana_kit.models.lora import lora_config
 from sana_kit.models.lora_layers import parse_layers
+from sana_kit.models.lycoris_layers import add_factors
 from sana_kit.models.quantize import quantize_weights
 from sana_kit.training.config import AdapterConfig
 
@@ -28,10 +29,20 @@ def quantize_base(transformer: torch.nn.Module, name: str, dtype: torch.dtype) -
 
 
 def put_adapter(transformer: torch.nn.Module, config: AdapterConfig) -> None:
-    """Put trainable LoRA layers into the transformer, whose own weights stay frozen.
+    """Put trainable layers of a LoRA, LoKr or LoHa into the transformer, whose own weights stay frozen.
 
     With `config.init_lora` they begin as that adapter, which `adapter_problems` has found to fit.
     """
+    if config.adapter_type != "lora":
+        add_factors(
+            transformer,
+            config.adapter_type,
+            rank=config.rank,
+            alpha=config.alpha,
+            layers=parse_layers(config.lora_layers),
+            factor=config.lokr_factor,
+        )
+        return
     settings: dict[str, Any] = {"use_rslora": config.use_rslora, "use_dora": config.use_dora}
     lora = None
     layers = parse_layers(config.lora_layers)

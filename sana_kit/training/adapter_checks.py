@@ -10,11 +10,11 @@ from collections import Counter
 
 import torch
 
-from sana_kit.errors import Problem
+from sana_kit.errors import Problem, did_you_mean
 from sana_kit.models.adapter import Lora
 from sana_kit.models.adapter_start import read_start
 from sana_kit.models.folder import Model
-from sana_kit.models.lora_layers import PRESETS, parse_layers, unmatched_layers
+from sana_kit.models.lora_layers import FACTOR_KINDS, PRESETS, parse_layers, unmatched_layers
 from sana_kit.models.quantize import QUANTIZATIONS, quantize_problems
 from sana_kit.models.weights import meta_transformer
 from sana_kit.training.config import TrainConfig
@@ -23,9 +23,10 @@ from sana_kit.training.config import TrainConfig
 _CHANGES_BASE = ("pissa", "olora")
 # Kinds that peft knows and the kit does not train, and why.
 REFUSED = {
-    "lokr": "SanaPipeline loads no LoKr (the kit's own scripts draw with one that was trained elsewhere)",
-    "loha": "SanaPipeline loads no LoHa (the kit's own scripts draw with one that was trained elsewhere)",
-    "oft": "neither SanaPipeline nor the kit's own scripts load an OFT",
+    "oft": (
+        "it turns the weights instead of adding to them: neither SanaPipeline nor the layouts of other tools for SANA"
+        " hold one, and each step would solve for a rotation of every layer"
+    ),
 }
 
 
@@ -39,9 +40,15 @@ def adapter_problems(config: TrainConfig, model: Model) -> tuple[TrainConfig, li
         useless = [name for name in names if getattr(adapter, name)]
         return config, [Problem(name, None, "has no effect without LoRA") for name in useless]
     problems = []
-    if adapter.adapter_type != "lora":
-        reason = REFUSED.get(adapter.adapter_type.lower(), "there is no such adapter")
-        problems.append(Problem("adapter_type", adapter.adapter_type, reason, "Use lora, with use_dora for DoRA."))
+    kind = adapter.adapter_type.lower()
+    if kind in FACTOR_KINDS:
+        return _with_factors(kind, config, model)
+    if kind != "lora":
+        reason = REFUSED.get(kind, "there is no such adapter")
+        remedy = f"Use lora, with use_dora for DoRA, {' or '.join(FACTOR_KINDS)}.{did_you_mean(kind, FACTOR_KINDS)}"
+        problems.append(Problem("adapter_type", adapter.adapter_type, reason, remedy))
+    if adapter.lokr_factor != -1:
+        problems.append(Problem("lokr_factor", adapter.lokr_factor, "has no effect without adapter_type lokr"))
     if adapter.init_lora_weights in _CHANGES_BASE:
         reason = (
             "it moves a part of the base's weights into the adapter by a decomposition that differs between devices:"
@@ -57,6 +64,34 @@ def adapter_problems(config: TrainConfig, model: Model) -> tuple[TrainConfig, li
     if lora is None:
         return config, [*problems, *(Problem("init_lora", p.value, p.reason, p.remedy) for p in found)]
     return _begin_with(lora, config, problems)
+
+
+def _with_factors(kind: str, config: TrainConfig, model: Model) -> tuple[TrainConfig, list[Problem]]:
+    """`adapter_problems` of LoKr and LoHa."""
+    adapter, shown = config.adapter, FACTOR_KINDS[kind]
+    config = config.replaced(adapter_type=kind, lora_alpha=adapter.alpha)
+    problems = _layer_problems(config, model)
+    for name, wrong, reason in (
+        ("use_dora", adapter.use_dora, f"{shown} has no magnitudes here"),
+        ("use_rslora", adapter.use_rslora, f"{shown} is scaled by alpha / rank"),
+        ("init_lora", adapter.init_lora is not None, f"a run begins with a LoRA, and this one trains a {shown}"),
+        ("init_lora_weights", "init_lora_weights" in config.given, f"{shown} has a start of its own"),
+        ("lora_dropout", adapter.lora_dropout > 0, f"{shown} has no first matrix"),
+        ("lora_plus_ratio", config.lora_plus_ratio != 1, f"{shown} has no second matrix"),
+        ("base_quantization", config.base_quantization is not None, f"it was not tried under a {shown}"),
+        ("lokr_factor", kind != "lokr" and adapter.lokr_factor != -1, "has no effect without adapter_type lokr"),
+    ):
+        if wrong:
+            value = getattr(config, name)
+            problems.append(Problem(name, None if value is True else value, reason, "Leave it out."))
+    if kind == "lokr" and adapter.lokr_factor == 0:
+        problems.append(Problem("lokr_factor", 0, "no layer has a factor of that size", "Use -1, 4, 8 or 16."))
+    if kind == "lokr" and adapter.alpha != adapter.rank:
+        reason = (
+            f"LoKr's whole factors have no rank to be scaled by, and readers take a scale of 1 (rank {adapter.rank})"
+        )
+        problems.append(Problem("lora_alpha", adapter.lora_alpha, reason, "Leave it out."))
+    return config, problems
 
 
 def quantization_problems(config: TrainConfig, model: Model | None, device: str, deepspeed: bool) -> list[Problem]:

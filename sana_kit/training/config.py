@@ -77,7 +77,9 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    adapter_type: str = flag("lora", "Kind of adapter: lora; DoRA is lora with --use_dora.")
+    adapter_type: str = flag(
+        "lora", "Kind of adapter: lora (with --use_dora DoRA), lokr or loha; SanaPipeline itself loads lora alone."
+    )
     rank: int = flag(4, "LoRA rank.", low=1)
     lora_alpha: int | None = flag(
         None, "LoRA alpha; the update is scaled by alpha / rank. Default: the rank, a scale of 1.", low=1
@@ -87,6 +89,9 @@ class AdapterConfig:
         None,
         "attention, attention+ffn, all, comma-separated names of layers, or a regular expression for whole names;"
         " default to_k,to_q,to_v.",
+    )
+    lokr_factor: int = flag(
+        -1, "LoKr: size of the first factor where it divides a layer's; -1: about the root of the layer's.", low=-1
     )
     use_rslora: bool = flag(False, "rsLoRA: scale the update by alpha / sqrt(rank), for high ranks.")
     use_dora: bool = flag(False, "DoRA: train a magnitude for each output beside the LoRA.")
@@ -105,6 +110,11 @@ class AdapterConfig:
     def alpha(self) -> float:
         """LoRA alpha as it holds."""
         return self.rank if self.lora_alpha is None else self.lora_alpha
+
+    @property
+    def kind(self) -> str:
+        """What is trained, as it is written."""
+        return {"lokr": "LoKr", "loha": "LoHa"}.get(self.adapter_type, "DoRA" if self.use_dora else "LoRA")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,7 +48,9 @@ def upcast_adapter(folder: Path, masters: dict) -> None:
             name = key.removeprefix("transformer.")
             # DoRA's magnitude has no .weight in the file
             stem = name.removesuffix(".weight")
-            tensors[key] = masters[f"{stem}.default.weight"]
+            # factors of LoKr and LoHa are parameters themselves
+            whole = f"{stem}.default"
+            tensors[key] = masters[whole if whole in masters else f"{whole}.weight"]
     write_atomic(path, lambda handle: handle.write(safetensors.torch.save(tensors, metadata=metadata)))
 
 
@@ -169,7 +171,7 @@ def write_card(config: TrainConfig, images: ImageSet) -> None:
         trigger=_trigger(config, images),
         validation_prompts=config.validation.prompts,
         command=model_card.this_command(),
-        train_mode=config.train_mode,
+        train_mode=config.adapter_type if lora else config.train_mode,
         rank=config.rank if lora else None,
         lora_alpha=config.adapter.alpha if lora else None,
     )

@@ -192,7 +192,7 @@ def describe(config: TrainConfig, plan: Plan, model: Model, chip: devices.Chip |
     latents += 2 * _PLAN_CAPTION_TOKENS * model.transformer_config["caption_channels"]
     of_class = f" (+ {plan.num_class} of the class)" if plan.num_class else ""
     kept = config.checkpoints_total_limit or math.ceil(plan.steps / config.checkpointing_steps)
-    what = f"LoRA of rank {config.rank}" if mode == "lora" else "every weight"
+    what = f"{config.adapter.kind} of rank {config.rank}" if mode == "lora" else "every weight"
     what = f"ControlNet of {layers} blocks" if mode == "controlnet" else what
     lines = [
         f"model: {model.name}; trained: {what}, {trained:,d} weights, {config.mixed_precision} precision",

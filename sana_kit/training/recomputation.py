@@ -6,13 +6,14 @@ block keeps its input only, and costs one more forward pass of it.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 
+from patch_sana import ADAPTER_PARTS
 from sana_kit import devices
 from sana_kit.arithmetic import training_bytes
 from sana_kit.errors import Problem, UserError
@@ -36,7 +37,7 @@ USABLE = 0.94
 MOST_TOKENS = 300
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class ActivationBytes:
     """Bytes of one image's step beside weights and optimizer, by whether blocks are recomputed.
 
@@ -73,7 +74,7 @@ class ActivationBytes:
         return self.kept - math.ceil(self.blocks / interval) * self.block + self.passing_recomputed
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Recomputation:
     """A choice: every `interval`-th block (None: none), so many blocks in all, bytes of the batch at the peak."""
 
@@ -117,12 +118,23 @@ def choose_recomputation(
 
 def held_bytes(config: TrainConfig, model: Model, world_size: int) -> dict[str, int]:
     """Bytes on one device beside the activations, by part: see `arithmetic.training_bytes`."""
-    held = training_bytes(
-        model.transformer_config, config.train_mode, config.rank, world_size, config.controlnet_layers
-    )
+    settings = (config.train_mode, config.rank, world_size, config.controlnet_layers)
+    held = training_bytes(model.transformer_config, *settings, adapter_weights=_adapter_weights(config, model))
     if config.base_quantization is not None:
         held["weights"] -= saved_bytes(config.base_quantization, model.transformer_config)
     return held
+
+
+def _adapter_weights(config: TrainConfig, model: Model) -> int | None:
+    """Weights of an adapter that is not a LoRA on the usual layers, counted on tensors without data; else None."""
+    adapter = config.adapter
+    plain = adapter.adapter_type == "lora" and not adapter.use_dora and adapter.init_lora is None
+    if config.train_mode != "lora" or (plain and adapter.lora_layers is None):
+        return None
+    adapter = dataclasses.replace(adapter, init_lora_weights="gaussian")
+    with torch.random.fork_rng(devices=[]):  # a run that goes on draws what it would have drawn
+        transformer = build_on_meta(model.transformer_config, torch.float32, lambda model: put_adapter(model, adapter))
+    return sum(p.numel() for name, p in transformer.named_parameters() if any(part in name for part in ADAPTER_PARTS))
 
 
 def count_run_step(config: TrainConfig, model: Model, *, side: int, tokens: int, interval: int | None) -> StepCount:

@@ -387,7 +387,7 @@ def closing_lines(config: TrainConfig, summary: dict, result: Path) -> list[str]
             words += ["--complex_human_instruction", config.complex_human_instruction]
     words += ["--prompt", next(iter(config.validation.prompts), None) or config.instance_prompt or "YOUR PROMPT"]
     lines += [
-        f"{ {'lora': 'LoRA', 'full': 'model', 'controlnet': 'ControlNet'}[mode] }: {result}",
+        f"{ {'lora': config.adapter.kind, 'full': 'model', 'controlnet': 'ControlNet'}[mode] }: {result}",
         f"report: {output_dir / 'report.html'}",
         f"model card: {output_dir / 'README.md'}   settings: {output_dir / RUN_FILE}",
         f"draw with it: {shlex.join(words)}",

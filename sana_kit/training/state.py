@@ -17,6 +17,8 @@ from sana_kit.errors import Problem, UserError
 IDENTITY = (
     "pretrained_model_name_or_path",
     "train_mode",
+    "adapter_type",
+    "lokr_factor",
     "rank",
     "lora_alpha",
     "lora_layers",
@@ -61,10 +63,20 @@ IDENTITY = (
     "control_edges",
 )
 # Without these the checkpoint's tensors do not fit the run at all.
-DECISIVE = ("train_mode", "rank", "lora_alpha", "lora_layers", "use_rslora", "use_dora", "optimizer")
+DECISIVE = ("train_mode", "adapter_type", "lokr_factor", "rank", "lora_alpha", "lora_layers", "use_rslora", "use_dora")
+DECISIVE += ("optimizer",)
 DECISIVE += ("lora_plus_ratio", "no_decay_norms", "controlnet_layers")
 # The decisive ones that say nothing about a run that trains all weights.
-OF_LORA = ("rank", "lora_alpha", "lora_layers", "use_rslora", "use_dora", "lora_plus_ratio")
+OF_LORA = (
+    "adapter_type",
+    "lokr_factor",
+    "rank",
+    "lora_alpha",
+    "lora_layers",
+    "use_rslora",
+    "use_dora",
+    "lora_plus_ratio",
+)
 
 
 @dataclasses.dataclass

@@ -13,6 +13,8 @@ WORKER = "tests/distributed/workers/several_runs.py"
 RUNS = {
     "schedulefree, LoRA+": ["--optimizer=schedulefree", "--lora_plus_ratio=4", "--upcast_before_saving"],
     "DoRA, rsLoRA": ["--use_dora", "--use_rslora", "--lora_layers=attention", "--upcast_before_saving"],
+    "LoKr": ["--adapter_type=lokr", "--rank=2", "--lora_layers=attention+ffn", "--upcast_before_saving"],
+    "LoHa": ["--adapter_type=loha", "--lora_layers=all", "--ema_decay=0.9"],
     "ControlNet": ["--train_mode=controlnet", "--control_edges"],
     "AdamW, LoRA+, no decay": ["--lora_plus_ratio=4", "--no_decay_norms", "--adam_weight_decay=0.1"],
 }

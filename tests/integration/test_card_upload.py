@@ -27,11 +27,11 @@ def run_folder(tmp_path):
     return make_run_folder(tmp_path)
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("mode", ["lora", "loha", "full"])
 def test_the_snippet_runs_as_it_stands(tiny_model, tmp_path, mode):
     """Where base model and weights lie under the names that the card gives them."""
     from diffusers import SanaTransformer2DModel
-    from peft import LoraConfig
+    from peft import LoHaConfig, LoraConfig
 
     import patch_sana
 
@@ -44,7 +44,8 @@ def test_the_snippet_runs_as_it_stands(tiny_model, tmp_path, mode):
     if mode == "full":
         transformer.save_pretrained(weights / "transformer")
     else:
-        transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"]))
+        kind = {"lora": LoraConfig, "loha": LoHaConfig}[mode]
+        transformer.add_adapter(kind(r=2, target_modules=["to_q"]))
         adapter = {f"transformer.{k}": v for k, v in patch_sana._adapter_tensors(transformer).items()}
         adapter = {key.replace("transformer.transformer.", "transformer."): value for key, value in adapter.items()}
         config = patch_sana._lora_config(transformer)
@@ -52,7 +53,8 @@ def test_the_snippet_runs_as_it_stands(tiny_model, tmp_path, mode):
     (tmp_path / "owner").mkdir()
     (tmp_path / "owner" / "tiny").symlink_to(tiny_model)
     code = re.search(r"```python\n(.*?)\n```", card, re.S)[1]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    code = code.replace("hf_hub_download('me/weights', 'pytorch_lora_weights.safetensors')", "'me/weights'")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(KIT)}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
