@@ -53,13 +53,12 @@ from sana_kit.training.export import (
 )
 from sana_kit.training.held_out import HeldOut
 from sana_kit.training.optim import build_optimizer, build_schedule
-from sana_kit.training.order import make_order
 from sana_kit.training.plan import Plan, describe, make_plan, print_plan
 from sana_kit.training.recipes import RECIPES, FlowMatching
 from sana_kit.training.recomputation import fit_to_device
 from sana_kit.training.recorder import Recorder, closing_lines, configure_logging
-from sana_kit.training.samples import load_samples
-from sana_kit.training.state import TrainState, data_digests, run_identity
+from sana_kit.training.samples import Samples, load_samples
+from sana_kit.training.state import TrainState, run_identity
 from sana_kit.training.stream import SampleStream, build_loader
 from sana_kit.training.transformer import prepare_transformer
 from sana_kit.training.validation import Validator
@@ -122,11 +121,10 @@ def run(config: TrainConfig, base_model, engine: Engine, stop: StopSignal, recor
     devices.seed_everything(config.seed)
 
     # 4. Data: encoded once; VAE and text encoder leave memory
-    samples = load_samples(config, base_model, ranks, stop, recorder)
+    samples = load_samples(config, base_model, ranks, stop, recorder, resume)
     encoded = samples.encoded
     micro_step, crops = config.train_batch_size * ranks.world_size, config.crops_per_image
-    sets = samples.weighted_sets(config)
-    order = make_order(encoded.latent_shapes(), samples.num_instance, micro_step, config.seed, crops, sets)
+    order = samples.order(config, micro_step)
     counts = samples.counts_of_sets(len(config.sets), crops)
     config, plan = make_plan(config, counts, samples.num_class, ranks.world_size, order)
     ended = (plan.steps, config.early_stopping, final_weights(config))
@@ -143,7 +141,7 @@ def run(config: TrainConfig, base_model, engine: Engine, stop: StopSignal, recor
     trainable = [(name, p) for name, p in transformer.named_parameters() if p.requires_grad]
     optimizer = build_optimizer(config, trainable, engine.device)
     schedule = build_schedule(config, optimizer, plan.steps)
-    digests = ranks.agree(data_digests(encoded.images, encoded.control_images) if ranks.is_main else None)
+    digests = ranks.agree(samples.digests() if ranks.is_main else None)
     state = TrainState(config.seed, run_identity(config, plan.num_instance, ranks.world_size, digests))
     state.run_id = ranks.agree(state.run_id)
     metadata = adapter_metadata(config, base_model, transformer, samples.instruction, encoded.images, state)
@@ -170,7 +168,7 @@ def run(config: TrainConfig, base_model, engine: Engine, stop: StopSignal, recor
     if state.global_step == 0:
         look_first(held_out, validator, state, recorder)
     recorder.start_clock()
-    parts = (plan, engine, model, recipe, schedule, iter(loader))
+    parts = (plan, engine, model, recipe, schedule, samples, iter(loader))
     stopped = train(*parts, state, average, saver, held_out, validator, recorder, stop)
 
     # 8. Leave
@@ -237,6 +235,7 @@ def train(
     model: torch.nn.Module,
     recipe: FlowMatching,
     schedule: torch.optim.lr_scheduler.LRScheduler,
+    samples: Samples,
     batches: Iterator[dict[str, torch.Tensor]],
     state: TrainState,
     average: WeightAverage,
@@ -251,6 +250,12 @@ def train(
     Only the recorder waits for the device, where figures are due. Every part says itself when it is due.
     """
     while state.global_step < plan.steps:
+        with recorder.paused():
+            ready = samples.ready(state, plan.samples_per_step)
+        if not ready:
+            if saver.last_step != state.global_step and state.global_step:
+                save(saver, recorder)
+            return True
         loss = torch.zeros((), dtype=torch.float32, device=engine.device)
         for _ in range(plan.accumulation):
             batch = engine.on_device(next(batches))

@@ -28,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_args(argv)
     if config.encodings_dir is None:
         raise UserError(Problem("encodings_dir", None, "needed: it says where the encodings go", "Name a folder."))
+    if config.streaming:
+        reason = "a stream keeps a window of its encodings, and this command all of them"
+        raise UserError(Problem("streaming", None, reason, "Leave it out here, or train with it."))
     from sana_kit.training.encode_only import encode_only  # torch and diffusers: after the command line
 
     # Nothing is written elsewhere, and what a training left in its output folder is no matter of an encoding.

@@ -173,9 +173,9 @@ def _find_dataset(wanted: Wanted) -> Table:
         path = path / config
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return from_saved(wanted, path)
-    metadata = _splits(path, (*TABLE_SUFFIXES, ".parquet"), stem="metadata")
+    metadata = split_files(path, (*TABLE_SUFFIXES, ".parquet"), stem="metadata")
     kinds = ((".parquet",), (".arrow",), (".tar",), TABLE_SUFFIXES)
-    for found in (metadata, *(_splits(path, kind) for kind in kinds)):
+    for found in (metadata, *(split_files(path, kind) for kind in kinds)):
         if found:
             return from_files(wanted, found, path)
     table = find_in_folder(Named("dataset_name", str(path)))
@@ -194,7 +194,7 @@ def _find_dataset(wanted: Wanted) -> Table:
     return table
 
 
-def _splits(folder: Path, suffixes: tuple[str, ...], stem: str | None = None) -> dict[str, list[Path]]:
+def split_files(folder: Path, suffixes: tuple[str, ...], stem: str | None = None) -> dict[str, list[Path]]:
     """Files by split: at the top, under data/, or in a folder named like a split; a file name may hold the split."""
     places = [folder, folder / "data"] + [p for p in sorted(folder.iterdir()) if p.is_dir() and p.name in SPLIT_WORDS]
     splits: dict[str, list[Path]] = {}

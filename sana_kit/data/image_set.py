@@ -191,6 +191,10 @@ class ImageSet:
             self._digest = whole.hexdigest()
         return self._digest
 
+    def shift_positions(self, first: int) -> None:
+        """Count the positions from `first` on: of a part of a stream, whose earlier parts had those before."""
+        self._positions, self._digest = _narrow(self._positions.astype(np.int64) + first), None
+
     def without(self, indices) -> ImageSet:
         """A set without these samples and the other repeats of their images; the rest keep their decisions."""
         bad = np.unique(self._rows[np.asarray(indices, np.int64)])

@@ -94,7 +94,7 @@ class ParquetSource:
         group = int(np.searchsorted(self.starts, row, side="right")) - 1
         with self._lock:
             value = self._column(group)[row - int(self.starts[group])].as_py()
-        return _cell_bytes(value, self.name(row), self.root)
+        return cell_bytes(value, self.name(row), self.root)
 
     def _column(self, group: int):
         """The Arrow column of a row group; the caller holds the lock."""
@@ -152,7 +152,7 @@ class DatasetSource:
             with open(self.files[number], "rb") as file:
                 file.seek(offset)
                 return file.read(length)
-        return _cell_bytes(self.dataset[row][self.column], self.name(row), self.root)
+        return cell_bytes(self.dataset[row][self.column], self.name(row), self.root)
 
 
 def _arrow_spans(files: list[str], column: str, rows: int) -> np.ndarray | None:
@@ -226,7 +226,7 @@ class JoinedSource:
                 part.release()
 
 
-def _cell_bytes(value, name: str, root: str | None) -> bytes:
+def cell_bytes(value, name: str, root: str | None) -> bytes:
     """The encoded bytes in a cell of an image column: bytes, {"bytes", "path"}, or a path inside `root`."""
     if isinstance(value, dict):
         inner, path = value.get("bytes"), value.get("path")

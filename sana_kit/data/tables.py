@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def refused_table(*problems: Problem) -> Table:
     return Table(None, None, list(problems), [], {})
 
 
-def _choose_split(names, wanted: Wanted) -> str:
+def choose_split(names, wanted: Wanted) -> str:
     """The split asked for, else 'train', else the only one. Raises UserError naming them all."""
     names = list(names)
     present = ", ".join(names)
@@ -108,7 +108,7 @@ def _missing_column(field: str, value: str | None, where: str, columns) -> Probl
     return Problem(field, value, f"no such column in {where}; columns present: {', '.join(columns)}")
 
 
-def _columns(
+def pick_columns(
     wanted: Wanted, where: str, present: Sequence[str], shown: Sequence[str] | None = None
 ) -> tuple[list[tuple[str, float]], list[Problem]]:
     """((caption column, weight) of each, problems) for a table with these columns, told as `shown`."""
@@ -133,18 +133,30 @@ def _one_cell_a_row(columns: list) -> list:
     return columns[0] if len(columns) == 1 else [list(cells) for cells in zip(*columns, strict=True)]
 
 
+def datasets_library() -> Any:
+    """The package `datasets`, whose import takes seconds."""
+    import datasets
+
+    return datasets
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a file only says where Git LFS keeps it."""
+    with open(file, "rb") as handle:
+        return handle.read(23) == b"version https://git-lfs"
+
+
 def from_files(wanted: Wanted, splits: dict[str, list[Path]], root: Path) -> Table:
     """Parquet, Arrow, tar, jsonl or csv files of the chosen split."""
     try:
-        split = _choose_split(splits, wanted)
+        split = choose_split(splits, wanted)
     except UserError as error:
         return refused_table(*error.problems)
     files = splits[split]
     for file in files:
-        with open(file, "rb") as handle:
-            if handle.read(23) == b"version https://git-lfs":
-                remedy = "Run `git lfs pull` there."
-                return refused_table(wanted.problem(f"{file.name} is a Git LFS pointer", remedy))
+        if is_lfs_pointer(file):
+            remedy = "Run `git lfs pull` there."
+            return refused_table(wanted.problem(f"{file.name} is a Git LFS pointer", remedy))
     kinds = {f.suffix.lower() for f in files}
     if len(kinds) > 1:
         return refused_table(wanted.problem(f"files of several kinds: {', '.join(f.name for f in files)}"))
@@ -161,7 +173,7 @@ def from_files(wanted: Wanted, splits: dict[str, list[Path]], root: Path) -> Tab
     return refused_table(wanted.problem("unknown kind of file", f"Use one of {known}."))
 
 
-def _check_columns(where: str, schema: pa.Schema, wanted: Wanted) -> tuple[str | None, list[Problem]]:
+def check_columns(where: str, schema: pa.Schema, wanted: Wanted) -> tuple[str | None, list[Problem]]:
     """(image column, problems) for an Arrow schema."""
     columns, problems = list(schema.names), []
     image_column = wanted.image_column
@@ -183,7 +195,7 @@ def _check_columns(where: str, schema: pa.Schema, wanted: Wanted) -> tuple[str |
     elif mask_column is not None and not arrow_types.holds_images(schema.field(mask_column).type):
         told = arrow_types.told(schema.field(mask_column).type)
         problems.append(Problem("mask_column", mask_column, f"it holds {told}, not images; {present}"))
-    pairs, found = _columns(wanted, where, columns)
+    pairs, found = pick_columns(wanted, where, columns)
     problems += found
     for name in (name for name, _ in pairs if name in columns):
         kind = schema.field(name).type
@@ -203,12 +215,12 @@ def _from_parquet(wanted: Wanted, files: list[Path], split: str, root: Path) -> 
             continue
         if "file_name" in schema.names and wanted.image_column not in schema.names:
             return _from_text_tables(wanted, files)
-        column, found = _check_columns(f"{wanted.name} ({file.name})", schema, wanted)
+        column, found = check_columns(f"{wanted.name} ({file.name})", schema, wanted)
         problems += found
     if problems:
         return refused_table(*problems)
     source = ParquetSource(files, column, split, root)
-    pairs, _ = _columns(wanted, wanted.name, schema.names)
+    pairs, _ = pick_columns(wanted, wanted.name, schema.names)
     captions = None if not pairs else lambda: _parquet_cells(wanted, files, pairs)
     masks = wanted.mask_column and MaskColumn(ParquetSource(files, wanted.mask_column, split, root))
     return Table(source, captions, [], [], {}, _weights(pairs), masks)
@@ -243,12 +255,12 @@ def _from_dataset(wanted: Wanted, dataset, split: str, root: Path | None) -> Tab
     import datasets
 
     shown, labels = dataset, {}
-    pairs, _ = _columns(wanted, wanted.name, dataset.column_names)
+    pairs, _ = pick_columns(wanted, wanted.name, dataset.column_names)
     for name, _ in pairs:
         if isinstance(dataset.features.get(name), datasets.ClassLabel):
             labels[name] = dataset.features[name]
             shown = shown.cast_column(name, datasets.Value("string"))  # only for the check of the columns
-    column, problems = _check_columns(wanted.name, shown.features.arrow_schema, wanted)
+    column, problems = check_columns(wanted.name, shown.features.arrow_schema, wanted)
     if problems:
         return refused_table(*problems)
 
@@ -271,7 +283,7 @@ def _from_dataset(wanted: Wanted, dataset, split: str, root: Path | None) -> Tab
 def _pick_loaded_split(wanted: Wanted, loaded):
     """(split name, Dataset) of what `datasets` returned. Raises UserError naming the splits."""
     if hasattr(loaded, "keys"):
-        split = _choose_split(loaded.keys(), wanted)
+        split = choose_split(loaded.keys(), wanted)
         return split, loaded[split]
     return str(loaded.split or "train"), loaded
 
@@ -311,11 +323,19 @@ def _from_tar(wanted: Wanted, files: list[Path], split: str) -> Table:
     except Exception as error:
         told = str(error).strip().split("\n")[0]
         return refused_table(wanted.problem(f"the tar shards cannot be read ({told})"))
-    if wanted.image_column not in dataset.column_names:  # shards name their columns by file endings
-        endings = {suffix.lstrip(".") for suffix in IMAGE_SUFFIXES}
-        found = [column for column in dataset.column_names if column.lower() in endings]
-        wanted = Wanted(**{**vars(wanted), "image_column": found[0] if len(found) == 1 else wanted.image_column})
-    return _from_dataset(wanted, dataset, split, None)
+    return _from_dataset(tar_image_column(wanted, dataset.column_names), dataset, split, None)
+
+
+def tar_image_column(wanted: Wanted, columns: Sequence[str]) -> Wanted:
+    """The same with the one column that is called by the ending of an image file, where the one asked for is absent.
+
+    Tar shards name their columns by file endings.
+    """
+    if wanted.image_column in columns:
+        return wanted
+    endings = {suffix.lstrip(".") for suffix in IMAGE_SUFFIXES}
+    found = [column for column in columns if column.lower() in endings]
+    return replace(wanted, image_column=found[0]) if len(found) == 1 else wanted
 
 
 def from_hub(wanted: Wanted) -> Table:
@@ -407,7 +427,7 @@ def _file_columns(
         problems.append(_missing_column("image_column", image_column, where, shown))
     if wanted.mask_column is not None and wanted.mask_column not in columns:
         problems.append(_missing_column("mask_column", wanted.mask_column, where, shown))
-    pairs, found = _columns(wanted, where, columns, shown)
+    pairs, found = pick_columns(wanted, where, columns, shown)
     return column, pairs, problems + found
 
 

@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sana_kit import devices
 from sana_kit.data.image_set import ImageSet, bad_image_problems, check_images
 from sana_kit.distributed import Ranks
 from sana_kit.encodings.dataset import EncodedDataset, EncodingFacts
 from sana_kit.encodings.encode_images import encode_missing_images
 from sana_kit.encodings.encode_prompts import encode_missing_prompts
+from sana_kit.encodings.encoders import Encoders
 from sana_kit.encodings.peers import Peers, Stop
 from sana_kit.encodings.plan import PARTS, EncodingPlan, ExtraPrompts
 from sana_kit.encodings.settings import EncodingSettings, Identity, check_settings
@@ -39,6 +41,7 @@ def encode(
     extra_prompts: ExtraPrompts = (),
     stop: Stop | None = None,
     log: Callable[[str], None] | None = None,
+    encoders: Encoders | None = None,
 ) -> EncodedDataset:
     """Encode what is missing in the store, every rank its share, and return the data set of encodings.
 
@@ -57,6 +60,7 @@ def encode(
         extra_prompts: (prompt, instruction) pairs to encode too: validation prompts, negative ones (instruction None).
         stop: its `requested` is asked between groups; True on one rank ends all with EncodingStopped.
         log: called with a line of text, on the first rank; default: the module's logger.
+        encoders: of `base_model`, where they are to serve again; default: they are loaded and let go.
 
     Raises:
         UserError: settings, model parts, images or data sets that cannot be used, all at once; raised on every rank.
@@ -79,16 +83,14 @@ def encode(
         try:
             made_of = {"settings": settings, "identity": identity, "extra_prompts": list(extra_prompts), "seed": seed}
             make_plan = partial(EncodingPlan, **made_of, tell=tell)
-            plan, work = _complete_plan(make_plan, images, base_model, peers, tell)
+            plan, work = _complete_plan(make_plan, images, encoders or Encoders(base_model), peers, tell)
         except BaseException:
             if claim is not None:
                 claim.close()
             raise
     _settle(plan, claim, ranks)
-    if images.follows is None:
-        warn_truncation(plan, tell)
-    facts = _facts(plan, work, base_model, time.monotonic() - started, messages, ranks)
-    return EncodedDataset(plan, facts, claim)
+    warn_truncation(plan, tell)
+    return EncodedDataset(plan, _facts(plan, work, base_model, time.monotonic() - started, messages, ranks), claim)
 
 
 def _none() -> dict:
@@ -127,7 +129,7 @@ def _facts(
 def _complete_plan(
     make_plan: Callable[[ImageSet], EncodingPlan],
     images: ImageSet,
-    model: Model,
+    encoders: Encoders,
     peers: Peers,
     tell: Callable[[str], None],
 ) -> tuple[EncodingPlan, _Work]:
@@ -147,16 +149,17 @@ def _complete_plan(
         tell("skip_bad_images: " + text)
         plan = peers.run(lambda: make_plan(left))
         peers.run(plan.prepare)
-    peers.run(lambda: _check_space(plan, model))
+    peers.run(lambda: _check_space(plan, encoders.model))
     work = _Work(reused=plan.found())
     # Captions, then images: each model is alone in memory.
     jobs = {
-        "prompts": lambda: encode_missing_prompts(plan, model, ranks.device, peers),
-        "images": lambda: encode_missing_images(plan, model, ranks.device, peers, tell),
+        "prompts": lambda: encode_missing_prompts(plan, encoders, ranks.device, peers),
+        "images": lambda: encode_missing_images(plan, encoders, ranks.device, peers, tell),
     }
     for kind, job in jobs.items():
         count, work.seconds[kind] = peers.run(job) or (0, 0.0)
         work.encoded[kind] = sum(ranks.gather(count))
+        devices.empty_cache(ranks.device)  # of a model that has gone
     peers.run(plan.complete)
     return plan, work
 
@@ -208,6 +211,8 @@ def check_same_data(images: ImageSet, ranks: Ranks) -> None:
 
 def warn_truncation(plan: EncodingPlan, tell: Callable[[str], None]) -> None:
     """Say how many captions were cut and how many images had to be enlarged."""
+    if plan.images.follows is not None:  # told with the images themselves
+        return
     length, resolution = plan.settings.max_sequence_length, plan.settings.resolution
     rows = plan.caption_rows if plan.choice_rows is None else plan.choice_rows
     cut = int((plan.texts.tokens(np.unique(rows)) >= length).sum())

@@ -11,12 +11,11 @@ import torch
 from sana_kit import devices
 from sana_kit.data.image_set import default_workers, prefetch, progress_bar
 from sana_kit.data.transform import ENCODE_STRIDE, ENCODE_TILE, WHOLE_ENCODE_SIDE, TransformPlan, to_unit_range
+from sana_kit.encodings.encoders import Encoders
 from sana_kit.encodings.peers import Peers
 from sana_kit.encodings.plan import EncodingPlan, Needs
 from sana_kit.encodings.store import ShardWriter
 from sana_kit.errors import Problem, UserError
-from sana_kit.models.folder import Model
-from sana_kit.models.loading import load_vae
 
 
 def group_size(vae_batch_size: int | str, resolution: int, device: torch.device) -> int:
@@ -72,10 +71,12 @@ def output_size(plan: TransformPlan) -> tuple[int, int]:
 class _Encoder:
     """The VAE, and how many images fit into one pass: fewer after each time that memory ran out."""
 
-    def __init__(self, model: Model, plan: EncodingPlan, size: int, device: torch.device, tell: Callable[[str], None]):
+    def __init__(
+        self, vae: torch.nn.Module, plan: EncodingPlan, size: int, device: torch.device, tell: Callable[[str], None]
+    ):
         settings = plan.settings
         self.device, self.tell, self.side = device, tell, settings.resolution
-        self.vae = load_vae(model, device=device, dtype=settings.vae_dtype)
+        self.vae = vae
         if self.side > WHOLE_ENCODE_SIDE:
             self.vae.enable_tiling(ENCODE_TILE, ENCODE_TILE, ENCODE_STRIDE, ENCODE_STRIDE)
         channels = self.vae.config.encoder_block_out_channels[0]
@@ -107,17 +108,26 @@ class _Encoder:
 
 
 def encode_missing_images(
-    plan: EncodingPlan, model: Model, device: torch.device, peers: Peers, tell: Callable[[str], None]
+    plan: EncodingPlan, encoders: Encoders, device: torch.device, peers: Peers, tell: Callable[[str], None]
 ) -> tuple[int, float]:
     """Encode this rank's share of the missing images; (how many, seconds)."""
-    started, settings, needs, images = time.monotonic(), plan.settings, plan.needs, plan.images
+    started, settings, needs = time.monotonic(), plan.settings, plan.needs
     size = group_size(settings.vae_batch_size, settings.resolution, device)
     missing = set(plan.latents.missing().tolist())
     share = [group for group in peers.share(image_groups(needs, size)) if missing.intersection(group)]
     if not share:
         return 0, 0.0
     peers.check()
-    encode_batch = _Encoder(model, plan, size, device, tell)
+    with encoders.vae(device, settings.vae_dtype) as vae:
+        done = _encode_groups(plan, share, missing, _Encoder(vae, plan, size, device, tell), peers)
+    return done, time.monotonic() - started
+
+
+def _encode_groups(
+    plan: EncodingPlan, share: list[list[int]], missing: set[int], encode_batch: _Encoder, peers: Peers
+) -> int:
+    """Encode these groups of rows and write what was missing of them; how many that were."""
+    settings, needs, images = plan.settings, plan.needs, plan.images
 
     def pixels_of(group: list[int]) -> torch.Tensor:
         """uint8 (B, H, W, 3)."""
@@ -143,6 +153,4 @@ def encode_missing_images(
                 done += 1
                 bar.update()
             writer.flush_if_due()
-    del encode_batch
-    devices.empty_cache(device)
-    return done, time.monotonic() - started
+    return done

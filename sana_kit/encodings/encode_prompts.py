@@ -9,13 +9,12 @@ import torch
 
 from sana_kit import devices
 from sana_kit.data.image_set import progress_bar
+from sana_kit.encodings.encoders import Encoders
 from sana_kit.encodings.peers import Peers
 from sana_kit.encodings.plan import EncodingPlan, ExtraPrompts
 from sana_kit.encodings.prompts import encode_prompts
 from sana_kit.encodings.store import ShardWriter
 from sana_kit.errors import Problem, UserError
-from sana_kit.models.folder import Model
-from sana_kit.models.loading import load_text_encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +35,9 @@ def prompt_groups(prompts: ExtraPrompts, batch: int) -> list[list[int]]:
     return groups
 
 
-def encode_missing_prompts(plan: EncodingPlan, model: Model, device: torch.device, peers: Peers) -> tuple[int, float]:
+def encode_missing_prompts(
+    plan: EncodingPlan, encoders: Encoders, device: torch.device, peers: Peers
+) -> tuple[int, float]:
     """Encode this rank's share of the missing prompts; (how many, seconds)."""
     started, settings, needs = time.monotonic(), plan.settings, plan.needs
     missing = set(plan.texts.missing().tolist())
@@ -45,9 +46,9 @@ def encode_missing_prompts(plan: EncodingPlan, model: Model, device: torch.devic
     if not share:
         return 0, 0.0
     peers.check()
-    tokenizer, text_encoder = load_text_encoder(model, device=device, dtype=settings.text_encoder_dtype)
     done, total = 0, sum(len(missing.intersection(group)) for group in share)
     with (
+        encoders.text(device, settings.text_encoder_dtype) as (tokenizer, text_encoder),
         ShardWriter(plan.store / "prompts", "prompts") as writer,
         progress_bar(total, "Encoding captions", "caption") as bar,
     ):
@@ -63,8 +64,6 @@ def encode_missing_prompts(plan: EncodingPlan, model: Model, device: torch.devic
                 done += 1
                 bar.update()
             writer.flush_if_due()
-    del text_encoder, tokenizer
-    devices.empty_cache(device)
     return done, time.monotonic() - started
 
 

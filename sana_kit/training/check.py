@@ -27,8 +27,10 @@ from sana_kit.training.budget import budget_problems
 from sana_kit.training.checkpoint_folders import find_checkpoint, folder_problems
 from sana_kit.training.config import DataConfig, TrainConfig
 from sana_kit.training.control import control_problems
+from sana_kit.training.encoding import encoding_settings
 from sana_kit.training.launch_config import LaunchConfig, settle
 from sana_kit.training.optim import optimizer_name, optimizer_problems
+from sana_kit.training.streaming import disk_problems, stream_of, stream_problems
 from sana_kit.training.trackers import tracker_problems
 
 T = TypeVar("T")
@@ -80,6 +82,8 @@ def check(config: TrainConfig, shapes: bool = True) -> Checked:
     problems += found
     if model is not None:
         problems += _size_problems(config, model)
+        if config.streaming:
+            problems += disk_problems(config, encoding_settings(config, model, None), model)
         config, found = adapter_problems(config, model)
         problems += found
     config, found = control_problems(config, model, image_sources(config))
@@ -155,6 +159,8 @@ def _source_problems(data: DataConfig) -> list[Problem]:
 
 def _local_data_problems(config: TrainConfig) -> list[Problem]:
     """What is wrong with data sets that lie here, as far as no image is opened."""
+    if config.streaming:
+        return _found(lambda: stream_of(config), "dataset_name", config.sets[0].name)[1]
     problems, masks = [], False
     for data_set, source in zip(config.sets, image_sources(config), strict=True):
         value = data_set.name
@@ -172,7 +178,7 @@ def _local_data_problems(config: TrainConfig) -> list[Problem]:
 
 def _data_problems(config: TrainConfig) -> list[Problem]:
     """What is wrong with images and captions as far as no image is opened; local data only, a machine looks once."""
-    data, prior, problems = config.data, config.prior, _source_problems(config.data)
+    data, prior, problems = config.data, config.prior, _source_problems(config.data) + stream_problems(config)
     for name in ("class_data_dir", "class_prompt"):
         value = getattr(prior, name)
         if prior.with_prior_preservation and value is None:

@@ -143,6 +143,12 @@ class DataConfig:
         metavar="JSON",
         convert=data_set_of,
     )
+    streaming: bool = flag(
+        False,
+        "Read --dataset_name's .tar or .parquet shards as the run goes, without listing their rows; a window of images"
+        " at a time is encoded, trained on, and removed. Needs --max_train_steps.",
+    )
+    stream_window: int = flag(4096, "Images of a window of --streaming: so many are shuffled among each other.", low=1)
     image_column: str = flag("image", "Column of the images.")
     caption_column: str | None = flag(
         None,
@@ -244,6 +250,9 @@ class ControlConfig:
 class EncodingConfig:
     encodings_dir: str | None = flag(
         None, "Where latents and prompt embeddings are kept; default output_dir/encodings.", path=True
+    )
+    encodings_disk_gb: float = flag(
+        50.0, "Most GB that --streaming keeps in encodings_dir, images being read included.", above=0
     )
     vae_dtype: str = flag("bf16", "Dtype of the VAE.", choices=("bf16", "fp32"))
     vae_batch_size: int | str = flag("auto", "Images per VAE call; 'auto' fits the free memory.", convert=_vae_batch)

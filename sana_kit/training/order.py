@@ -20,12 +20,9 @@ from fractions import Fraction
 
 import numpy as np
 
+from sana_kit.data.draws import generator
+
 _BUCKET_SALT, _SET_SALT = 0xB0C7, 0x5E700
-
-
-def generator(seed: int, *key: int) -> np.random.Generator:
-    """Numbers that depend on a run's seed (up to 64 bits) and `key` alone."""
-    return np.random.default_rng([seed & 0xFFFFFFFF, seed >> 32, *key])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from sana_kit.training.check import image_sources
 from sana_kit.training.config import TrainConfig
 from sana_kit.training.order import BucketOrder, MixedOrder, PermutationOrder
 from sana_kit.training.recomputation import count_run_step, fit_memory, held_bytes
+from sana_kit.training.streaming import stream_of
 
 # An image's latents of 32 channels in bf16, and a caption's embeddings: what the store needs a sample, for the plan.
 _PLAN_CAPTION_TOKENS = 80
@@ -120,7 +121,11 @@ def print_plan(config: TrainConfig, model: Model) -> int:
     """What --dry_run tells: the plan with the bytes of the kept activations; loads and writes nothing. Exit code 0."""
     if os.environ.get("RANK", "0") != "0":
         return 0
-    counts = [len(find_images(**source)[0].source) * source["repeats"] for source in image_sources(config, crops=1)]
+    counts = (
+        [stream_of(config).rows or 0]
+        if config.streaming
+        else [len(find_images(**source)[0].source) * source["repeats"] for source in image_sources(config, crops=1)]
+    )
     num_class = config.num_class_images if config.with_prior_preservation else 0
     processes = config.dry_run_processes or launched_world_size()
     config, plan = make_plan(config, counts, num_class, processes)
@@ -192,6 +197,8 @@ def describe(config: TrainConfig, plan: Plan, model: Model, chip: devices.Chip |
     latents += 2 * _PLAN_CAPTION_TOKENS * model.transformer_config["caption_channels"]
     of_class = f" (+ {plan.num_class} of the class)" if plan.num_class else ""
     kept = config.checkpoints_total_limit or math.ceil(plan.steps / config.checkpointing_steps)
+    stored = f"about {_size(latents * (plan.num_instance + plan.num_class))}"
+    stored = f"at most {config.encodings_disk_gb:g} GB" if config.streaming else stored
     what = f"{config.adapter.kind} of rank {config.rank}" if mode == "lora" else "every weight"
     what = f"ControlNet of {layers} blocks" if mode == "controlnet" else what
     lines = [
@@ -204,8 +211,7 @@ def describe(config: TrainConfig, plan: Plan, model: Model, chip: devices.Chip |
         " the run",
         f"memory: {_size(sum(held.values()))} a device beside the activations (weights {_size(held['weights'])},"
         f" masters and moments {_size(held['masters'] + held['moments'])})",
-        f"disk: about {_size(latents * (plan.num_instance + plan.num_class))} of encodings, {_size(checkpoint)} a"
-        f" checkpoint, {kept} kept",
+        f"disk: {stored} of encodings, {_size(checkpoint)} a checkpoint, {kept} kept",
     ]
     if chip is not None:
         seconds = flops * plan.steps * plan.samples_per_step / (chip.tflops * 1e12 * plan.world_size)

@@ -76,6 +76,7 @@ class Recorder:
             self._bar.close()
         if self._log is not None:
             self._log.close()
+            self._encoded.close()
 
     def warn(self, message: str, step: int = 0) -> None:
         """Tell the user on the console, and in the log; the first of every machine's ranks tells for the others."""
@@ -131,7 +132,7 @@ class Recorder:
         shapes = encoded.latent_shapes()[: stream.num_instance]
         tokens = float(encoded.prompt_tokens().mean())
         self.flops_per_image = flops_per_image(config, plan, dict(engine.transformer.config), shapes, tokens)
-        self.encode_seconds = encoded.facts.seconds
+        self._encoded = encoded  # a stream's seconds grow
         self.meter = ThroughputMeter(plan.samples_per_step)
         self.meter.start()
         self._first_step = state.global_step + 1
@@ -301,6 +302,9 @@ class Recorder:
         A run does not die of it: what cannot be read any more becomes a warning.
         """
         step = self.state.global_step
+        if self.config.streaming:
+            self.warn("memorisation: not looked for: the images of a stream are gone once they were trained on", step)
+            return
         try:
             found = compare_with_training_images(
                 encoded, num_instance, drawn, self.output_dir, self.engine.ranks, stop
@@ -336,7 +340,7 @@ class Recorder:
             "steady_state_note": self.meter.steady_reason,
             "final_loss": self.final_loss,
             "duration_seconds": time.perf_counter() - self._started,
-            "encode_seconds": self.encode_seconds,
+            "encode_seconds": self._encoded.facts.seconds,
             "start_seconds": {phase: round(seconds, 3) for phase, seconds in self.phases.seconds.items()},
             "global_step": self.state.global_step,
             "world_size": engine.ranks.world_size,

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from sana_kit import devices
 from sana_kit.data.controls import load_controls
 from sana_kit.data.discover import load_class_images, load_images
 from sana_kit.data.image_set import ImageSet, bad_image_problems, check_images, concat
@@ -17,15 +16,20 @@ from sana_kit.distributed import Ranks, StopSignal
 from sana_kit.encodings.dataset import EncodedDataset
 from sana_kit.encodings.encode import encode
 from sana_kit.encodings.prompts import parse_instruction
-from sana_kit.encodings.settings import EncodingSettings
-from sana_kit.errors import InputError, Problem, UserError
+from sana_kit.encodings.streamed import StreamedDataset
+from sana_kit.errors import EncodingStopped, InputError, Problem, UserError
 from sana_kit.models.folder import Model
 from sana_kit.training.check import image_sources
 from sana_kit.training.config import TrainConfig
 from sana_kit.training.control import control_kinds
-from sana_kit.training.order import WeightedSets
+from sana_kit.training.encoding import encoding_settings, encodings_dir, extra_prompts
+from sana_kit.training.order import BucketOrder, MixedOrder, PermutationOrder, WeightedSets, make_order
 from sana_kit.training.prior import generate_class_images
-from sana_kit.training.state import check_same_images
+from sana_kit.training.state import TrainState, check_same_images, data_digests
+from sana_kit.training.streaming import StreamOrder, open_stream
+
+if TYPE_CHECKING:
+    from sana_kit.training.checkpoints import Resume
 
 logger = logging.getLogger("sana")
 
@@ -49,15 +53,47 @@ class Samples:
             follow the instance images, held-out ones these.
         num_instance, num_class, num_held_out: how many there are of each.
         instruction: the lines before each caption, None for none.
-        set_of: (num_instance,) the number of each instance sample's data set.
+        set_of: (num_instance,) the number of each instance sample's data set; empty of a stream.
+        digest: of a stream's shards; None where every image is known.
     """
 
-    encoded: EncodedDataset
+    encoded: EncodedDataset | StreamedDataset
     num_instance: int
     num_class: int
     num_held_out: int
     instruction: list[str] | None
     set_of: np.ndarray
+    digest: str | None = None
+
+    def order(self, config: TrainConfig, micro_step: int) -> PermutationOrder | MixedOrder | BucketOrder | StreamOrder:
+        """The order of the instance images; `micro_step` is how many samples one takes over all processes."""
+        if self.digest is not None:
+            return StreamOrder(self.num_instance)
+        crops, sets = config.crops_per_image, self.weighted_sets(config)
+        return make_order(self.encoded.latent_shapes(), self.num_instance, micro_step, config.seed, crops, sets)
+
+    def digests(self) -> dict[str, str]:
+        """What stands for the images and captions, for `state.run_identity`."""
+        if self.digest is not None:
+            return {"data_digest": self.digest}
+        return data_digests(self.encoded.images, self.encoded.control_images)
+
+    def ready(self, state: TrainState, samples: int) -> bool:
+        """See that the `samples` positions of the next update can be read; every rank calls it.
+
+        Of a stream, it encodes the next window where one of them is the first of it.
+
+        Returns:
+            False where a signal ended that.
+        """
+        if self.digest is None:
+            return True
+        try:
+            self.encoded.prepare(state.samples_seen, samples)
+        except EncodingStopped:
+            return False
+        state.stream = self.encoded.place(state.samples_seen + samples)
+        return True
 
     def weighted_sets(self, config: TrainConfig) -> WeightedSets | None:
         """Which samples are of which data set, where these have weights."""
@@ -67,6 +103,8 @@ class Samples:
 
     def counts_of_sets(self, sets: int, crops: int) -> list[int]:
         """Images of each data set, repeats included, `crops` of each encoded."""
+        if self.digest is not None:
+            return [self.num_instance]
         return (np.bincount(self.set_of, minlength=sets) // crops).tolist()
 
     @property
@@ -76,16 +114,26 @@ class Samples:
         return range(first, first + self.num_held_out)
 
 
-def load_samples(config: TrainConfig, base_model: Model, ranks: Ranks, stop: StopSignal, recorder: Notes) -> Samples:
+def load_samples(
+    config: TrainConfig,
+    base_model: Model,
+    ranks: Ranks,
+    stop: StopSignal,
+    recorder: Notes,
+    resume: Resume | None = None,
+) -> Samples:
     """Find the images and encode what is not encoded yet; VAE and text encoder have left memory afterwards.
 
-    Every rank calls it. What a user should know of the data goes to the recorder.
+    Every rank calls it. What a user should know of the data goes to the recorder. Of a stream, the window where the
+    run begins or goes on is read and encoded.
 
     Raises:
         UserError, InputError: images or captions that cannot be used, all of them, on every rank.
         EncodingStopped: after a signal; a new start goes on from there.
     """
     instruction = parse_instruction(config.complex_human_instruction)
+    if config.streaming:
+        return _stream(config, base_model, ranks, stop, recorder, resume, instruction)
     images, bounds = _load_sets(config, ranks)
     check_same_images(images, ranks)
     for note in images.notes:
@@ -97,7 +145,7 @@ def load_samples(config: TrainConfig, base_model: Model, ranks: Ranks, stop: Sto
     parts += [held_out] if held_out is not None else []
     controls = None
     if config.train_mode == "controlnet":  # all of them looked at before a weight is loaded
-        sources, remember_in = image_sources(config), f"{_encodings_dir(config)}/images"
+        sources, remember_in = image_sources(config), f"{encodings_dir(config)}/images"
         controls = load_controls(control_kinds(config), sources, *parts, remember_in=remember_in, ranks=ranks)
     encoded = _encode(functools.reduce(concat, parts), config, base_model, ranks, instruction, stop, recorder)
     if controls is not None:
@@ -110,6 +158,22 @@ def load_samples(config: TrainConfig, base_model: Model, ranks: Ranks, stop: Sto
     return Samples(encoded, counts[0], num_class, num_held_out, instruction, set_of)
 
 
+def _stream(
+    config: TrainConfig,
+    base_model: Model,
+    ranks: Ranks,
+    stop: StopSignal,
+    recorder: Notes,
+    resume: Resume | None,
+    instruction: list[str] | None,
+) -> Samples:
+    settings, prompts = encoding_settings(config, base_model, instruction), extra_prompts(config, instruction)
+    encoded, shards = open_stream(config, base_model, settings, ranks, stop, recorder.warn, prompts, resume)
+    samples = config.train_batch_size * config.gradient_accumulation_steps * ranks.world_size
+    epoch = shards.rows or config.max_train_steps * samples
+    return Samples(encoded, epoch, 0, 0, instruction, np.zeros(0, np.int64), shards.digest())
+
+
 def _load_sets(config: TrainConfig, ranks: Ranks) -> tuple[ImageSet, list[int]]:
     """(the images of all data sets one behind the other, the source's row behind the last of each set)."""
     parts = []
@@ -118,7 +182,7 @@ def _load_sets(config: TrainConfig, ranks: Ranks) -> tuple[ImageSet, list[int]]:
             **source,
             instance_prompt=data_set.instance_prompt,
             skip_bad_images=config.skip_bad_images,
-            remember_in=f"{_encodings_dir(config)}/images",
+            remember_in=f"{encodings_dir(config)}/images",
             ranks=ranks,
         )
         if data_set.caption_prefix or data_set.caption_suffix:
@@ -185,10 +249,6 @@ def _class_images(
     return load_class_images(config.class_data_dir, config.class_prompt, config.num_class_images)
 
 
-def _encodings_dir(config: TrainConfig) -> str:
-    return config.encodings_dir or f"{config.output_dir}/encodings"
-
-
 def _encode(
     images: ImageSet,
     config: TrainConfig,
@@ -198,28 +258,13 @@ def _encode(
     stop: StopSignal,
     recorder: Notes,
 ) -> EncodedDataset:
-    prompts = [(prompt, instruction) for prompt in config.validation.prompts]
-    prompts += [("", None)] if prompts or config.caption_dropout else []
     encoded = encode(
         images,
         base_model,
-        EncodingSettings(
-            encodings_dir=_encodings_dir(config),
-            resolution=config.side,
-            resolutions=config.resolutions if config.aspect_ratio_buckets else (),
-            bucket_no_upscale=config.bucket_no_upscale,
-            pixel_multiple=base_model.pixel_multiple,
-            center_crop=config.center_crop,
-            random_flip=config.random_flip,
-            max_sequence_length=config.max_sequence_length,
-            complex_human_instruction=None if instruction is None else tuple(instruction),
-            vae_dtype=devices.DTYPES[config.vae_dtype],
-            vae_batch_size=config.vae_batch_size,
-            skip_bad_images=config.skip_bad_images,
-        ),
+        encoding_settings(config, base_model, instruction),
         seed=config.crop_seed,
         ranks=ranks,
-        extra_prompts=prompts,
+        extra_prompts=extra_prompts(config, instruction),
         stop=stop,
         log=logger.warning,
     )

@@ -27,6 +27,8 @@ IDENTITY = (
     "init_lora",
     "base_quantization",
     "resolution",
+    "streaming",
+    "stream_window",
     "flow_shift",
     "weighting_scheme",
     "train_batch_size",
@@ -91,6 +93,7 @@ class TrainState:
         samples_seen: position in the stream of samples.
         sequence: number of the newest checkpoint of the output folder, in the order of writing.
         best_loss, best_step, since_best: lowest held-out loss, its update, measurements since; None, 0, 0 without any.
+        stream: of a run with --streaming, where the window of `samples_seen` begins; None in others.
         epoch, learning_rate: for people who read the file.
     """
 
@@ -103,6 +106,7 @@ class TrainState:
     best_loss: float | None = None
     best_step: int = 0
     since_best: int = 0
+    stream: dict | None = None
     epoch: float = 0.0
     learning_rate: float = 0.0
 

@@ -35,6 +35,8 @@ def is_due(config: TrainConfig, plan: Plan, state: TrainState) -> bool:
     """Whether a validation belongs after this update: every --validation_steps, else as --validation_epochs pass."""
     if config.validation_steps is not None:
         return state.global_step % config.validation_steps == 0
+    if config.streaming:  # how long an epoch is, is not known
+        return False
     period = config.validation_epochs * plan.epoch_samples
     return state.samples_seen // period > (state.samples_seen - plan.samples_per_step) // period
 

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny
 from helpers import KIT, SHORT_RUN, adapter_weights, launch, run_trainer, same
+from helpers.shards import write_shards
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -16,11 +18,20 @@ RUNS = {
     "LoKr": ["--adapter_type=lokr", "--rank=2", "--lora_layers=attention+ffn", "--upcast_before_saving"],
     "LoHa": ["--adapter_type=loha", "--lora_layers=all", "--ema_decay=0.9"],
     "ControlNet": ["--train_mode=controlnet", "--control_edges"],
+    "streaming": ["--streaming", "--stream_window=4", "--caption_column=txt", "--caption_dropout=0.2"],
     "AdamW, LoRA+, no decay": ["--lora_plus_ratio=4", "--no_decay_norms", "--adam_weight_decay=0.1"],
 }
 
 
 def flags_of(name, common, output):
+    if name == "streaming":  # shards of 3, 1 and 4 images: the third update begins the second window
+        shards = (
+            next(Path(flag.partition("=")[2]) for flag in common if flag.startswith("--encodings_dir=")) / "shards"
+        )
+        if not shards.exists():
+            write_shards(shards, [3, 1, 4])
+        own = ("--data_sets=", "--instance_data_dir=", "--encodings_dir=", "--mask_outside=")
+        common = [*(flag for flag in common if not flag.startswith(own)), f"--dataset_name={shards}"]
     if name == "ControlNet":  # one data set alone
         common = [flag for flag in common if not flag.startswith("--data_sets=")]
     return [*common, *RUNS[name], f"--output_dir={output}"]

@@ -30,6 +30,6 @@ def test_a_training_finds_everything_encoded(flags, tmp_path, capfd):
 def test_problems_are_told_together_before_a_weight_is_loaded(flags, monkeypatch):
     with pytest.raises(ValueError, match="encodings_dir.*needed: it says where the encodings go"):
         encode.main([flag for flag in flags if "encodings_dir" not in flag])
-    monkeypatch.setattr("sana_kit.encodings.encode_images.load_vae", None)
+    monkeypatch.setattr("sana_kit.encodings.encoders.load_vae", None)
     with pytest.raises(ValueError, match="(?s)2 problem.*no such folder.*resolution=65"):
         encode.main([*flags, "--resolution=65", "--instance_data_dir=/nowhere"])

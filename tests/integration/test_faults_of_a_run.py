@@ -78,8 +78,8 @@ def test_one_clear_error_before_weights_load_and_nothing_written(
 
     for name in (
         "training.transformer.load_transformer",
-        "encodings.encode_images.load_vae",
-        "encodings.encode_prompts.load_text_encoder",
+        "encodings.encoders.load_vae",
+        "encodings.encoders.load_text_encoder",
     ):
         monkeypatch.setattr(f"sana_kit.{name}", refuse)
     extra, message = ERRORS[case]

@@ -179,8 +179,8 @@ def test_a_second_start_loads_neither_vae_nor_text_encoder(six_steps, tmp_path, 
     def refuse(*args, **kwargs):
         raise AssertionError("loaded again")
 
-    monkeypatch.setattr("sana_kit.encodings.encode_images.load_vae", refuse)
-    monkeypatch.setattr("sana_kit.encodings.encode_prompts.load_text_encoder", refuse)
+    monkeypatch.setattr("sana_kit.encodings.encoders.load_vae", refuse)
+    monkeypatch.setattr("sana_kit.encodings.encoders.load_text_encoder", refuse)
     warm = [flag for flag in flags if not flag.startswith("--validation")]
     assert run(*warm, f"--output_dir={tmp_path}", f"--encodings_dir={output / 'encodings'}") == 0
     assert same(

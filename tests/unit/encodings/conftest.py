@@ -46,8 +46,8 @@ def no_models(monkeypatch):
             raise AssertionError("a model was loaded")
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sana_kit.encodings.encode_images.load_vae", refuse)
-            patch.setattr("sana_kit.encodings.encode_prompts.load_text_encoder", refuse)
+            patch.setattr("sana_kit.encodings.encoders.load_vae", refuse)
+            patch.setattr("sana_kit.encodings.encoders.load_text_encoder", refuse)
             yield
 
     return forbidden
