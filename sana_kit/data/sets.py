@@ -113,6 +113,15 @@ def data_set_of(text: str) -> dict[str, Any]:
     return found
 
 
+def resolutions_of(text: str) -> int | tuple[int, ...]:
+    """1024, or 512,1024."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a number of pixels nor several, such as 512,1024")
+    numbers = tuple(dict.fromkeys(map(int, parts)))
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
 def several(value: Any) -> tuple:
     """The values of a setting that may be given once or several times, each once."""
     values = value if isinstance(value, (tuple, list)) else (() if value is None else (value,))

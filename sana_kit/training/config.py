@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from sana_kit.data.sets import DataSet, absolute, data_set_of, data_sets
+from sana_kit.data.sets import DataSet, absolute, data_set_of, data_sets, resolutions_of
 from sana_kit.files import write_atomic
 from sana_kit.flags import REQUIRED, Flag, Sections, flag, parse, section, settings_of
 
@@ -39,15 +39,6 @@ def _vae_batch(text: str) -> int | str:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is neither auto nor a whole number of at least 1")
     return int(text)
-
-
-def _resolutions(text: str) -> int | tuple[int, ...]:
-    """1024, or 512,1024."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() for part in parts):
-        raise argparse.ArgumentTypeError(f"'{text}' is neither a number of pixels nor several, such as 512,1024")
-    numbers = tuple(dict.fromkeys(map(int, parts)))
-    return numbers[0] if len(numbers) == 1 else numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +169,7 @@ class DataConfig:
         512,
         "Side of the square training images, in pixels; with --aspect_ratio_buckets also several, such as 512,1024.",
         low=1,
-        convert=_resolutions,
+        convert=resolutions_of,
     )
     aspect_ratio_buckets: bool = flag(
         False, "Train each image at the size of SANA's own tables that is nearest its shape, instead of at a square."
