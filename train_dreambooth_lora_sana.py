@@ -57,9 +57,15 @@ from sana_kit.training.plan import Plan, describe, make_plan, print_plan
 from sana_kit.training.recipes import RECIPES, FlowMatching
 from sana_kit.training.recomputation import fit_to_device
 from sana_kit.training.recorder import Recorder, closing_lines, configure_logging
+<<<<<<< HEAD
 from sana_kit.training.samples import Samples, load_samples
 from sana_kit.training.state import TrainState, run_identity
 from sana_kit.training.stream import SampleStream, build_loader
+=======
+from sana_kit.training.samples import load_samples
+from sana_kit.training.state import TrainState, data_digests, run_identity
+from sana_kit.training.stream import SampleStream, build_loader, caption_multiple
+>>>>>>> c149f00 (--cuda_graphs for training and drawing, by torch's compiler; refused where shapes vary and where it was not tried)
 from sana_kit.training.transformer import prepare_transformer
 from sana_kit.training.validation import Validator
 
@@ -159,8 +165,9 @@ def run(config: TrainConfig, base_model, engine: Engine, stop: StopSignal, recor
     chances["several_captions"] = encoded.several_captions
     stream = SampleStream(encoded, order, plan.num_class, seed=config.seed, recipe=recipe, **chances)
     state.samples_seen = order.first_position(state.samples_seen)
-    workers = config.dataloader_num_workers
-    loader = build_loader(stream, plan, state, ranks, workers=workers, pin_memory=engine.device.type != "cpu")
+    workers, pad = config.dataloader_num_workers, caption_multiple(config)
+    pinned = engine.device.type != "cpu"
+    loader = build_loader(stream, plan, state, ranks, workers=workers, pin_memory=pinned, caption_multiple=pad)
     validator = Validator(config, plan, base_model, engine, encoded, samples.instruction, average, stop)
     held_out = HeldOut(config, plan, engine, encoded, samples.held_out, recipe, average)
     recorder.begin(config, plan, state, stream, encoded, describe(config, plan, base_model, engine.chip))

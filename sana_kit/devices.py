@@ -86,6 +86,7 @@ class DeviceKind:
         fused_attention: the attention kernels, beside torch's own, that exist here.
         fused_adamw: what `torch.optim.AdamW(fused=...)` is given.
         compiles: whether torch.compile has a back end here.
+        graphs: whether it records a pass's kernels as one graph.
         fp16: whether fp16 is quick and complete enough to train in.
     """
 
@@ -99,6 +100,7 @@ class DeviceKind:
     fused_attention: tuple[str, ...] = ()
     fused_adamw: bool | None = None
     compiles: bool = True
+    graphs: bool = False
     fp16: bool = True
 
     @property
@@ -158,6 +160,7 @@ KINDS = {
                 Chip("a10", "a10", 125.0, 0.6e12),
             ),
             fused_adamw=True,
+            graphs=True,
         ),
         DeviceKind("cpu", lambda: True, lambda allow_tf32: None, image_by_image=True, fp16=False),
     )

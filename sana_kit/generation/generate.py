@@ -40,6 +40,7 @@ class _Parts:
     use_resolution_binning: bool | str
     controlnet: Callable | None
     pag_layers: Sequence[int]
+    caption_multiple: int
     on_step: Callable[[], None] | None
 
 
@@ -53,7 +54,8 @@ def _generate_group(group: Sequence[Job], parts: _Parts) -> list[Image]:
     height, width = generation_size(first.height, first.width, sample_size, parts.use_resolution_binning)
     shape = (transformer.config.in_channels, height // factor, width // factor)
     noises, generators = zip(*(initial_noise(job, shape) for job in group), strict=True)
-    embeds, mask = (tensor.to(parts.device) for tensor in collate_prompt_embeds(_group_embeds(group, parts)))
+    together = collate_prompt_embeds(_group_embeds(group, parts), parts.caption_multiple)
+    embeds, mask = (tensor.to(parts.device) for tensor in together)
     settings: dict[str, Any] = {
         "num_inference_steps": first.num_inference_steps,
         "guidance_scale": first.guidance_scale,
@@ -127,6 +129,7 @@ def generate(
     use_resolution_binning: bool | str = "auto",
     controlnet: Callable | None = None,
     pag_layers: Sequence[int] = (),
+    caption_multiple: int = 16,
     on_step: Callable[[], None] | None = None,
     on_error: Callable[[Sequence[Job], Exception], None] | None = None,
 ) -> Iterator[tuple[Job, Image, float]]:
@@ -148,6 +151,7 @@ def generate(
         controlnet: a SanaControlNetModel on `device` in `dtype`, or what is called like one, for jobs that have a
             control image.
         pag_layers: blocks whose self-attention is perturbed for jobs that have a pag_scale.
+        caption_multiple: of tokens, which prompts are padded to.
         on_step: called after each denoising step of a group.
         on_error: called as on_error(group, exception) when a group fails, which is then left out; without it the
             exception is raised.
@@ -163,6 +167,7 @@ def generate(
         use_resolution_binning=use_resolution_binning,
         controlnet=controlnet,
         pag_layers=pag_layers,
+        caption_multiple=caption_multiple,
         on_step=on_step,
     )
     for group in groups:

@@ -50,6 +50,11 @@ class ModelSettings:
     )
     device: str = flag("auto", "auto, cpu, cuda, cuda:N, npu or npu:N")
     attention: str = flag("auto", "cross-attention kernel", choices=("auto", "sdpa", "npu_fusion"))
+    cuda_graphs: bool = flag(
+        False,
+        "CUDA: compile the whole transformer and play its steps as recorded graphs, one for each size of a batch;"
+        " images of one size only. Not tried on a card yet",
+    )
     fused_blocks: str = flag(
         "off",
         "auto: hand-written SANA blocks with fewer passes over memory, where they fit; images are equal but for"

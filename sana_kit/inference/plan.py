@@ -23,6 +23,7 @@ from sana_kit.inference.prompts import read_prompts
 from sana_kit.models.adapter import Lora, adapter_file, check_fusing, parse_adapters, read_lora
 from sana_kit.models.attention import resolve_attention
 from sana_kit.models.folder import Model, find_model
+from sana_kit.models.graphs import device_problems
 from sana_kit.models.loading import SCHEDULERS, check_scheduler, default_vae_dtype
 from sana_kit.models.members import MEMBERS
 from sana_kit.models.parts import OwnPart, find_vae, with_vae
@@ -117,9 +118,10 @@ def check(config: InferConfig, device: torch.device, device_problem: Problem | N
             config.inputs, model, prompts, num_inference_steps=steps, scheduler=images.scheduler
         )
         checks.add(found)
-        for height, width in sorted({(p.height or size[0], p.width or size[1]) for p in prompts}):
-            note = _check_size(height, width, model, images.resolution_binning, checks)
-            notes += [note] if note else []
+        sizes = sorted({(p.height or size[0], p.width or size[1]) for p in prompts})
+        checks.add(_graph_problems(config, device, sizes))
+        told = [_check_size(*sides, model, images.resolution_binning, checks) for sides in sizes]
+        notes += [note for note in told if note]
     checks.end()
     jobs = plan_jobs(
         prompts,
@@ -138,6 +140,23 @@ def check(config: InferConfig, device: torch.device, device_problem: Problem | N
         notes.append(f"{asked - len(jobs)} of {asked} images were asked for twice and are made once.")
     groups = group_jobs(jobs, batch_size, device=device, pixels_per_token=model.pixel_multiple**2)
     return Plan(model, loras, dtype, vae_dtype, instruction, jobs, groups, notes, inputs.controlnet, inputs.pag_layers)
+
+
+def _graph_problems(config: InferConfig, device: torch.device, sizes: list[tuple[int, int]]) -> list[Problem]:
+    """Why the steps of this run cannot be recorded as CUDA graphs."""
+    if not config.model.cuda_graphs:
+        return []
+    problems, inputs = device_problems(device), config.inputs
+    for wrong, reason in (
+        (len(sizes) > 1, f"the images have {len(sizes)} sizes, each of which would hold the memory of a graph"),
+        (config.model.fused_blocks != "off", "torch's compiler fuses diffusers' own blocks itself"),
+        (config.model.quantize, "it was not tried with weights in few bits"),
+        (inputs.controlnet, "it was not tried with a ControlNet"),
+        (inputs.pag_scale, "perturbed attention changes the layers between the steps"),
+    ):
+        if wrong:
+            problems.append(Problem("cuda_graphs", None, reason, "Leave one of them out."))
+    return problems
 
 
 def _batch_size(text: str, checks: _Checks) -> int | str:
@@ -304,6 +323,8 @@ def _fingerprint(
     }
     if config.model.fused_blocks != "off":
         identity["fused_blocks"] = config.model.fused_blocks
+    if config.model.cuda_graphs:
+        identity["cuda_graphs"] = True
     if config.images.scheduler != "checkpoint":
         identity["scheduler"] = config.images.scheduler
     if config.model.quantize is not None:

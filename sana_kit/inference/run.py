@@ -28,6 +28,7 @@ from sana_kit.inference.plan import Plan, check
 from sana_kit.locks import lock_folder
 from sana_kit.models.attention import set_attention
 from sana_kit.models.fused import fuse_blocks
+from sana_kit.models.graphs import record_graphs
 from sana_kit.models.loading import load_pipeline, load_text_encoder, text_dtype
 from sana_kit.models.parts import load_controlnet
 from sana_kit.progress import console_bar
@@ -219,7 +220,7 @@ def _generate(this: _Run, groups: list[list[Job]], embeds: tuple[dict, dict]) ->
     this.seconds["load"] += time.perf_counter() - start
     start = time.perf_counter()
     writer = Writer(this.folder, this.fail)
-    facts = _manifest_facts(this)
+    facts, images = _manifest_facts(this), this.config.images
     try:
         if groups:
             steps = sum(steps_of(group[0]) for group in groups)
@@ -234,9 +235,11 @@ def _generate(this: _Run, groups: list[list[Job]], embeds: tuple[dict, dict]) ->
                     negative_prompt_embeds=embeds[1],
                     device=ranks.device,
                     dtype=this.plan.dtype,
-                    use_resolution_binning="auto" if this.config.images.resolution_binning else False,
+                    use_resolution_binning="auto" if images.resolution_binning else False,
                     controlnet=controlnet,
                     pag_layers=this.plan.pag_layers,
+                    # graphs: prompts of one length, the longest
+                    **({"caption_multiple": images.max_sequence_length} if this.config.model.cuda_graphs else {}),
                     on_step=bar.update,
                     on_error=this.fail,
                 )
@@ -272,6 +275,8 @@ def _load(this: _Run) -> tuple[Any, Any]:
     if config.model.fused_blocks != "off":
         pipeline.transformer.requires_grad_(False)
         this.say(f"Blocks: {fuse_blocks(pipeline.transformer, config.model.fused_blocks)}")
+    if config.model.cuda_graphs:
+        record_graphs(pipeline.transformer, training=False)
     return controlnet, pipeline
 
 

@@ -286,8 +286,11 @@ class Studio:
 
 
 def _check_weights_stay_plain(config: InferConfig) -> None:
-    """UserError where an adapter could not be taken in and out of the weights."""
+    """UserError where an adapter could not be taken in and out of the weights, or sizes not be chosen anew."""
     model, problems = config.model, []
+    if model.cuda_graphs:
+        reason = "each size and number of images that the page is asked for would be one more graph"
+        problems.append(Problem("cuda_graphs", None, reason, "Leave it out."))
     if config.lora.lora_weights:
         reason = "the page takes the adapter in and out of the weights, which it cannot with this"
         remedy = "Leave it out, or show the base model alone."

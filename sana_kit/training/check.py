@@ -27,7 +27,11 @@ from sana_kit.training.budget import budget_problems
 from sana_kit.training.checkpoint_folders import find_checkpoint, folder_problems
 from sana_kit.training.config import DataConfig, TrainConfig
 from sana_kit.training.control import control_problems
+<<<<<<< HEAD
 from sana_kit.training.encoding import encoding_settings
+=======
+from sana_kit.training.graphs import graph_problems
+>>>>>>> c149f00 (--cuda_graphs for training and drawing, by torch's compiler; refused where shapes vary and where it was not tried)
 from sana_kit.training.launch_config import LaunchConfig, settle
 from sana_kit.training.optim import optimizer_name, optimizer_problems
 from sana_kit.training.streaming import disk_problems, stream_of, stream_problems
@@ -89,7 +93,7 @@ def check(config: TrainConfig, shapes: bool = True) -> Checked:
     config, found = control_problems(config, model, image_sources(config))
     problems += found
     problems += quantization_problems(config, model, device_type, launch.deepspeed)
-    problems += budget_problems(config, device_type)
+    problems += budget_problems(config, device_type) + graph_problems(config, device_type, launch)
     problems += check_output_folder(config.output_dir, "output_dir")
     if os.environ.get("RANK", "0") == "0":  # other machines may have no such folder
         problems += _checkpoint_problems(config)

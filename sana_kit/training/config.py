@@ -90,10 +90,7 @@ class AdapterConfig:
         "gaussian", "How the first matrix begins; the second is zero but with orthogonal.", choices=LORA_STARTS
     )
     init_lora: str | None = flag(
-        None,
-        "Adapter (any layout) to begin with; its ranks, alphas and layers are the run's. PATH:0.8 scales it, several"
-        " are separated by commas and add up.",
-        path=True,
+        None, "Adapter (any layout) to begin with, with its ranks, alphas, layers; or a sum: a:0.8,b:0.3.", path=True
     )
     save_merged: bool = flag(False, "Also write transformer/ with the LoRA merged into the weights.")
 
@@ -302,6 +299,9 @@ class SpeedConfig:
         choices=("off", "auto"),
     )
     compile: bool = flag(False, "torch.compile each transformer block (not on NPU).")
+    cuda_graphs: bool = flag(
+        False, "CUDA: compile the transformer, play its passes as graphs of one shape. Not tried on a card yet."
+    )
     local_rank: int = flag(-1, "Set by launchers.")
 
 

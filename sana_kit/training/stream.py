@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -17,6 +18,11 @@ from sana_kit.workers import prepare_worker
 CAPTION_PAD_MULTIPLE = 16
 
 _DROPOUT_SALT, _CROP_SALT, _CAPTION_SALT = 0xD20, 0xC20, 0xCA9
+
+
+def caption_multiple(config) -> int:
+    """Tokens that captions are padded to a multiple of: with graphs the most there are, which makes one shape."""
+    return config.max_sequence_length if config.cuda_graphs else CAPTION_PAD_MULTIPLE
 
 
 class SampleStream(torch.utils.data.Dataset):
@@ -100,7 +106,7 @@ class StreamBatchSampler(torch.utils.data.Sampler):
 
 
 def build_loader(
-    stream: SampleStream, plan, state, ranks: Ranks, *, workers: int, pin_memory: bool
+    stream: SampleStream, plan, state, ranks: Ranks, *, workers: int, pin_memory: bool, caption_multiple: int
 ) -> torch.utils.data.DataLoader:
     """This rank's micro-batches (see `collate`) from where the run stands to its end.
 
@@ -108,6 +114,7 @@ def build_loader(
         plan: steps, batch_size and accumulation of the run (`plan.Plan`).
         state: global_step and samples_seen (`state.TrainState`).
         workers: processes that make batches ahead; 0: this process does.
+        caption_multiple: of tokens, which captions are padded to.
     """
     steps_left = max(plan.steps - state.global_step, 0)
     return torch.utils.data.DataLoader(
@@ -115,7 +122,7 @@ def build_loader(
         batch_sampler=StreamBatchSampler(
             state.samples_seen, steps_left, plan.batch_size, plan.accumulation, ranks.rank, ranks.world_size
         ),
-        collate_fn=collate,
+        collate_fn=functools.partial(collate, multiple=caption_multiple),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         persistent_workers=workers > 0,
@@ -126,15 +133,17 @@ def build_loader(
     )
 
 
-def collate(samples: list[list[dict[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
+def collate(
+    samples: list[list[dict[str, torch.Tensor]]], multiple: int = CAPTION_PAD_MULTIPLE
+) -> dict[str, torch.Tensor]:
     """Stack samples; instance samples come first, then their class samples.
 
     Returns: latents (B, C, h, w) in their stored dtype, noise (B, C, h, w) float32, u (B,) float32, prompt_embeds
-    (B, T, D) padded to the longest caption, prompt_mask (B, T) bool; with loss masks also loss_weights (B, 1, h, w)
-    float32, with control images control (B, C, h, w).
+    (B, T, D) padded to the longest caption, rounded up to `multiple`, prompt_mask (B, T) bool; with loss masks also
+    loss_weights (B, 1, h, w) float32, with control images control (B, C, h, w).
     """
     ordered = [sample[part] for part in range(len(samples[0])) for sample in samples]
-    embeds, mask = collate_prompt_embeds([s["prompt_embeds"] for s in ordered], multiple=CAPTION_PAD_MULTIPLE)
+    embeds, mask = collate_prompt_embeds([s["prompt_embeds"] for s in ordered], multiple=multiple)
     batch = {
         "latents": torch.stack([s["latents"] for s in ordered]),
         "noise": torch.stack([s["noise"] for s in ordered]),

@@ -11,6 +11,7 @@ from sana_kit.models.attention import set_attention
 from sana_kit.models.controlnet import ControlledTransformer, begin_controlnet
 from sana_kit.models.folder import Model
 from sana_kit.models.fused import fuse_blocks
+from sana_kit.models.graphs import record_graphs
 from sana_kit.models.loading import load_transformer
 from sana_kit.models.lora import recompute_blocks
 from sana_kit.models.parts import find_controlnet, load_controlnet
@@ -74,14 +75,17 @@ def add_lora(transformer: torch.nn.Module, config: AdapterConfig, engine: Engine
 
 
 def tune(transformer: torch.nn.Module, config: SpeedConfig, engine: Engine) -> None:
-    """Attention kernel, fused blocks, recomputation, compilation."""
+    """Attention kernel, fused blocks, recomputation, compilation, graphs."""
     kernel = set_attention(transformer, config.attention, engine.device)
     logger.info("cross-attention: %s with a boolean mask built once per forward pass", kernel)
     autocast = engine.weight_dtype != engine.compute_dtype
-    blocks = fuse_blocks(transformer, config.fused_blocks, autocast=autocast, compiled=config.compile)
+    compiled = config.compile or config.cuda_graphs
+    blocks = fuse_blocks(transformer, config.fused_blocks, autocast=autocast, compiled=compiled)
     logger.info("blocks: %s", blocks)
     if config.gradient_checkpointing:
         recompute_blocks(transformer, config.gradient_checkpointing_interval)
     if config.compile:
         for block in transformer.transformer_blocks:
             block.compile()  # block by block: one compilation serves all blocks, and parameter names stay
+    if config.cuda_graphs:
+        record_graphs(transformer, training=True)

@@ -1,0 +1,31 @@
+"""What CUDA graphs of a training step ask of the other settings."""
+
+from __future__ import annotations
+
+from sana_kit.errors import Problem
+from sana_kit.models.graphs import FIELD, device_problems
+from sana_kit.training.config import TrainConfig
+from sana_kit.training.launch_config import LaunchConfig
+
+
+def graph_problems(config: TrainConfig, device_type: str, launch: LaunchConfig) -> list[Problem]:
+    """Why the steps of this run cannot be recorded; `config` is settled with the accelerate config."""
+    if not config.cuda_graphs:
+        return []
+    problems = device_problems(device_type)
+    for wrong, reason in (
+        (launch.zero_stage == 3, "ZeRO-3 gathers weights between the layers, which no graph of the whole step holds"),
+        (config.aspect_ratio_buckets, "a graph is of one shape, and with aspect_ratio_buckets batches have several"),
+        (len(config.resolutions) > 1, "a graph is of one shape, and with several resolutions batches have several"),
+        (config.gradient_checkpointing or config.memory_budget, "recomputed blocks were not tried inside a graph"),
+        (
+            (config.gradient_accumulation_steps or 1) > 1,
+            "with gradient_accumulation_steps gradients would outlive the pass whose memory they lie in",
+        ),
+        (config.compile, "it compiles the whole transformer, so compile has nothing left to do"),
+        (config.train_mode == "controlnet", "it was not tried with a ControlNet"),
+        (config.base_quantization, "it was not tried with a base in few bits"),
+    ):
+        if wrong:
+            problems.append(Problem(FIELD, None, reason, "Leave one of them out."))
+    return problems

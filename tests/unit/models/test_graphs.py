@@ -1,0 +1,141 @@
+"""CUDA graphs, as far as no card is needed: the compiler sees one graph each way, and the numbers are the plain ones.
+
+python -m pytest tests/unit/models/test_graphs.py
+"""
+
+import pytest
+import torch
+
+from sana_kit import devices
+from sana_kit.errors import UserError
+from sana_kit.flags import parse
+from sana_kit.inference.config import InferConfig
+from sana_kit.inference.plan import check
+from sana_kit.models.attention import set_attention
+from sana_kit.models.graphs import record_graphs
+from sana_kit.models.lora import lora_config
+from sana_kit.training.config import parse_args
+from sana_kit.training.graphs import graph_problems
+from sana_kit.training.launch_config import LaunchConfig
+from sana_kit.training.stream import caption_multiple
+
+CONFIG = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 1,
+    "num_attention_heads": 4,
+    "attention_head_dim": 8,
+    "num_cross_attention_heads": 2,
+    "cross_attention_head_dim": 16,
+    "cross_attention_dim": 32,
+    "caption_channels": 24,
+    "sample_size": 16,
+    "qk_norm": "rms_norm_across_heads",
+    "interpolation_scale": 2.0,
+}
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """torch.compile as the kit calls it, but with the compiler's back end that needs neither card nor C++ compiler."""
+    asked, compile_ = [], torch.compile
+
+    def traced(function, **settings):
+        asked.append(settings.pop("mode"))
+        return compile_(function, backend="aot_eager", **settings)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    marks = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
+    torch._dynamo.reset()
+    yield asked, marks
+    torch._dynamo.reset()
+
+
+def model():
+    from diffusers import SanaTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = SanaTransformer2DModel(**CONFIG)
+    transformer.add_adapter(lora_config(rank=2, alpha=4, init_lora_weights=False))
+    set_attention(transformer, "auto", torch.device("cpu"))
+    return transformer
+
+
+def passed(transformer):
+    """(prediction, gradients) of one pass; gradients none where it is not trained."""
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.ones(2, 16, dtype=torch.bool)
+    mask[1, 5:] = False
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 4, 6, generator=generator),
+        "encoder_hidden_states": torch.randn(2, 16, 24, generator=generator),
+        "encoder_attention_mask": mask,
+        "timestep": torch.tensor([100.0, 900.0]),
+        "return_dict": False,
+    }
+    with torch.set_grad_enabled(transformer.training):
+        (prediction,) = transformer(**inputs)
+    if not transformer.training:
+        return prediction, {}
+    transformer.zero_grad()
+    prediction.square().mean().backward()
+    return prediction.detach(), {n: p.grad for n, p in transformer.named_parameters() if p.grad is not None}
+
+
+def test_a_training_step_is_one_graph_with_the_plain_numbers(compiled):
+    """fullgraph: the compiler raises where anything would break the graph, forward or backward."""
+    asked, marks = compiled
+    plain, graphed = model().train(), model().train()
+    record_graphs(graphed, training=True)
+    names = [name for name, _ in graphed.named_parameters()]
+    assert asked == ["reduce-overhead"] and names == [name for name, _ in plain.named_parameters()]
+    (expected, wanted), (got, found) = passed(plain), passed(graphed)
+    assert torch.equal(got, expected) and wanted.keys() == found.keys() and len(found) == 2 * 3 * 2
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted) and len(marks) == 1
+    assert torch.equal(passed(graphed.eval())[0], passed(plain.eval())[0])
+    assert len(marks) == 1  # validation in between is not recorded
+
+
+def test_predictions_outlive_the_graphs_memory(compiled, monkeypatch):
+    memory = torch.zeros(2)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda: (memory,))
+    module = torch.nn.Identity().eval()
+    record_graphs(module, training=False)
+    (first,) = module()
+    memory += 1  # the next step, in the same memory
+    assert first.tolist() == [0, 0] and module()[0].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "launch", "told"),
+    [
+        ([], {}, []),
+        (["--aspect_ratio_buckets"], {}, ["with aspect_ratio_buckets batches have several"]),
+        (["--resolution=512,1024"], {}, ["with several resolutions batches have several"]),
+        (["--gradient_checkpointing", "--compile"], {}, ["recomputed blocks", "compile has nothing left to do"]),
+        (["--gradient_accumulation_steps=2"], {"zero_stage": 3}, ["ZeRO-3 gathers weights", "outlive the pass"]),
+        (["--train_mode=controlnet"], {"zero_stage": 2}, ["not tried with a ControlNet"]),
+    ],
+)
+def test_what_does_not_go_with_graphs_is_told(flags, launch, told):
+    config = parse_args(["--pretrained_model_name_or_path=x", "--instance_data_dir=y", "--cuda_graphs", *flags])
+    found = graph_problems(config, "cuda", LaunchConfig(**launch))
+    assert [part in str(problem) for part, problem in zip(told, found, strict=True)] == [True] * len(told)
+    for device in ("cpu", "npu"):
+        assert f"and this is {device}" in str(graph_problems(config, device, LaunchConfig(**launch))[0])
+    assert caption_multiple(config) == 300 and devices.KINDS["cuda"].graphs
+    without = parse_args(["--pretrained_model_name_or_path=x", "--instance_data_dir=y", *flags])
+    assert graph_problems(without, "cpu", LaunchConfig(**launch)) == [] and caption_multiple(without) == 16
+
+
+def test_drawing_with_graphs_is_refused_where_they_cannot_be(tiny_model, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}\n{"prompt": "b", "height": 64, "width": 128}\n')
+    flags = [f"--model_path={tiny_model}", f"--prompts_file={prompts}", "--cuda_graphs", "--pag_scale=2"]
+    config, _ = parse(InferConfig, "", [*flags, "--pag_layers=0", "--fused_blocks=auto"])
+    with pytest.raises(UserError) as caught:
+        check(config, torch.device("cpu"))
+    said = str(caught.value)
+    for part in ("and this is cpu", "the images have 2 sizes", "perturbed attention", "fuses diffusers' own blocks"):
+        assert part in said, said
