@@ -57,15 +57,9 @@ from sana_kit.training.plan import Plan, describe, make_plan, print_plan
 from sana_kit.training.recipes import RECIPES, FlowMatching
 from sana_kit.training.recomputation import fit_to_device
 from sana_kit.training.recorder import Recorder, closing_lines, configure_logging
-<<<<<<< HEAD
 from sana_kit.training.samples import Samples, load_samples
 from sana_kit.training.state import TrainState, run_identity
-from sana_kit.training.stream import SampleStream, build_loader
-=======
-from sana_kit.training.samples import load_samples
-from sana_kit.training.state import TrainState, data_digests, run_identity
 from sana_kit.training.stream import SampleStream, build_loader, caption_multiple
->>>>>>> c149f00 (--cuda_graphs for training and drawing, by torch's compiler; refused where shapes vary and where it was not tried)
 from sana_kit.training.transformer import prepare_transformer
 from sana_kit.training.validation import Validator
 

@@ -27,11 +27,8 @@ from sana_kit.training.budget import budget_problems
 from sana_kit.training.checkpoint_folders import find_checkpoint, folder_problems
 from sana_kit.training.config import DataConfig, TrainConfig
 from sana_kit.training.control import control_problems
-<<<<<<< HEAD
 from sana_kit.training.encoding import encoding_settings
-=======
 from sana_kit.training.graphs import graph_problems
->>>>>>> c149f00 (--cuda_graphs for training and drawing, by torch's compiler; refused where shapes vary and where it was not tried)
 from sana_kit.training.launch_config import LaunchConfig, settle
 from sana_kit.training.optim import optimizer_name, optimizer_problems
 from sana_kit.training.streaming import disk_problems, stream_of, stream_problems
