@@ -3,6 +3,7 @@
     python tests/benchmarks/bench_startup.py                          100,000 and 1,000,000 rows of a parquet table
     python tests/benchmarks/bench_startup.py --rows 100000 --kind folder     the same for image files with captions
     python tests/benchmarks/bench_startup.py --distinct_captions      every row with a caption of its own
+    python tests/benchmarks/bench_startup.py --kind streaming --rows 1000 100000   tar shards, to the first step
 
 A start is `load_images` and `encode`, as the trainer calls them, in a process of its own. The table holds a few
 distinct tiny images, each row one of them, and 16 distinct captions (or one a row). The store is filled by the cold
@@ -68,6 +69,50 @@ def make_folder(folder: Path, rows: int, distinct: bool) -> list[str]:
         (folder / f"{row:07d}.png").write_bytes(data[row % IMAGES])
         (folder / f"{row:07d}.txt").write_text(caption(row, distinct))
     return ["instance_data_dir", str(folder)]
+
+
+def make_shards(folder: Path, rows: int) -> Path:
+    """Tar shards of 1000 rows, or of rows / 16 where there are fewer; the folder."""
+    import io
+    import tarfile
+
+    import tiny
+
+    folder.mkdir(parents=True)
+    images = []
+    for image, _ in tiny.make_images(IMAGES, size=16):
+        image.save(buffer := io.BytesIO(), "PNG")
+        images.append(buffer.getvalue())
+    each = min(1000, -(-rows // 16))
+    for start in range(0, rows, each):
+        with tarfile.open(folder / f"train-{start // each:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
+            for row in range(start, min(rows, start + each)):
+                for ending, data in (("png", images[row % IMAGES]), ("txt", caption(row, True).encode())):
+                    member = tarfile.TarInfo(f"{row:08d}.{ending}")
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+    return folder
+
+
+def measure_streaming(work: Path, model: Path, rows: int, window: int) -> None:
+    """A run of one update of the trainer with --streaming: seconds from the command to its first step, and memory."""
+    shards, output = make_shards(work / f"shards-{rows}", rows), work / f"run-{rows}"
+    command = [sys.executable, KIT / "train_dreambooth_lora_sana.py", f"--pretrained_model_name_or_path={model}"]
+    command += ["--streaming", f"--dataset_name={shards}", "--caption_column=txt", f"--stream_window={window}"]
+    command += ["--resolution=64", "--train_batch_size=4", "--max_train_steps=1", "--report_to=none", "--seed=0"]
+    command += ["--complex_human_instruction=none", f"--output_dir={output}", "--mixed_precision=bf16"]
+    began = time.perf_counter()
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    seconds = time.perf_counter() - began
+    summary = json.loads((output / "summary.json").read_text())
+    phases = {name: round(value, 1) for name, value in summary["start_seconds"].items()}
+    print(
+        f"{rows:>10,} rows, {len(list(shards.iterdir())):,} tar shards, windows of {window}: first step after"
+        f" {sum(phases.values()):.1f} s ({phases}); the whole command {seconds:.1f} s",
+        flush=True,
+    )
 
 
 def memory() -> dict[str, int]:
@@ -179,7 +224,8 @@ def main() -> int:
         return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000], help="sizes of data sets")
-    parser.add_argument("--kind", choices=("parquet", "folder"), default="parquet", help="what the images lie in")
+    parser.add_argument("--kind", choices=("parquet", "folder", "streaming"), default="parquet")
+    parser.add_argument("--window", type=int, default=256, help="images of a window, with --kind streaming")
     parser.add_argument("--distinct_captions", action="store_true", help="a caption of its own for every row")
     parser.add_argument("--quick_cold", action="store_true", help="look at each distinct image once")
     args = parser.parse_args()
@@ -188,6 +234,9 @@ def main() -> int:
 
         model = tiny.make_tiny_pipeline(Path(folder) / "model")
         for rows in args.rows:
+            if args.kind == "streaming":
+                measure_streaming(Path(folder), model, rows, args.window)
+                continue
             measure(Path(folder), model, rows, args.kind, args.distinct_captions, args.quick_cold)
     return 0
 
