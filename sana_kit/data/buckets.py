@@ -11,16 +11,20 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
-from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_512_BIN, ASPECT_RATIO_1024_BIN
-from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import ASPECT_RATIO_2048_BIN
-from diffusers.pipelines.sana.pipeline_sana import ASPECT_RATIO_4096_BIN
 
-TABLES = {
-    512: ASPECT_RATIO_512_BIN,
-    1024: ASPECT_RATIO_1024_BIN,
-    2048: ASPECT_RATIO_2048_BIN,
-    4096: ASPECT_RATIO_4096_BIN,
-}
+
+@lru_cache(maxsize=1)
+def tables() -> dict[int, dict[str, list[float]]]:
+    """{resolution: {ratio of height to width: [height, width] in pixels}}, SANA's own.
+
+    Their modules import all of diffusers, which the launcher's checks need not wait for.
+    """
+    from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_512_BIN, ASPECT_RATIO_1024_BIN
+    from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import ASPECT_RATIO_2048_BIN
+    from diffusers.pipelines.sana.pipeline_sana import ASPECT_RATIO_4096_BIN
+
+    found = (ASPECT_RATIO_512_BIN, ASPECT_RATIO_1024_BIN, ASPECT_RATIO_2048_BIN, ASPECT_RATIO_4096_BIN)
+    return dict(zip((512, 1024, 2048, 4096), found, strict=True))
 
 
 @lru_cache(maxsize=32)
@@ -32,8 +36,8 @@ def bucket_table(resolution: int, multiple: int) -> np.ndarray:
     Args:
         multiple: every side is a multiple of this, the VAE's factor times the patch.
     """
-    table = TABLES.get(resolution)
-    sides = np.array(list((table or TABLES[512]).values()), dtype=np.float64)[:, ::-1]
+    table = tables().get(resolution)
+    sides = np.array(list((table or tables()[512]).values()), dtype=np.float64)[:, ::-1]
     if table is None:
         sides = sides * (resolution / 512)
     rounded = np.maximum(np.round(sides / multiple), 1).astype(np.int64) * multiple

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from sana_kit.data.buckets import tables
+
 
 def vae_factor(vae: torch.nn.Module) -> int:
     """Pixels per latent along an axis (32 for SANA's DC-AE)."""
@@ -15,17 +17,7 @@ def nearest_bin(height: int, width: int, sample_size: int) -> tuple[int, int] | 
 
     None where SanaPipeline has no table (it has them for 16, 32, 64 and 128).
     """
-    from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_512_BIN, ASPECT_RATIO_1024_BIN
-    from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import ASPECT_RATIO_2048_BIN
-    from diffusers.pipelines.sana.pipeline_sana import ASPECT_RATIO_4096_BIN
-
-    tables = {
-        16: ASPECT_RATIO_512_BIN,
-        32: ASPECT_RATIO_1024_BIN,
-        64: ASPECT_RATIO_2048_BIN,
-        128: ASPECT_RATIO_4096_BIN,
-    }
-    table = tables.get(sample_size)
+    table = tables().get(32 * sample_size)
     if table is None:
         return None
     nearest = min(table, key=lambda ratio: abs(float(ratio) - height / width))

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from sana_kit.data.buckets import TABLES, assign, bucket_table
+from sana_kit.data.buckets import assign, bucket_table, tables
 
 
-@pytest.mark.parametrize("resolution", TABLES)
+@pytest.mark.parametrize("resolution", tables())
 def test_the_sizes_are_sanas_own(resolution):
-    sizes = {(int(width), int(height)) for height, width in TABLES[resolution].values()}
+    sizes = {(int(width), int(height)) for height, width in tables()[resolution].values()}
     assert set(map(tuple, bucket_table(resolution, 32).tolist())) == sizes
 
 
@@ -24,8 +24,8 @@ def test_the_nearest_ratio_of_height_to_width_is_chosen_as_sanas_loader_does():
     sizes = rng.integers(300, 4000, (500, 2))
     found = assign(sizes, [1024], 32).sizes
     for (width, height), (bucket_width, bucket_height) in zip(sizes, found, strict=True):
-        nearest = min(TABLES[1024], key=lambda ratio: abs(float(ratio) - height / width))
-        expected = TABLES[1024][nearest]
+        nearest = min(tables()[1024], key=lambda ratio: abs(float(ratio) - height / width))
+        expected = tables()[1024][nearest]
         # the table's keys are rounded to two digits, so a neighbour may be as near
         ratio = expected[0] / expected[1]
         assert abs(bucket_height / bucket_width - height / width) <= abs(ratio - height / width) + 1e-9
