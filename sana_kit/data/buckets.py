@@ -109,6 +109,13 @@ def assign(sizes: np.ndarray, resolutions: Sequence[int], multiple: int, no_upsc
     return Assignment(chosen, 1 - chosen.prod(axis=1) / (sizes * scale[:, None]).prod(axis=1), enlarged)
 
 
+def in_squares(sizes: np.ndarray, side: int) -> Assignment:
+    """Squares for images of `sizes` (N, 2), beside others that have buckets."""
+    sizes = np.asarray(sizes, dtype=np.int64).reshape(-1, 2)
+    short, long = sizes.min(axis=1), sizes.max(axis=1)
+    return Assignment(np.full_like(sizes, side), 1 - short / np.maximum(long, 1), short < side)
+
+
 def _nearest(ratios: np.ndarray, table: np.ndarray) -> np.ndarray:
     """Index into `table` of the ratio nearest each of `ratios`; (N, K) distances a slice of the images at a time."""
     slices = [ratios[i : i + 65536] for i in range(0, len(ratios), 65536)]

@@ -56,9 +56,12 @@ class ImageSet:
         report: counts of what was found and skipped, for the log and the summary.
         notes: the same as sentences, each told once by the trainer.
         follows: the set whose scale, crop and flip this one's samples take; None: their own.
+        rule_of_row: (rows of the source,) the number of the rule of sizes that each row follows, where there are
+            several (`encodings.settings`); None: all follow one.
     """
 
     follows: ImageSet | None = None
+    rule_of_row: np.ndarray | None = None
 
     def __init__(self, source, rows, captions, positions, digests, sizes, report, notes, choices=None, masks=None):
         self._source = source
@@ -200,7 +203,7 @@ class ImageSet:
         bad = np.unique(self._rows[np.asarray(indices, np.int64)])
         keep = ~np.isin(self._rows, bad)
         report = {**self.report, "bad images skipped": self.report.get("bad images skipped", 0) + len(bad)}
-        return ImageSet(
+        left = ImageSet(
             self._source,
             self._rows[keep],
             self.captions.where(keep),
@@ -212,6 +215,12 @@ class ImageSet:
             None if self.choices is None else self.choices.where(keep),
             self.masks,
         )
+        left.rule_of_row = self.rule_of_row
+        return left
+
+    def rules(self) -> np.ndarray | None:
+        """(N,) `rule_of_row` of all samples, None where all follow one."""
+        return None if self.rule_of_row is None else self.rule_of_row[self._rows]
 
     def release(self) -> None:
         """Give source data held in memory back; the set stays usable."""

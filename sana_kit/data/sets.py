@@ -19,6 +19,42 @@ SOURCES = ("dataset_name", "instance_data_dir")
 # What a folder of images has no use for.
 _OF_TABLES = ("dataset_config_name", "dataset_split", "image_column", "caption_column", "mask_column")
 _LEAST_WEIGHT = 0.001
+# The settings of a SizeRule.
+_RULE = ("resolution", "aspect_ratio_buckets", "bucket_no_upscale", "center_crop", "random_flip")
+
+
+@dataclasses.dataclass(frozen=True)
+class SizeRule:
+    """At which size images are trained, and how they are cut; the names are those of the run's settings."""
+
+    resolution: int | tuple[int, ...] = 512
+    aspect_ratio_buckets: bool = False
+    bucket_no_upscale: bool = False
+    center_crop: bool = False
+    random_flip: bool = False
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """All resolutions."""
+        return self.resolution if isinstance(self.resolution, tuple) else (self.resolution,)
+
+    def __str__(self) -> str:
+        shape = " in buckets" if self.aspect_ratio_buckets else ""
+        more = {"not enlarged": self.bucket_no_upscale, "centre": self.center_crop, "flips": self.random_flip}
+        words = [f"{', '.join(map(str, self.sides))} px{shape}", *(word for word, on in more.items() if on)]
+        return ", ".join(words)
+
+    def problems(self, field: str | None = None, value: object = None) -> list[Problem]:
+        """What does not go together; `field` and `value` of what holds the rule, None for the run's own settings."""
+        problems = []
+        if len(self.sides) > 1 and not self.aspect_ratio_buckets:
+            reason, remedy = "several resolutions are trained in buckets", "Add aspect_ratio_buckets, or give one."
+            problems.append(Problem(field or "resolution", value or self.resolution, reason, remedy))
+        if self.bucket_no_upscale and not self.aspect_ratio_buckets:
+            what = "" if field is None else "bucket_no_upscale "
+            reason = f"{what}has no effect without aspect_ratio_buckets"
+            problems.append(Problem(field or "bucket_no_upscale", value, reason))
+        return problems
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +78,11 @@ class DataSet:
     caption_suffix: str = ""
     repeats: int = 1
     weight: float = 1.0
+    resolution: int | tuple[int, ...] = 512
+    aspect_ratio_buckets: bool = False
+    bucket_no_upscale: bool = False
+    center_crop: bool = False
+    random_flip: bool = False
 
     @property
     def field(self) -> str:
@@ -57,6 +98,11 @@ class DataSet:
     def share(self) -> Fraction:
         """The weight as a fraction, so that epochs are counted without rounding."""
         return Fraction(self.weight).limit_denominator(10**6)
+
+    @property
+    def rule(self) -> SizeRule:
+        """At which size its images are trained."""
+        return size_rule(self)
 
     def source(self) -> dict[str, Any]:
         """Where its images are, as `find_images` and `load_images` take it; without `repeats`."""
@@ -101,6 +147,9 @@ def data_set_of(text: str) -> dict[str, Any]:
     fields = {field.name: field for field in dataclasses.fields(DataSet)}
     kinds: dict[str, tuple[Any, str]] = {"repeats": (int, "a whole number"), "weight": ((int, float), "a number")}
     for name, value in found.items():
+        if name in _RULE:
+            found[name] = _of_rule(name, value)
+            continue
         if name not in fields:
             raise argparse.ArgumentTypeError(f"a data set has no setting '{name}'.{did_you_mean(name, fields)}")
         kind, told = kinds.get(name, (str, "a text"))
@@ -122,6 +171,24 @@ def resolutions_of(text: str) -> int | tuple[int, ...]:
     return numbers[0] if len(numbers) == 1 else numbers
 
 
+def _of_rule(name: str, value: Any) -> Any:
+    """A setting of a SizeRule as a mapping has it."""
+    if name != "resolution":
+        if not isinstance(value, bool):
+            raise argparse.ArgumentTypeError(f"{name} of a data set is true or false, not {value!r}")
+        return value
+    numbers = value if isinstance(value, list) else [value]
+    if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in numbers):
+        told = f"{name} of a data set is a number of pixels, or a list of them, not {value!r}"
+        raise argparse.ArgumentTypeError(told)
+    return value if isinstance(value, int) else list(dict.fromkeys(value))
+
+
+def size_rule(settings: Any) -> SizeRule:
+    """The rule in anything that has its names: a run's settings, a DataSet."""
+    return SizeRule(**{name: getattr(settings, name) for name in _RULE})
+
+
 def several(value: Any) -> tuple:
     """The values of a setting that may be given once or several times, each once."""
     values = value if isinstance(value, (tuple, list)) else (() if value is None else (value,))
@@ -140,7 +207,15 @@ def data_sets(settings: Mapping[str, Any]) -> tuple[DataSet, ...]:
     found += [DataSet(instance_data_dir=name, **of_folder) for name in several(settings.get("instance_data_dir"))]
     for mapping in settings.get("data_sets") or ():
         found.append(DataSet(**{**(of_folder if mapping.get("instance_data_dir") else shared), **mapping}))
+    # a list in JSON and YAML is a tuple here, where it is compared
+    found = [dataclasses.replace(one, resolution=_one_or_several(one.resolution)) for one in found]
     return tuple(dict.fromkeys(found))
+
+
+def _one_or_several(resolution: Any) -> Any:
+    if not isinstance(resolution, (list, tuple)):
+        return resolution
+    return resolution[0] if len(resolution) == 1 else tuple(resolution)
 
 
 def absolute(mapping: Mapping[str, Any]) -> dict[str, Any]:

@@ -218,7 +218,7 @@ def warn_truncation(plan: EncodingPlan, tell: Callable[[str], None]) -> None:
     cut = int((plan.texts.tokens(np.unique(rows)) >= length).sum())
     if cut:
         tell(f"{cut} caption(s) reach max_sequence_length={length} tokens; SanaPipeline cuts the rest off, too.")
-    if plan.settings.resolutions:  # the trainer tells of each bucket
+    if plan.settings.resolutions or plan.settings.set_rules:  # the trainer tells of each bucket
         return
     small = plan.images.sizes().min(axis=1) < resolution
     count = len(np.unique(plan.latent_rows[small]))

@@ -7,6 +7,7 @@ result is kept in the store (plans/), under a hash of data, settings and model: 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import time
@@ -88,7 +89,7 @@ class EncodingPlan:
         self.extra_prompts, self._tell = list(extra_prompts), tell
         self.make_key = prompt_keys(settings, identity)
         self.store = Path(settings.encodings_dir)
-        name = fingerprint(settings, identity, self.extra_prompts, images.digest(), seed)
+        name = fingerprint(settings, identity, self.extra_prompts, _data_digest(images), seed)
         self.path = self.store / "plans" / f"{name}.safetensors"
         self.needs: Needs | None = None
         if not self._recall():
@@ -223,6 +224,12 @@ class EncodingPlan:
         with suppress(OSError):
             os.utime(self.path)
         return True
+
+
+def _data_digest(images: ImageSet) -> str:
+    """The set's digest, and where samples have rules of sizes of their own, which has which."""
+    rules = (images if images.follows is None else images.follows).rules()
+    return images.digest() if rules is None else images.digest() + hashlib.sha256(rules.tobytes()).hexdigest()
 
 
 def _short(keys: np.ndarray) -> np.ndarray:

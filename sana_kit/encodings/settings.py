@@ -9,8 +9,9 @@ import json
 import numpy as np
 import torch
 
-from sana_kit.data.buckets import Assignment, assign
+from sana_kit.data.buckets import Assignment, assign, in_squares
 from sana_kit.data.image_set import ImageSet
+from sana_kit.data.sets import SizeRule
 from sana_kit.data.transform import TransformPlan, plan_transform
 from sana_kit.devices import DTYPES
 from sana_kit.encodings.keys import distinct
@@ -35,6 +36,8 @@ class EncodingSettings:
         text_batch_size: captions per pass of the text encoder.
         skip_bad_images: leave out images that cannot be decoded instead of ending with an error.
         num_workers: threads that decode ahead; None takes this process's share of the cores.
+        set_rules: sizes and crops of the images whose `ImageSet.rules` have these numbers, where sets have rules of
+            their own; the last one is of all others (-1). `resolution` is the largest of all then.
     """
 
     encodings_dir: str
@@ -52,6 +55,13 @@ class EncodingSettings:
     text_batch_size: int = 16
     skip_bad_images: bool = False
     num_workers: int | None = None
+    set_rules: tuple[SizeRule, ...] = ()
+
+    @property
+    def own_rule(self) -> SizeRule:
+        """The rule of all images that have none of their own."""
+        sizes = (self.resolutions or self.resolution, bool(self.resolutions), self.bucket_no_upscale)
+        return SizeRule(*sizes, self.center_crop, self.random_flip)
 
 
 class Transform:
@@ -67,14 +77,35 @@ class Transform:
         self._images, self._settings = images, settings
         self._seed = seed or 0
         self._index = images.positions() if seed is not None else _own_numbers(images)
+        self._rules = settings.set_rules or (settings.own_rule,)
+        self._rule_of = images.rules() if settings.set_rules else None
         self.buckets: Assignment | None = None
-        if settings.resolutions:
-            rule = (settings.resolutions, settings.pixel_multiple, settings.bucket_no_upscale)
-            try:
-                self.buckets = assign(images.sizes(), *rule)
-            except ValueError as error:
-                problem = Problem("bucket_no_upscale", None, str(error), "Leave it out, or take small images out.")
-                raise UserError(problem) from None
+        if settings.resolutions or self._rule_of is not None:
+            self.buckets = self._assign(images.sizes())
+
+    def _assign(self, sizes: np.ndarray) -> Assignment:
+        """The size of each image by its own rule."""
+        rule_of = np.full(len(sizes), -1) if self._rule_of is None else self._rule_of
+        found = Assignment(np.zeros((len(sizes), 2), np.int64), np.zeros(len(sizes)), np.zeros(len(sizes), bool))
+        for number in np.unique(rule_of).tolist():
+            rule, own = self._rules[number], np.flatnonzero(rule_of == number)
+            if rule.aspect_ratio_buckets:
+                part = self._in_buckets(sizes[own], rule)
+            else:
+                part = in_squares(sizes[own], rule.sides[0])
+            for name in ("sizes", "lost", "enlarged"):
+                getattr(found, name)[own] = getattr(part, name)
+        return found
+
+    def _in_buckets(self, sizes: np.ndarray, rule: SizeRule) -> Assignment:
+        try:
+            return assign(sizes, rule.sides, self._settings.pixel_multiple, rule.bucket_no_upscale)
+        except ValueError as error:
+            problem = Problem("bucket_no_upscale", None, str(error), "Leave it out, or take small images out.")
+            raise UserError(problem) from None
+
+    def _rule(self, i: int) -> SizeRule:
+        return self._rules[-1 if self._rule_of is None else self._rule_of[i]]
 
     def target(self, i: int) -> tuple[int, int]:
         """(width, height) that sample i is trained at."""
@@ -85,11 +116,12 @@ class Transform:
 
     def __call__(self, i: int) -> TransformPlan:
         """The decision for sample i."""
+        rule = self._rule(i)
         return plan_transform(
             self._images.size(i),
             target=self.target(i),
-            center_crop=self._settings.center_crop,
-            random_flip=self._settings.random_flip,
+            center_crop=rule.center_crop,
+            random_flip=rule.random_flip,
             seed=self._seed,
             index=int(self._index[i]),
         )
@@ -131,6 +163,8 @@ def fingerprint(
     values = dataclasses.asdict(settings)
     for name in ("encodings_dir", "vae_batch_size", "text_batch_size", "skip_bad_images", "num_workers"):
         values.pop(name)  # these change how the work is done, not what it gives
+    if not settings.set_rules:  # plans of runs without them keep their names
+        values.pop("set_rules")
     values |= {"vae_dtype": str(settings.vae_dtype), "text_encoder_dtype": str(settings.text_encoder_dtype)}
     line = json.dumps([2, seed, values, dataclasses.asdict(identity), [list(map(_plain, extra_prompts)), data]])
     return hashlib.sha256(line.encode()).hexdigest()

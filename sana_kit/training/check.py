@@ -13,6 +13,7 @@ from accelerate import PartialState
 
 from sana_kit import devices
 from sana_kit.data.discover import find_images
+from sana_kit.data.sets import size_rule
 from sana_kit.distributed import Ranks, force_cpu, process_group_handlers
 from sana_kit.encodings.prompts import parse_instruction
 from sana_kit.errors import CheckpointError, Problem, UserError
@@ -186,11 +187,13 @@ def _data_problems(config: TrainConfig) -> list[Problem]:
             problems.append(Problem(name, None, "needed with --with_prior_preservation"))
         if value is not None and not prior.with_prior_preservation:
             problems.append(Problem(name, value, "has no effect without --with_prior_preservation"))
-    if len(data.resolutions) > 1 and not data.aspect_ratio_buckets:
-        reason = "several resolutions are trained in buckets"
-        problems.append(Problem("resolution", data.resolution, reason, "Add --aspect_ratio_buckets, or give one."))
-    if data.bucket_no_upscale and not data.aspect_ratio_buckets:
-        problems.append(Problem("bucket_no_upscale", None, "has no effect without --aspect_ratio_buckets"))
+    problems += size_rule(data).problems()
+    if data.size_rules:
+        for data_set in data.sets:
+            problems += data_set.rule.problems("data_sets", data_set.name) if data_set.rule != size_rule(data) else []
+        if prior.with_prior_preservation:
+            reason = "class images have the run's own size, and a micro-step holds images of one size"
+            problems.append(Problem("data_sets", None, reason, "Leave the sizes of data sets out, or class images."))
     if data.aspect_ratio_buckets and prior.with_prior_preservation:
         reason = "class images are square, and a micro-step holds images of one size"
         problems.append(Problem("aspect_ratio_buckets", None, reason, "Leave one of both out."))
@@ -239,7 +242,9 @@ def _find_model(config: TrainConfig, shapes: bool) -> tuple[Model | None, list[P
 
 def _size_problems(config: TrainConfig, model: Model) -> list[Problem]:
     problems, factor = [], model.pixel_multiple
-    sides = [("resolution", side) for side in config.resolutions]
+    sides = [("resolution", side) for side in size_rule(config).sides]
+    of_sets = {side for rule in config.size_rules for side in rule.sides}
+    sides += [("data_sets", side) for side in sorted(of_sets - {side for _, side in sides})]
     for field, value in [*sides, ("validation_resolution", config.validation_resolution)]:
         if value and value % factor:
             lower, upper = max(value // factor, 1) * factor, (value // factor + 1) * factor

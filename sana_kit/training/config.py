@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from sana_kit.data.sets import DataSet, absolute, data_set_of, data_sets, resolutions_of
+from sana_kit.data.sets import DataSet, SizeRule, absolute, data_set_of, data_sets, resolutions_of, size_rule
 from sana_kit.files import write_atomic
 from sana_kit.flags import REQUIRED, Flag, Sections, flag, parse, section, settings_of
 
@@ -81,9 +81,7 @@ class AdapterConfig:
         "attention, attention+ffn, all, comma-separated names of layers, or a regular expression for whole names;"
         " default to_k,to_q,to_v.",
     )
-    lokr_factor: int = flag(
-        -1, "LoKr: size of the first factor where it divides a layer's; -1: about the root of the layer's.", low=-1
-    )
+    lokr_factor: int = flag(-1, "LoKr: size of the first factor; -1: about the root of the layer's.", low=-1)
     use_rslora: bool = flag(False, "rsLoRA: scale the update by alpha / sqrt(rank), for high ranks.")
     use_dora: bool = flag(False, "DoRA: train a magnitude for each output beside the LoRA.")
     init_lora_weights: str = flag(
@@ -125,8 +123,8 @@ class DataConfig:
     data_sets: tuple[dict, ...] = flag(
         (),
         "A data set with settings of its own, a JSON mapping, or in --config a list of mappings: dataset_name or"
-        " instance_data_dir, columns, instance_prompt, caption_prefix, caption_suffix, repeats, and weight: samples of"
-        " an epoch for each of its images. What it leaves out is the run's. Repeatable.",
+        " instance_data_dir, columns, instance_prompt, caption_prefix, caption_suffix, repeats, resolution, buckets,"
+        " crop, flip, and weight: samples of an epoch for each of its images. The rest is the run's. Repeatable.",
         repeat=True,
         metavar="JSON",
         convert=data_set_of,
@@ -202,14 +200,15 @@ class DataConfig:
         return None if all(weight == 1 for weight in weights) else weights
 
     @property
-    def resolutions(self) -> tuple[int, ...]:
-        """All resolutions."""
-        return self.resolution if isinstance(self.resolution, tuple) else (self.resolution,)
+    def size_rules(self) -> tuple[SizeRule, ...]:
+        """The sizes of each data set; none where all are the run's own."""
+        rules = tuple(data_set.rule for data_set in self.sets)
+        return () if all(rule == size_rule(self) for rule in rules) else rules
 
     @property
     def side(self) -> int:
         """The largest resolution: what memory and images of a run are reckoned with."""
-        return max(self.resolutions)
+        return max(side for rule in self.size_rules or (size_rule(self),) for side in rule.sides)
 
 
 @dataclasses.dataclass(frozen=True)

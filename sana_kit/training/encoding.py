@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sana_kit import devices
+from sana_kit.data.sets import size_rule
 from sana_kit.encodings.plan import ExtraPrompts
 from sana_kit.encodings.settings import EncodingSettings
 from sana_kit.models.folder import Model
@@ -21,7 +22,8 @@ def encoding_settings(config: TrainConfig, base_model: Model, instruction: Seque
     return EncodingSettings(
         encodings_dir=encodings_dir(config),
         resolution=config.side,
-        resolutions=config.resolutions if config.aspect_ratio_buckets else (),
+        resolutions=size_rule(config).sides if config.aspect_ratio_buckets else (),
+        set_rules=(*config.size_rules, size_rule(config)) if config.size_rules else (),
         bucket_no_upscale=config.bucket_no_upscale,
         pixel_multiple=base_model.pixel_multiple,
         center_crop=config.center_crop,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sana_kit.data.sets import size_rule
 from sana_kit.errors import Problem
 from sana_kit.models.graphs import FIELD, device_problems
 from sana_kit.training.config import TrainConfig
@@ -12,11 +13,12 @@ def graph_problems(config: TrainConfig, device_type: str, launch: LaunchConfig) 
     """Why the steps of this run cannot be recorded; `config` is settled with the accelerate config."""
     if not config.cuda_graphs:
         return []
-    problems = device_problems(device_type)
+    problems, several = device_problems(device_type), len(size_rule(config).sides) > 1
     for wrong, reason in (
         (launch.zero_stage == 3, "ZeRO-3 gathers weights between the layers, which no graph of the whole step holds"),
         (config.aspect_ratio_buckets, "a graph is of one shape, and with aspect_ratio_buckets batches have several"),
-        (len(config.resolutions) > 1, "a graph is of one shape, and with several resolutions batches have several"),
+        (several, "a graph is of one shape, and with several resolutions batches have several"),
+        (config.size_rules, "a graph is of one shape, and data sets with sizes of their own may have others"),
         (config.gradient_checkpointing or config.memory_budget, "recomputed blocks were not tried inside a graph"),
         (
             (config.gradient_accumulation_steps or 1) > 1,

@@ -12,6 +12,7 @@ import numpy as np
 from sana_kit import devices
 from sana_kit.arithmetic import training_flops_per_image
 from sana_kit.data.discover import find_images
+from sana_kit.data.sets import size_rule
 from sana_kit.launchers import launched_world_size
 from sana_kit.models.folder import Model
 from sana_kit.training.budget import AUTO
@@ -111,7 +112,7 @@ def _weighted(config: TrainConfig, counts: Sequence[int]) -> tuple[int | None, t
         weight = f" x weight {data_set.weight:g}" if config.set_weights else ""
         lines.append(
             f"data set {data_set.name}: {count} images{repeats}{weight} = {float(of_epoch):g} samples an epoch,"
-            f" {share:.0f} %"
+            f" {share:.0f} %{f', at {data_set.rule}' if config.size_rules else ''}"
         )
     whole = None if config.set_weights is None else max(1, round(sum(samples)))
     return whole, tuple(lines) if len(sets) > 1 else ()
@@ -180,7 +181,9 @@ def _size(count: float) -> str:
 
 
 def _sizes(config: TrainConfig) -> str:
-    sides = ", ".join(map(str, config.resolutions))
+    if config.size_rules:
+        return "the sizes of their data sets" if len(config.sets) > 1 else str(config.size_rules[0])
+    sides = ", ".join(map(str, size_rule(config).sides))
     return f"{sides} px in buckets of SANA's tables" if config.aspect_ratio_buckets else f"{sides} px"
 
 

@@ -190,7 +190,7 @@ def fit_memory(
     held = held_bytes(config, model, world_size)
     if config.mixed_precision != "bf16":  # the arithmetic counts bf16
         held["weights"] *= 2
-    side = max(config.resolutions) // model.vae_factor
+    side = config.side // model.vae_factor
     activations = ActivationBytes.counted(
         lambda interval: count_run_step(config, model, side=side, tokens=MOST_TOKENS, interval=interval),
         model.transformer_config["num_layers"],

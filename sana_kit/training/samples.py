@@ -147,7 +147,10 @@ def load_samples(
     if config.train_mode == "controlnet":  # all of them looked at before a weight is loaded
         sources, remember_in = image_sources(config), f"{encodings_dir(config)}/images"
         controls = load_controls(control_kinds(config), sources, *parts, remember_in=remember_in, ranks=ranks)
-    encoded = _encode(functools.reduce(concat, parts), config, base_model, ranks, instruction, stop, recorder)
+    whole = functools.reduce(concat, parts)
+    if config.size_rules:
+        whole.rule_of_row = _rules_of_rows(config, parts, images, held_out, bounds)
+    encoded = _encode(whole, config, base_model, ranks, instruction, stop, recorder)
     if controls is not None:
         own = controls.of(encoded.images, np.concatenate([part.rows() for part in parts]))
         encoded.controls = _encode(own, config, base_model, ranks, instruction, stop, recorder)
@@ -172,6 +175,18 @@ def _stream(
     samples = config.train_batch_size * config.gradient_accumulation_steps * ranks.world_size
     epoch = shards.rows or config.max_train_steps * samples
     return Samples(encoded, epoch, 0, 0, instruction, np.zeros(0, np.int64), shards.digest())
+
+
+def _rules_of_rows(
+    config: TrainConfig, parts: list[ImageSet], images: ImageSet, held_out: ImageSet | None, bounds: list[int]
+) -> np.ndarray:
+    """(rows of all parts,) the number of the data set of each row of a source, -1 where it is of none."""
+    found = []
+    for part in parts:
+        of_sets = part is images or (part is held_out and config.validation_dataset is None)
+        rows = np.arange(part.source_rows)
+        found.append(np.searchsorted(bounds, rows, side="right") if of_sets else np.full(len(rows), -1))
+    return np.concatenate(found)
 
 
 def _load_sets(config: TrainConfig, ranks: Ranks) -> tuple[ImageSet, list[int]]:

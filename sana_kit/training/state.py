@@ -58,6 +58,7 @@ IDENTITY = (
     "caption_dropout",
     "mask_outside",
     "set_weights",
+    "size_rules",
     "ema_decay",
     "controlnet_layers",
     "init_controlnet",
@@ -125,6 +126,7 @@ def run_identity(settings, num_images: int, world_size: int, data: dict[str, str
         data: digests of images and captions (`data_digests`).
     """
     found = {key: getattr(settings, key) for key in IDENTITY}
+    found["size_rules"] = list(map(str, found["size_rules"])) or None
     found = {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
     return {**found, "images": num_images, "world_size": world_size, **(data or {})}
 

@@ -57,6 +57,10 @@ def test_a_file_lists_sets_and_a_run_writes_them_back(tmp_path, monkeypatch):
         ("[1]", "is not a mapping such as"),
         ('{"weigh": 1}', "no setting 'weigh'. Did you mean weight?"),
         ('{"weight": "2"}', "weight of a data set is a number, not '2'"),
+        ('{"resolution": "512"}', "resolution of a data set is a number of pixels, or a list of them, not '512'"),
+        ('{"resolution": [512, true]}', "or a list of them, not [512, True]"),
+        ('{"resolution": []}', "or a list of them, not []"),
+        ('{"center_crop": 1}', "center_crop of a data set is true or false, not 1"),
         ('{"repeats": 1.5}', "repeats of a data set is a whole number, not 1.5"),
         ('{"repeats": true}', "repeats of a data set is a whole number"),
         ('{"caption_prefix": 3}', "caption_prefix of a data set is a text, not 3"),
@@ -92,3 +96,25 @@ def test_settings_of_older_logs_are_read():
     assert [found.name for found in data_sets({"dataset_name": None, "instance_data_dir": ["b", "c"]})] == ["b", "c"]
     assert several(None) == () and several("a") == ("a",) and several(["a", "b", "a"]) == ("a", "b")
     assert data_set_of('{"instance_data_dir": "a", "weight": 2}') == {"instance_data_dir": "a", "weight": 2}
+
+
+def test_a_set_has_sizes_and_crops_of_its_own(tmp_path):
+    wide = {"instance_data_dir": "w", "resolution": [64, 128], "aspect_ratio_buckets": True, "random_flip": False}
+    flags = [MODEL, "--instance_data_dir=a", "--resolution=96", "--random_flip", f"--data_sets={json.dumps(wide)}"]
+    config = parse_args(flags)
+    assert [str(rule) for rule in config.size_rules] == ["96 px, flips", "64, 128 px in buckets"]
+    assert config.side == 128
+    again = parse_args([f"--config={config.save(tmp_path / 'out')}"])
+    assert again.size_rules == config.size_rules
+    shown = json.loads(json.dumps(config.public()))  # what a log holds of it
+    assert [found.rule for found in data_sets(shown)] == list(config.size_rules)
+    same = {"instance_data_dir": "w", "resolution": [96], "center_crop": False}
+    plain = parse_args([*flags[:-1], f"--data_sets={json.dumps(same)}"])
+    assert plain.size_rules == () and plain.side == 96
+
+
+def test_what_of_a_sets_sizes_does_not_go_together():
+    rule = DataSet(instance_data_dir="w", resolution=(64, 128), bucket_no_upscale=True).rule
+    told = [str(problem) for problem in rule.problems("data_sets", "w")]
+    assert "data_sets=w: several resolutions are trained in buckets" in told[0]
+    assert "data_sets=w: bucket_no_upscale has no effect without aspect_ratio_buckets" in told[1]
