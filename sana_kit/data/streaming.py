@@ -216,7 +216,11 @@ def find_shards(wanted: Wanted) -> Shards:
     if problems:
         raise UserError(problems)
     if files[0].suffix.lower() == ".tar":
-        rows = _estimated(files)
+        rows, problems = _look_into_tar(wanted, files)
+    else:
+        _, problems = check_columns(f"shard {files[0].name}", pq.read_schema(files[0]), wanted)
+    if problems:
+        raise UserError(problems)
     return LocalShards(wanted, files, rows)
 
 
@@ -297,11 +301,24 @@ def _rows(file: Path) -> int:
     return 0
 
 
-def _estimated(files: list[Path]) -> int:
-    """Rows of tar shards: the first one's, found by its members' headers, for as many bytes as all have."""
+def _look_into_tar(wanted: Wanted, files: list[Path]) -> tuple[int, list[Problem]]:
+    """(rows of tar shards, columns that the first row lacks), by the first shard's headers.
+
+    Rows are as many as there are in the first shard, for as many bytes as all have.
+    """
     try:
         with tarfile.open(files[0]) as archive:
-            keys = {member.name.partition(".")[0] for member in archive if member.isfile()}
+            members = [member.name for member in archive if member.isfile()]
     except tarfile.TarError:  # reading it will tell
-        return 0
-    return round(len(keys) * sum(file.stat().st_size for file in files) / files[0].stat().st_size)
+        return 0, []
+    keys = list(dict.fromkeys(name.partition(".")[0] for name in members))
+    if not keys:
+        return 0, [wanted.problem(f"shard {files[0].name}: it holds no files", "Fetch it again, or take it out.")]
+    columns = [name.partition(".")[2].lower() for name in members if name.partition(".")[0] == keys[0]]
+    columns += ["__key__", "__url__"]
+    where, told = f"shard {files[0].name}", ", ".join(columns)
+    _, problems = pick_columns(wanted, where, columns)
+    if tar_image_column(wanted, columns).image_column not in columns:
+        reason = f"no such column in {where}; columns present: {told}"
+        problems.append(Problem("image_column", wanted.image_column, reason))
+    return round(len(keys) * sum(file.stat().st_size for file in files) / files[0].stat().st_size), problems

@@ -31,7 +31,7 @@ from sana_kit.encodings.encoders import Encoders
 from sana_kit.encodings.peers import Peers, Stop
 from sana_kit.encodings.plan import PARTS, ExtraPrompts
 from sana_kit.encodings.settings import EncodingSettings, Transform
-from sana_kit.errors import Problem, UserError
+from sana_kit.errors import Problem, StoreError, UserError
 from sana_kit.files import remove_tree
 from sana_kit.locks import lock_folder
 from sana_kit.models.folder import Model
@@ -74,6 +74,8 @@ class RowBytes:
 def limit_problems(limit_gb: float, window: int, rows: RowBytes) -> list[Problem]:
     """Why windows of this size do not fit a limit on the disk."""
     limit = limit_gb * 1e9
+    if limit <= 0:  # out of its range, which is told by itself
+        return []
     if rows.least_limit(window) <= limit:
         return []
     fits = int(limit // rows.least_limit(1))
@@ -129,7 +131,7 @@ class StreamedDataset(torch.utils.data.Dataset):
         self._told: set[str] = set()
         self._seconds = 0.0
         self._open = ExitStack()
-        ranks.run_on_all(lambda: self._open.enter_context(lock_folder(self.root, ranks.is_main, "encodings_dir")))
+        ranks.run_on_all(self._lock)
         self._check_shared()
         values = [
             dataclasses.asdict(dataclasses.replace(settings, encodings_dir="")),
@@ -143,6 +145,14 @@ class StreamedDataset(torch.utils.data.Dataset):
         self._extra = self._encode_extra(extra_prompts)
         self.images: ImageSet
         self.first: EncodedDataset
+
+    def _lock(self) -> None:
+        try:
+            self._open.enter_context(lock_folder(self.root, self._ranks.is_main, "encodings_dir"))
+        except OSError as error:
+            raise StoreError(
+                f"Encodings: {self.root} cannot be written ({error.strerror}). Choose another folder for them."
+            ) from None
 
     def _check_shared(self) -> None:
         with Peers(self._ranks, self.root) as peers:

@@ -123,7 +123,7 @@ def print_plan(config: TrainConfig, model: Model) -> int:
     if os.environ.get("RANK", "0") != "0":
         return 0
     counts = (
-        [stream_of(config).rows or 0]
+        [stream_of(config).rows or 1]
         if config.streaming
         else [len(find_images(**source)[0].source) * source["repeats"] for source in image_sources(config, crops=1)]
     )

@@ -175,6 +175,11 @@ def open_stream(
         f"streaming: {len(shards)} shard(s) of {shards.wanted.name}{total}{about}; {reader.lanes} open at once,"
         f" windows of {reader.size} images, at most {config.encodings_disk_gb:g} GB of encodings"
     )
+    if shards.rows and 2 * shards.rows <= reader.size:
+        warn(
+            f"data: a window of {reader.size} images is more than the about {shards.rows} that there are: each is read"
+            " several times for it; without --streaming they are encoded once, or lower --stream_window"
+        )
     encoded = StreamedDataset(
         reader,
         base_model,

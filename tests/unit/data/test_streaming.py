@@ -8,7 +8,7 @@ from helpers.ranks import run_ranks
 from helpers.shards import write_parquet, write_shards, write_tar
 
 from sana_kit.data.assemble import Asked
-from sana_kit.data.streaming import find_shards
+from sana_kit.data.streaming import HubShards, find_shards
 from sana_kit.data.tables import Wanted
 from sana_kit.data.windows import LANES, WindowReader
 from sana_kit.distributed import Ranks
@@ -191,8 +191,14 @@ def test_columns_are_checked_by_shard_and_of_several_captions_all_are_there(tmp_
     folder = tmp_path / "d"
     folder.mkdir()
     write_parquet(folder / "a.parquet", range(2), short=["one", "two"])
-    with pytest.raises(UserError, match="caption_column=caption: no such column in shard a.parquet"):
-        windows(reader(find_shards(wanted(folder, "caption"))), tmp_path / "spool", 1)
+    assert "caption_column=caption: no such column in shard a.parquet" in problem(folder, caption="caption")
+    write_parquet(folder / "b.parquet", range(2))
+    with pytest.raises(UserError, match="caption_column=short: no such column in shard b.parquet"):
+        windows(reader(find_shards(wanted(folder, "short"))), tmp_path / "spool", 1)
+    (folder / "b.parquet").unlink()
+    tars = write_shards(tmp_path / "tars", [2])
+    told = problem(tars, caption="text", image_column="photo")
+    assert "caption_column=text: no such column in shard train-0000.tar; columns present: png, txt" in told
     images = reader(find_shards(wanted(folder, "text:3,short:1")), size=2).read(tmp_path / "s", 10**9, lambda: False)
     assert list(images.all_captions) == ["drawing 0", "one", "drawing 1", "two"]
     assert images.choices.weights.tolist() == [3, 1, 3, 1]
@@ -202,7 +208,23 @@ def test_what_is_no_data_set_of_shards_is_refused(tmp_path):
     assert "no such folder" in problem(tmp_path / "none")
     (tmp_path / "images").mkdir()
     assert "no .tar or .parquet shards there" in problem(tmp_path / "images")
+    import tarfile
+
+    with tarfile.open(tmp_path / "other.tar", "w") as archive:
+        archive.add(tmp_path / "images", "folder")
+    assert "other.tar: it holds no files" in problem(tmp_path / "other.tar")
     assert "no such split" in problem(write_shards(tmp_path / "d", [1]), split="test")
     assert write_tar(tmp_path / "x.tar", range(1)).exists()
     write_parquet(tmp_path / "x.parquet", range(1))
     assert "files of several kinds: .parquet, .tar" in problem(f"{tmp_path}/x.*")
+
+
+def test_shards_that_datasets_itself_resolves_are_read_as_files_are(tmp_path):
+    """As a name on the hub is: no hub is at hand, so the name is a folder's."""
+    folder = write_shards(tmp_path / "d", [3, 4], "parquet")
+    shards = HubShards(wanted(folder, "text"))
+    assert shards.names == ["train shard 1 of 2", "train shard 2 of 2"]
+    found = windows(reader(shards, size=14), tmp_path / "spool", 1)[0]
+    assert set(found) == {f"drawing {n}" for n in range(7)}
+    row = next(shards.read(1, 2))
+    assert row.name == "train shard 2 of 2[2]" and row.caption == "drawing 5" and row.image.startswith(b"\x89PNG")
