@@ -290,8 +290,9 @@ def optimizer_problems(settings, device_type: str, under_deepspeed: bool) -> lis
     field = "use_8bit_adam" if settings.use_8bit_adam else "optimizer"
     value = settings.use_8bit_adam if settings.use_8bit_adam else settings.optimizer
     kind = OPTIMIZERS.get(name)
-    if name in REFUSED:
-        return [Problem("optimizer", settings.optimizer, REFUSED[name], "Use came or adamw8bit.")]
+    refused = REFUSED.get(name.replace("-", "").replace("_", ""))
+    if refused is not None:
+        return [Problem("optimizer", settings.optimizer, refused, "Use came or adamw8bit.")]
     if kind is None:
         names = f"Use one of {', '.join(OPTIMIZERS)}.{did_you_mean(name, OPTIMIZERS)}"
         return [Problem("optimizer", settings.optimizer, "there is no such optimizer", names)]

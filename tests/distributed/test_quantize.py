@@ -81,3 +81,17 @@ def test_the_scripts_draw_and_name_it(told):
     lines = manifest(told["out"]).values()
     assert [line["quantize"] for line in lines] == ["int8", "fp8", "nf4"]
     assert len({line["sha256"] for line in lines}) == 3
+
+
+def test_training_on_few_bits_and_with_8_bit_moments(libraries):
+    """The tests that skip without the libraries, in a process that has them; none is skipped there."""
+    files = ["unit/models/test_quantize.py", "integration/test_base_quantization.py"]
+    optimizers = "integration/test_checkpoints.py::test_every_optimizer_resumes_to_the_bit"
+    files += [f"{optimizers}[{name}]" for name in ("adamw8bit", "adamw8bit-torchao")]
+    environment = script_environment()
+    environment["PYTHONPATH"] = os.pathsep.join([environment["PYTHONPATH"], str(libraries)])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/{file}" for file in files)]
+    done = subprocess.run(command, env=environment, cwd=KIT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    last = done.stdout.strip().splitlines()[-1]
+    assert "passed" in last and "skipped" not in last, last

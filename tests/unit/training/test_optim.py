@@ -199,8 +199,9 @@ def test_adams_step_count_takes_the_form_of_the_optimizer_that_goes_on():
     assert step == 6 and isinstance(step, int)
 
 
-def test_came_with_8_bits_is_refused_with_the_reason():
-    (problem,) = optimizer_problems(settings("came8bit"), "cpu", False)
+@pytest.mark.parametrize("name", ["came8bit", "CAME-8bit", "came_8bit"])
+def test_came_with_8_bits_is_refused_with_the_reason(name):
+    (problem,) = optimizer_problems(settings(name), "cpu", False)
     assert "no maintained package" in str(problem) and "Use came" in str(problem)
 
 
