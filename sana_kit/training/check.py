@@ -163,19 +163,31 @@ def _local_data_problems(config: TrainConfig) -> list[Problem]:
     """What is wrong with data sets that lie here, as far as no image is opened."""
     if config.streaming:
         return _found(lambda: stream_of(config), "dataset_name", config.sets[0].name)[1]
-    problems, masks = [], False
+    problems, masks, counts = [], False, []
     for data_set, source in zip(config.sets, image_sources(config), strict=True):
         value = data_set.name
         if not (data_set.field == "instance_data_dir" or expand(value).exists() or value.startswith((".", "/"))):
             masks = True  # the hub's may have some
+            counts.append(None)
             continue
         found, wrong = _found(lambda source=source: find_images(**source), data_set.field, value)
         problems += wrong
+        counts.append(None if found is None else len(found[0].source))
         masks = masks or found is None or found[0].masks is not None
     if not masks and config.mask_outside:
         remedy = "Name --mask_column, or put NAME.mask.png beside the images."
         problems.append(Problem("mask_outside", config.mask_outside, "has no effect without masks", remedy))
-    return problems
+    if None in counts or config.validation_dataset is not None:
+        return problems
+    return problems + _split_problems(config.validation_split, sum(counts))
+
+
+def _split_problems(share: float, images: int) -> list[Problem]:
+    """What is wrong with how many of so many images are held out; copies of an image are told later."""
+    count = round(share * images) if share < 1 else round(share)
+    if not share or 0 < count < images:
+        return []
+    return [Problem("validation_split", share, f"it would hold out {count} of {images} images", "Keep some of both.")]
 
 
 def _data_problems(config: TrainConfig) -> list[Problem]:

@@ -58,6 +58,8 @@ ERRORS = {
     "resume": (["--resume_from_checkpoint=checkpoint-7"], "no such folder.*Checkpoints there: none"),
     "instruction": (["--complex_human_instruction=nofile.txt"], "no such file"),
     "prior": (["--with_prior_preservation"], "--class_data_dir: needed"),
+    "all held out": (["--validation_split=6"], "--validation_split=6.0: it would hold out 6 of 6 images"),
+    "none held out": (["--validation_split=0.01"], "it would hold out 0 of 6 images"),
     "8 bit": (["--optimizer=came8bit"], "no maintained package has CAME with 8-bit moments"),
     "tracker": (["--report_to=mlflow"], "unknown. Use one of tensorboard"),
     "token": (["--report_to=wandb", "--hub_token=t"], "must not be given with --report_to=wandb"),
