@@ -75,7 +75,7 @@ def _with_factors(kind: str, config: TrainConfig, model: Model) -> tuple[TrainCo
         ("use_dora", adapter.use_dora, f"{shown} has no magnitudes here"),
         ("use_rslora", adapter.use_rslora, f"{shown} is scaled by alpha / rank"),
         ("init_lora", adapter.init_lora is not None, f"a run begins with a LoRA, and this one trains a {shown}"),
-        ("init_lora_weights", "init_lora_weights" in config.given, f"{shown} has a start of its own"),
+        ("init_lora_weights", adapter.init_lora_weights != "gaussian", f"{shown} has a start of its own"),
         ("lora_dropout", adapter.lora_dropout > 0, f"{shown} has no first matrix"),
         ("lora_plus_ratio", config.lora_plus_ratio != 1, f"{shown} has no second matrix"),
         ("base_quantization", config.base_quantization is not None, f"it was not tried under a {shown}"),

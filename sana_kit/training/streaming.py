@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -93,7 +94,15 @@ def stream_problems(config: TrainConfig) -> list[Problem]:
     if not config.streaming:
         own = ("stream_window", "encodings_disk_gb")
         reason, remedy = "has no effect without --streaming", "Add it, or leave this out."
-        return [Problem(name, getattr(config, name), reason, remedy) for name in own if name in config.given]
+        fields = {
+            f.name: f
+            for part in vars(config).values()
+            if dataclasses.is_dataclass(part)
+            for f in dataclasses.fields(part)
+        }
+        # a run's own run.yaml gives every setting
+        asked = [name for name in own if getattr(config, name) != fields[name].default]
+        return [Problem(name, getattr(config, name), reason, remedy) for name in asked]
     problems = [
         Problem(name, getattr(config, name) or None, f"{reason} (--streaming)", remedy)
         for name, asked, reason, remedy in _NOT

@@ -104,6 +104,7 @@ def test_an_adapter_resumes_to_the_bit_and_draws_as_it_was_trained(flags, tiny_m
     moved = (live[0] - untrained).abs().max()
     assert moved > 1e-3
     assert (drawn_by_the_kit(tiny_model, whole) - live[0]).abs().max() < 1e-3 * moved
+    assert run_trainer(f"--config={whole / 'run.yaml'}", "--dry_run", f"--output_dir={tmp_path / 'again'}") == 0
     if name[:4] in ("LoKr", "LoHa"):  # which diffusers does not load
         with torch.no_grad():
             assert (drawn_by_peft(tiny_model, whole) - live[0]).abs().max() < 1e-4 * moved
