@@ -9,36 +9,30 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    ModelConfig: TypeAlias = Mapping[str, object] | PretrainedConfig
 
 # The transformers of the published checkpoints (their transformer/config.json).
-TRANSFORMERS = {
-    "1600M": {
-        "in_channels": 32,
-        "out_channels": 32,
-        "num_attention_heads": 70,
-        "attention_head_dim": 32,
-        "num_layers": 20,
-        "num_cross_attention_heads": 20,
-        "cross_attention_head_dim": 112,
-        "cross_attention_dim": 2240,
-        "caption_channels": 2304,
-        "mlp_ratio": 2.5,
-        "patch_size": 1,
-    },
-    "600M": {
-        "in_channels": 32,
-        "out_channels": 32,
-        "num_attention_heads": 36,
-        "attention_head_dim": 32,
-        "num_layers": 28,
-        "num_cross_attention_heads": 16,
-        "cross_attention_head_dim": 72,
-        "cross_attention_dim": 1152,
-        "caption_channels": 2304,
-        "mlp_ratio": 2.5,
-        "patch_size": 1,
-    },
+_1600M = {
+    "in_channels": 32,
+    "out_channels": 32,
+    "num_attention_heads": 70,
+    "attention_head_dim": 32,
+    "num_layers": 20,
+    "num_cross_attention_heads": 20,
+    "cross_attention_head_dim": 112,
+    "cross_attention_dim": 2240,
+    "caption_channels": 2304,
+    "mlp_ratio": 2.5,
+    "patch_size": 1,
 }
+_600M = {"num_attention_heads": 36, "num_layers": 28}
+_600M |= {"num_cross_attention_heads": 16, "cross_attention_head_dim": 72, "cross_attention_dim": 1152}
+TRANSFORMERS = {"1600M": _1600M, "600M": {**_1600M, **_600M}}
 
 
 # DC-AE f32c32, the VAE of every published Sana, and Gemma-2-2b-it, its text encoder (their config.json).
@@ -104,11 +98,11 @@ class Op:
         return int(self.trainable) + int(self.input_gradient)
 
 
-def _linear(name: str, tokens: float, inputs: int, outputs: int, **kwargs) -> Op:
+def _linear(name: str, tokens: float, inputs: int, outputs: int, **kwargs: bool) -> Op:
     return Op(name, 2 * tokens * inputs * outputs, tokens * (inputs + outputs), inputs * outputs, **kwargs)
 
 
-def _config(config) -> Mapping:
+def _config(config: ModelConfig) -> Mapping:
     """A plain mapping of a diffusers or transformers configuration, or of a mapping."""
     if isinstance(config, Mapping):
         return config
@@ -116,7 +110,11 @@ def _config(config) -> Mapping:
 
 
 def transformer_ops(
-    transformer_config, latent_hw: tuple[int, int], caption_tokens: int, mode: str = "inference", rank: int = 4
+    transformer_config: ModelConfig,
+    latent_hw: tuple[int, int],
+    caption_tokens: float,
+    mode: str = "inference",
+    rank: int = 4,
 ) -> list[Op]:
     """The products of one forward pass of a SanaTransformer2DModel, for one image.
 
@@ -138,7 +136,7 @@ def transformer_ops(
     tokens, text = (latent_hw[0] // patch) * (latent_hw[1] // patch), caption_tokens
     full, lora = mode == "full", mode == "lora"
 
-    def projection(name: str, count: int, inputs: int, outputs: int, adapted: bool, gradient: bool) -> list[Op]:
+    def projection(name: str, count: float, inputs: int, outputs: int, adapted: bool, gradient: bool) -> list[Op]:
         """A linear layer of a block and, on to_q, to_k and to_v, its adapter."""
         ops = [_linear(name, count, inputs, outputs, in_block=True, trainable=full, input_gradient=gradient)]
         if lora and adapted:
@@ -199,7 +197,9 @@ def default_controlnet_layers(transformer_config: Mapping) -> int:
     return min(7, transformer_config["num_layers"] - 1)
 
 
-def controlnet_ops(transformer_config, latent_hw: tuple[int, int], caption_tokens: int, layers: int) -> list[Op]:
+def controlnet_ops(
+    transformer_config: ModelConfig, latent_hw: tuple[int, int], caption_tokens: float, layers: int
+) -> list[Op]:
     """The products of a frozen transformer's forward pass and of the ControlNet that is trained beside it.
 
     What the ControlNet adds comes in behind the second block, so gradients run through the blocks behind that one and
@@ -244,9 +244,9 @@ def controlnet_ops(transformer_config, latent_hw: tuple[int, int], caption_token
 
 
 def training_ops(
-    transformer_config,
+    transformer_config: ModelConfig,
     latent_hw: tuple[int, int],
-    caption_tokens: int,
+    caption_tokens: float,
     mode: str,
     rank: int = 4,
     controlnet_layers: int | None = None,
@@ -293,15 +293,15 @@ def roofline_seconds(
     return seconds
 
 
-def forward_flops_per_image(transformer_config, latent_hw: tuple[int, int], caption_tokens: int) -> float:
+def forward_flops_per_image(transformer_config: ModelConfig, latent_hw: tuple[int, int], caption_tokens: int) -> float:
     """FLOPs of one forward pass of the transformer for one image (one denoising step without guidance)."""
     return total_flops(transformer_ops(transformer_config, latent_hw, caption_tokens))
 
 
 def training_flops_per_image(
-    transformer_config,
+    transformer_config: ModelConfig,
     latent_hw: tuple[int, int],
-    caption_tokens: int,
+    caption_tokens: float,
     mode: str = "lora",
     gradient_checkpointing: bool | float = False,
     rank: int = 4,
@@ -336,7 +336,7 @@ def bucket_elements(trained: int) -> int:
 
 
 def training_bytes(
-    transformer_config,
+    transformer_config: ModelConfig,
     mode: str = "lora",
     rank: int = 4,
     devices: int = 8,
@@ -406,7 +406,7 @@ def vae_halves(config: Mapping, half: str) -> tuple[list, list, list, list]:
     return list(channels), list(layers), list(kinds), list(scales)
 
 
-def vae_encode_ops(vae_config, height: int, width: int) -> list[Op]:
+def vae_encode_ops(vae_config: ModelConfig, height: int, width: int) -> list[Op]:
     """The products of AutoencoderDC.encode for one image of `height` x `width` pixels."""
     c = _config(vae_config)
     channels, layers, kinds, scales = vae_halves(c, "encoder")
@@ -433,7 +433,7 @@ def vae_encode_ops(vae_config, height: int, width: int) -> list[Op]:
     return ops
 
 
-def vae_decode_ops(vae_config, height: int, width: int) -> list[Op]:
+def vae_decode_ops(vae_config: ModelConfig, height: int, width: int) -> list[Op]:
     """The products of AutoencoderDC.decode, whole, for one image of `height` x `width` pixels."""
     c = _config(vae_config)
     channels, layers, kinds, scales = vae_halves(c, "decoder")
@@ -460,7 +460,7 @@ def vae_decode_ops(vae_config, height: int, width: int) -> list[Op]:
     return ops
 
 
-def text_encoder_ops(text_config, tokens: int) -> list[Op]:
+def text_encoder_ops(text_config: ModelConfig, tokens: int) -> list[Op]:
     """The products of one Gemma2Model forward pass over `tokens` tokens (without a vocabulary head)."""
     c = _config(text_config)
     hidden, heads, groups, dim = (

@@ -12,7 +12,8 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from types import FrameType
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed
@@ -21,6 +22,9 @@ from sana_kit import devices, heartbeat, launchers
 from sana_kit.devices import accelerator_type
 from sana_kit.errors import InputError, KitError, Problem, RankFailed, UserError, at_failure
 from sana_kit.launchers import announced_wait, launched_world_size
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator, PartialState
 
 T = TypeVar("T")
 
@@ -63,7 +67,7 @@ def process_group_handlers(timeout_seconds: int = 7500) -> list:
     return [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds), **backend)]
 
 
-def distributed_state():
+def distributed_state() -> PartialState:
     """accelerate's PartialState for inference scripts; never lets two ranks believe that they are alone.
 
     Raises:
@@ -118,12 +122,14 @@ class Ranks:
         self.rank, self.world_size, self.device = rank, world_size, device
         self.local_rank = launchers.local_rank()
         self.device_problem: Problem | None = None
-        self._own_group, self._group, self._heartbeat, self._forget = own_group, None, None, None
+        self._own_group, self._group = own_group, None
+        self._heartbeat: heartbeat.Heartbeat | None = None
+        self._forget: Callable[[], None] | None = None
         if world_size > 1:
             self._meet()
 
     @classmethod
-    def of(cls, state) -> Ranks:
+    def of(cls, state: PartialState | Accelerator) -> Ranks:
         """The ranks of an accelerate Accelerator or PartialState."""
         return cls(state.process_index, state.num_processes, state.device)
 
@@ -196,7 +202,7 @@ class Ranks:
                     self._heartbeat.tell_failure(reason)
             raise RankFailed(reason) from error
 
-    def gather(self, value) -> list:
+    def gather(self, value: T) -> list:
         """Every rank's value (anything that pickles), in rank order, on every rank."""
         if self.world_size == 1:
             return [value]
@@ -204,7 +210,7 @@ class Ranks:
         self._exchange(lambda: torch.distributed.all_gather_object(values, value, group=self._group))
         return values
 
-    def agree(self, value, from_rank: int = 0):
+    def agree(self, value: T, from_rank: int = 0) -> T:
         """The value of `from_rank`, on every rank."""
         if self.world_size == 1:
             return value
@@ -298,7 +304,7 @@ def _merged(reports: list[tuple | None], rank: int, own: Exception | None) -> Ex
     return merged
 
 
-EXIT_INTERRUPTED = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
+EXIT_INTERRUPTED: dict[int | None, int] = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
 
 
 class StopSignal:
@@ -331,7 +337,7 @@ class StopSignal:
         """What the script returns after a stop."""
         return EXIT_INTERRUPTED.get(self.signal, EXIT_INTERRUPTED[signal.SIGTERM])
 
-    def _on_signal(self, number: int, frame) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
             if time.monotonic() - self._signalled_at > 1.0:
                 os._exit(EXIT_INTERRUPTED[number])

@@ -119,7 +119,7 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("formatter_class", _Help)
         super().__init__(allow_abbrev=False, **kwargs)
 
-    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's; every unknown word is named, flags with the one that is nearest."""
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
@@ -196,7 +196,7 @@ def _add(group: argparse._ArgumentGroup, field: dataclasses.Field, annotation: A
     group.add_argument(name, **words)
 
 
-def _sections(config_class: type) -> list[tuple[str, str, type]]:
+def _sections(config_class: type) -> list[tuple[str, str, type[Any]]]:
     """(field name, title, dataclass) of a configuration's sections."""
     hints, fields = typing.get_type_hints(config_class), dataclasses.fields(config_class)
     return [(f.name, f.metadata["title"], hints[f.name]) for f in fields if "title" in f.metadata]

@@ -83,8 +83,8 @@ def _chip(options: argparse.Namespace) -> tuple[float | None, float | None]:
             f"--chip={options.chip}: its peak is not known. Known: {', '.join(chips())}; or give --peak_tflops (and"
             " --bandwidth_tbs)."
         )
-    peak = peak * 1e12 if peak is not None else known and known.tflops * 1e12
-    return peak, bandwidth * 1e12 if bandwidth is not None else known and known.bandwidth
+    peak = peak * 1e12 if peak is not None else known.tflops * 1e12 if known else None
+    return peak, bandwidth * 1e12 if bandwidth is not None else known.bandwidth if known else None
 
 
 def report(options: argparse.Namespace) -> dict:
@@ -272,7 +272,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--step", action="store_true", help="count a step's bytes, kernels and roofline time instead, op by op")
     add("--json", action="store_true", help="print the figures as JSON")
     options = parser.parse_args(arguments)
-    positive = ("resolution", "caption_tokens", "rank", "batch_size", "num_inference_steps", "devices")
+    positive: tuple[str, ...] = (
+        "resolution",
+        "caption_tokens",
+        "rank",
+        "batch_size",
+        "num_inference_steps",
+        "devices",
+    )
     positive += ("peak_tflops", "bandwidth_tbs", "images_per_second")
     problems = [f"--{n}={getattr(options, n)}: must be above 0." for n in positive if (getattr(options, n) or 1) <= 0]
     problems += [f"--{n}=0: must be above 0." for n in positive if getattr(options, n) == 0]

@@ -18,9 +18,13 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from sana_kit.errors import RankFailed, show_error
 from sana_kit.launchers import local_rank
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 90.0
@@ -28,7 +32,7 @@ GRACE_SECONDS = 20.0
 CONNECT_SECONDS = 60.0
 
 
-def open_store(host: str, port: int, world_size: int, is_server: bool):
+def open_store(host: str, port: int, world_size: int, is_server: bool) -> TCPStore:
     """A TCPStore: as the server on a free port (`port` 0), or as a client of it."""
     from torch.distributed import TCPStore
 
@@ -57,7 +61,7 @@ class Heartbeat:
 
     def __init__(
         self,
-        store,
+        store: TCPStore,
         rank: int,
         world_size: int,
         *,

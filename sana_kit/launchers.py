@@ -75,7 +75,9 @@ def _daemon_ranks(environment: MutableMapping[str, str], names: Iterable[str]) -
 
 
 def settle_launcher(
-    environment: MutableMapping[str, str] | None = None, names: Iterable[str] | None = None, say=None
+    environment: MutableMapping[str, str] | None = None,
+    names: Iterable[str] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> None:
     """Keep a launcher's variables where one is, and take them out of the environment where none is.
 

@@ -209,7 +209,7 @@ def _base_licence(base_model: str | None) -> str | None:
     return data.get("license_name") or data.get("license")
 
 
-def _render(**context) -> str:
+def _render(**context: object) -> str:
     """The template filled in; values of the user are escaped by `fence` and `inline`."""
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters.update(fence=_fence, inline=_inline)
@@ -324,7 +324,7 @@ def _where_to_write(output_dir: Path) -> tuple[Path, dict]:
     return (output_dir / "README.generated.md" if previous and MARK not in previous else path), kept
 
 
-def _card_data(base, data, mode: str, licence: dict, trigger: str | None, widget: list[dict]) -> str:
+def _card_data(base: object, data: object, mode: str, licence: dict, trigger: str | None, widget: list[dict]) -> str:
     """The front matter as YAML."""
     tags = ["text-to-image", "diffusers", "diffusers-training", "sana", "sana-diffusers"]
     tags += {"lora": ["lora", "template:sd-lora"], "controlnet": ["controlnet"]}.get(mode, [])
@@ -387,8 +387,8 @@ def push(
         repo_id = api.create_repo(repo_id, exist_ok=True, private=private, repo_type="model").repo_id
         card = (output_dir / "README.md").read_text(encoding="utf-8")
         if MARK in card and PLACEHOLDER in card:
-            card = card.replace(PLACEHOLDER, repo_id).encode()
-            write_atomic(output_dir / "README.md", lambda file: file.write(card))
+            named = card.replace(PLACEHOLDER, repo_id).encode()
+            write_atomic(output_dir / "README.md", lambda file: file.write(named))
         api.upload_folder(
             repo_id=repo_id,
             folder_path=output_dir,

@@ -15,7 +15,7 @@ import hashlib
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ class Row:
 
     what: str
     other: str
-    found: dict[str, float | str]
+    found: Mapping[str, float | str]
     verdict: str
     note: str = ""
 

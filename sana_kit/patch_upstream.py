@@ -150,7 +150,7 @@ def patch_text(text: str) -> tuple[str, list[str]]:
     return text, made
 
 
-def _patch_bytes(data):
+def _patch_bytes(data: bytes) -> tuple[bytes, list[str]]:
     """`patch_text` on the bytes of a file; line endings (LF or CRLF) stay what they are."""
     try:
         text = data.decode("utf-8")
@@ -161,7 +161,7 @@ def _patch_bytes(data):
     return (text.replace("\n", "\r\n") if crlf else text).encode("utf-8"), made
 
 
-def _read(path):
+def _read(path: str) -> bytes | None:
     try:
         with open(path, "rb") as file:
             return file.read()
@@ -169,7 +169,7 @@ def _read(path):
         return None
 
 
-def _differing_original(path, data):
+def _differing_original(path: str, data: bytes) -> Refusal | None:
     original = _read(path + ".orig")
     if original is not None and original != data:
         return Refusal(
@@ -188,17 +188,17 @@ def patch(path: str, dry_run: bool) -> None:
     own, beside = _read(here), _read(hooks)
     copy_hooks = beside != own
 
-    refusals = [_differing_original(path, data)] if made else []
+    found = [_differing_original(path, data)] if made else []
     if copy_hooks and beside is not None:
-        refusals.append(_differing_original(hooks, beside))
-    refusals = [str(refusal) for refusal in refusals if refusal]
+        found.append(_differing_original(hooks, beside))
+    refusals = [str(refusal) for refusal in found if refusal]
     if refusals:
         raise Refusal("\n".join(refusals))
 
     if dry_run:
         name = os.path.basename(path)
-        lines = [part.decode("utf-8").splitlines(keepends=True) for part in (data, patched)]
-        sys.stdout.writelines(difflib.unified_diff(*lines, fromfile=f"a/{name}", tofile=f"b/{name}"))
+        old, new = (part.decode("utf-8").splitlines(keepends=True) for part in (data, patched))
+        sys.stdout.writelines(difflib.unified_diff(old, new, fromfile=f"a/{name}", tofile=f"b/{name}"))
     if not made and not copy_hooks:
         print(f"{path} is already patched; nothing to do.")
         return

@@ -21,7 +21,9 @@ import io
 import json
 import shutil
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -30,6 +32,9 @@ from sana_kit.data.discover import load_images
 from sana_kit.errors import ImageError
 from sana_kit.files import file_sha256
 from sana_kit.reports.before_after import COLUMNS, Pair, before_after_sheet, read_images
+
+if TYPE_CHECKING:
+    from sana_kit.data.image_set import ImageSet
 
 ASSETS = Path(__file__).resolve().parent / "quickstart_assets"
 SUMS = "SHA256SUMS"
@@ -131,7 +136,7 @@ def _shipped_rows() -> list[tuple[Image.Image, str]]:
     return [(Image.open(io.BytesIO(data)), text) for data, text in _dataset_rows(ASSETS / "style_dataset")]
 
 
-def _own_images(images: str | Path, instance_prompt: str | None, skip_bad_images: bool):
+def _own_images(images: str | Path, instance_prompt: str | None, skip_bad_images: bool) -> tuple[ImageSet, list[str]]:
     """The user's folder as a `dataset.ImageSet`, and its captions, each on one line.
 
     Raises:
@@ -143,7 +148,9 @@ def _own_images(images: str | Path, instance_prompt: str | None, skip_bad_images
     return found, [" ".join(caption.split()) for caption in found.captions]
 
 
-def _own_rows(images: str | Path, instance_prompt: str | None, skip_bad_images: bool = False):
+def _own_rows(
+    images: str | Path, instance_prompt: str | None, skip_bad_images: bool = False
+) -> list[tuple[Image.Image, str]]:
     """(image, caption) of each image of a user's folder, PIL at 64 x 64: photographs would fill the memory.
 
     Raises:
@@ -176,7 +183,7 @@ def _bare(word: str) -> str:
     return word.rstrip(".,;:!?").casefold()
 
 
-def _common_ending(captions: list[str]) -> str:
+def _common_ending(captions: Sequence[str]) -> str:
     """The words that captions end with: all of them, else two words or more that most of them share.
 
     Captions of one set are often mixed: "boat in my style", "a kite, in my style." and one that was forgotten.
@@ -192,7 +199,7 @@ def _common_ending(captions: list[str]) -> str:
     return _same_ending([caption for caption in words if tuple(map(_bare, caption[-2:])) == tail])
 
 
-def own_prompts(captions: list[str], subjects: list[str]) -> tuple[tuple[str, ...], str]:
+def own_prompts(captions: Sequence[str], subjects: list[str]) -> tuple[tuple[str, ...], str]:
     """Prompts of the before/after sheet for a user's own captions, and what these have in common.
 
     Up to 5 of the captions, evenly taken, then subjects that the small model knows, with the common words after them,
@@ -239,9 +246,10 @@ def prepare(
                 raise ValueError("\n".join(["copying the quick start's files failed:", *problems]))
     lines = (place / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     prompts = tuple(json.loads(line)["prompt"] for line in lines)
-    trigger, dataset_path = TRIGGER, place / "style_dataset"
+    trigger, shipped = TRIGGER, place / "style_dataset"
+    dataset_path: str | Path = shipped
     if images is None:
-        captions = tuple(caption for _, caption in _dataset_rows(dataset_path))
+        captions = tuple(caption for _, caption in _dataset_rows(shipped))
     else:
         captions = tuple(_own_images(images, instance_prompt, skip_bad_images)[1])
         prompts, trigger = own_prompts(captions, [prompt.removesuffix(f" {TRIGGER}") for prompt in prompts])
@@ -328,7 +336,7 @@ def measure(before_dir: str | Path, after_dir: str | Path, rows: list[tuple] | N
     captions = {caption for _, caption in rows}
     style = [_pixels(shown) for shown, _ in rows]
 
-    def pixels_of(paths):
+    def pixels_of(paths: Mapping[tuple, Path]) -> dict[tuple, np.ndarray]:
         pixels = {}
         for key, path in paths.items():
             with Image.open(path) as image:
@@ -339,14 +347,14 @@ def measure(before_dir: str | Path, after_dir: str | Path, rows: list[tuple] | N
     seeds = sorted({seed for _, seed in before})
     target = _colour_quantiles(style)
 
-    def figures(keys):
+    def figures(keys: list[tuple]) -> dict | None:
         if not keys:
             return None
         result = {}
         for side, pixels in sides.items():
             result[f"distance_{side}"] = _distance(_colour_quantiles([pixels[key] for key in keys]), target)
-            by_seed = [[pixels[key] for key in keys if key[1] == seed] for seed in seeds]
-            by_seed = [_distance(_colour_quantiles(group), target) for group in by_seed if group]
+            groups = [[pixels[key] for key in keys if key[1] == seed] for seed in seeds]
+            by_seed = [_distance(_colour_quantiles(group), target) for group in groups if group]
             result[f"noise_{side}"] = (max(by_seed) - min(by_seed)) / 2 if len(by_seed) > 1 else None
         result["factor"] = result["distance_before"] / max(result["distance_after"], 1e-6)
         return result
@@ -363,7 +371,7 @@ def measure(before_dir: str | Path, after_dir: str | Path, rows: list[tuple] | N
 def describe(result: dict) -> str:
     """The figures of `measure` as plain lines."""
 
-    def line(name, part):
+    def line(name: str, part: dict | None) -> str | None:
         if part is None:
             return None
         texts = []

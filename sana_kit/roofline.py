@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -157,7 +157,9 @@ class StepCounter(TorchDispatchMode):
         self._storages.discard(address)
         self._alive -= size
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: torch._ops.OpOverload, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         name = str(func)
@@ -192,7 +194,15 @@ def one_attention_kernel() -> Iterator[None]:
     """
     original = torch.nn.functional.scaled_dot_product_attention
 
-    def fused(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **rest):
+    def fused(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **rest: object,
+    ) -> torch.Tensor:
         if attn_mask is not None:  # the kernel wants an additive mask; one value per sample stands for it
             full = (query.shape[0], 1, query.shape[2], key.shape[2])
             attn_mask = torch.empty((full[0], 1, 1, full[3]), dtype=query.dtype, device=query.device).expand(full)
@@ -275,7 +285,9 @@ def _longest_first(rows: dict[str, Row]) -> dict[str, Row]:
     return dict(sorted(rows.items(), key=lambda item: -item[1].seconds[chip]))
 
 
-def _inputs(transformer, images: int, latent_hw: tuple[int, int], tokens: int) -> dict[str, torch.Tensor]:
+def _inputs(
+    transformer: torch.nn.Module, images: int, latent_hw: tuple[int, int], tokens: int
+) -> dict[str, torch.Tensor]:
     """Arguments of the transformer's forward on its device, in its dtype, with a boolean mask built once."""
     config, parameter = transformer.config, next(transformer.parameters())
     where = {"device": parameter.device, "dtype": transformer.dtype}
@@ -292,7 +304,9 @@ def _inputs(transformer, images: int, latent_hw: tuple[int, int], tokens: int) -
     return inputs
 
 
-def count_training_step(transformer, images: int, latent_hw: tuple[int, int], tokens: int) -> StepCount:
+def count_training_step(
+    transformer: torch.nn.Module, images: int, latent_hw: tuple[int, int], tokens: int
+) -> StepCount:
     """Forward, loss and backward of one step; the optimizer's update is left out.
 
     Args:
@@ -315,7 +329,7 @@ def count_training_step(transformer, images: int, latent_hw: tuple[int, int], to
 
 
 def count_denoising_step(
-    transformer, images: int, latent_hw: tuple[int, int], tokens: int, *, one_timestep: bool = False
+    transformer: torch.nn.Module, images: int, latent_hw: tuple[int, int], tokens: int, *, one_timestep: bool = False
 ) -> StepCount:
     """One step with guidance: a forward pass over twice `images` and the combination of its two halves.
 

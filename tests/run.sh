@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Run the suite, with all set-up: bash tests/run.sh [pytest arguments]
-# Without arguments everything runs, the slow tests too; SANA_FAST=1 leaves those out.
+# Without arguments everything runs, the slow tests too; SANA_FAST=1 leaves those out. Two files of tests run at a time,
+# since many wait for processes; SANA_TEST_WORKERS=0 runs all in one process, as `python -m pytest tests/...` does.
 set -euo pipefail
 kit=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$kit"
@@ -16,5 +17,5 @@ fi
 bash tests/lint.sh "$python"
 select=()
 [ "${SANA_FAST:-0}" = 1 ] && select=(-m "not slow")
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
-exec "$python" -m pytest -q --durations=15 ${select[@]+"${select[@]}"} "$@" tests
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec "$python" -m pytest -q --durations=15 -n "${SANA_TEST_WORKERS:-2}" --dist loadfile ${select[@]+"${select[@]}"} "$@" tests

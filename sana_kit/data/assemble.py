@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -50,7 +52,7 @@ class _Captions:
     """
 
     texts: Texts = field(default_factory=Texts)
-    empty: tuple[list[int], int] = ((), 0)
+    empty: tuple[Sequence[int], int] = ((), 0)
     several: int = 0
     choices: Choices | None = None
     problems: list[Problem] = field(default_factory=list)
@@ -72,24 +74,31 @@ def _settle_captions(table: Table, named: Named, good: np.ndarray, asked: Asked)
     return settled
 
 
-def _settle_column(cells, table: Table, named: Named, good: np.ndarray, asked: Asked) -> _Captions:
+def _settle_column(
+    cells: list | pa.ChunkedArray | None, table: Table, named: Named, good: np.ndarray, asked: Asked
+) -> _Captions:
     fallback, repeats = (asked.instance_prompt or "").strip(), asked.repeats
     if cells is None:
         return _Captions(Texts(pa.repeat(pa.scalar(fallback, pa.large_string()), len(good) * repeats)))
-    if isinstance(cells, list):
-        try:
-            cells = pa.chunked_array([pa.array(cells, pa.large_string())])
-        except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError):  # lists, numbers: cell by cell
-            return _settle_cells(cells, table, named, good, asked)
-    if cells.type != pa.large_string():
-        return _settle_cells(cells.to_pylist(), table, named, good, asked)
-    texts = pc.utf8_trim(cells, characters=WHITESPACE).take(pa.array(good))
+    column = _as_texts(cells) if isinstance(cells, list) else cells
+    if column is None or column.type != pa.large_string():
+        listed = cells if isinstance(cells, list) else cells.to_pylist()
+        return _settle_cells(listed, table, named, good, asked)
+    texts = pc.utf8_trim(column, characters=WHITESPACE).take(pa.array(good))
     empty = pc.fill_null(pc.equal(pc.binary_length(texts), 0), True)
     texts = pc.if_else(empty, pa.scalar(fallback, pa.large_string()), texts)
     rows = good[_booleans(empty)]
     if repeats > 1:
         texts = texts.take(pa.array(np.repeat(np.arange(len(good)), repeats)))
     return _Captions(Texts(texts), (rows[: LISTED_PROBLEMS + 1].tolist(), len(rows)))
+
+
+def _as_texts(cells: list) -> pa.ChunkedArray | None:
+    """Cells that are texts or null; None for lists and numbers, which are settled cell by cell."""
+    try:
+        return pa.chunked_array([pa.array(cells, pa.large_string())])
+    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError):
+        return None
 
 
 def _booleans(column: pa.ChunkedArray) -> np.ndarray:
@@ -128,7 +137,7 @@ def _settle_cells(cells: list, table: Table, named: Named, good: np.ndarray, ask
     return settled
 
 
-def _weighted(cell, columns: tuple[float, ...] | None) -> tuple[list[str], list[float]]:
+def _weighted(cell: Any, columns: tuple[float, ...] | None) -> tuple[list[str], list[float]]:
     """(captions, their weights) of a cell, or of a row's cells in columns of these weights.
 
     A column's weight is shared by the captions of its cell; an empty cell leaves its share to the others.
@@ -158,7 +167,7 @@ def _remembered_captions(table: Table, named: Named, good: np.ndarray, asked: As
     return settled
 
 
-def caption_choices(cell) -> list[str]:
+def caption_choices(cell: Any) -> list[str]:
     """The captions in a cell, those that are only spaces left out. Raises TypeError for anything but text."""
     if cell is None:
         return []

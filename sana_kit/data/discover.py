@@ -148,7 +148,7 @@ def load_class_images(class_data_dir: str, class_prompt: str, num_class_images: 
     if table.problems:
         refuse(table.problems)
     source = table.source
-    if num_class_images is not None:
+    if num_class_images is not None and isinstance(source, FileSource):
         source = FileSource(source.root, source.names[:num_class_images])
     table = Table(source, None, [], table.notes, table.counts)
     return assemble(table, named, read_headers(source, Memory()), Asked(class_prompt), Memory())

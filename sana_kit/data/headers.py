@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,10 +14,15 @@ from sana_kit.data.memory import ANIMATED, OPEN_ENDED, UNKNOWN, Headers, Memory
 from sana_kit.distributed import Ranks
 from sana_kit.errors import ImageError
 
+if TYPE_CHECKING:
+    from sana_kit.data.sources import ImageSource
+
 Inspect = Callable[[bytes, str], ImageFacts]
 
 
-def read_headers(source, memory: Memory, ranks: Ranks | None = None, inspect: Inspect | None = None) -> Headers:
+def read_headers(
+    source: ImageSource, memory: Memory, ranks: Ranks | None = None, inspect: Inspect | None = None
+) -> Headers:
     """Digest, size and kind of every image of a source.
 
     Rows that `memory` knows are not read. Of the others each rank of a machine reads its share, and all of the machine
@@ -55,7 +61,9 @@ def _digest(rows: np.ndarray) -> tuple[int, int]:
     return len(rows), int(rows.sum())
 
 
-def _look(source, rows: np.ndarray, inspect: Inspect) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, str]]:
+def _look(
+    source: ImageSource, rows: np.ndarray, inspect: Inspect
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, str]]:
     """(digests, sizes, kinds, {row: why it is bad}) of these rows; bad ones stay UNKNOWN."""
     workers = default_workers()
     digests, sizes = np.zeros((len(rows), 32), np.uint8), np.zeros((len(rows), 2), np.int32)

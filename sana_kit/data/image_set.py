@@ -6,8 +6,9 @@ import dataclasses
 import hashlib
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -19,6 +20,11 @@ from sana_kit.data.sources import JoinedSource
 from sana_kit.data.texts import Texts
 from sana_kit.data.transform import TransformPlan, apply_transform
 from sana_kit.errors import ImageError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from sana_kit.data.sources import ImageSource
 
 _BLOCK = 8192  # samples that are hashed at a time
 LISTED_PROBLEMS = 20  # how many bad images an error names; the rest are counted
@@ -34,7 +40,7 @@ class Masks:
         present: bool (rows,).
     """
 
-    source: object
+    source: ImageSource
     digests: np.ndarray
     present: np.ndarray
 
@@ -63,7 +69,19 @@ class ImageSet:
     follows: ImageSet | None = None
     rule_of_row: np.ndarray | None = None
 
-    def __init__(self, source, rows, captions, positions, digests, sizes, report, notes, choices=None, masks=None):
+    def __init__(
+        self,
+        source: ImageSource,
+        rows: np.ndarray,
+        captions: Sequence[str],
+        positions: np.ndarray,
+        digests: np.ndarray,
+        sizes: np.ndarray,
+        report: dict[str, int],
+        notes: list[str],
+        choices: Choices | None = None,
+        masks: Masks | None = None,
+    ):
         self._source = source
         self._rows = _narrow(rows)  # (N,), the source's row of each sample
         self._positions = _narrow(positions)  # (N,), the index that random decisions are keyed by
@@ -84,7 +102,8 @@ class ImageSet:
 
     @captions.setter
     def captions(self, captions: Sequence[str]) -> None:
-        self._captions, self._digest = captions if isinstance(captions, Texts) else Texts(captions), None
+        self._captions = captions if isinstance(captions, Texts) else Texts(captions)
+        self._digest: str | None = None
         self.choices = None
 
     @property
@@ -198,7 +217,7 @@ class ImageSet:
         """Count the positions from `first` on: of a part of a stream, whose earlier parts had those before."""
         self._positions, self._digest = _narrow(self._positions.astype(np.int64) + first), None
 
-    def without(self, indices) -> ImageSet:
+    def without(self, indices: Sequence[int]) -> ImageSet:
         """A set without these samples and the other repeats of their images; the rest keep their decisions."""
         bad = np.unique(self._rows[np.asarray(indices, np.int64)])
         keep = ~np.isin(self._rows, bad)
@@ -242,9 +261,9 @@ def concat(first: ImageSet, second: ImageSet) -> ImageSet:
         choices = own + other
     masks = None
     if first.masks is not None or second.masks is not None:
-        own, other = (part.masks or Masks.none(len(part._source)) for part in (first, second))
-        joined = (np.concatenate([getattr(own, n), getattr(other, n)]) for n in ("digests", "present"))
-        masks = Masks(JoinedSource(own.source, other.source), *joined)
+        one, two = (part.masks or Masks.none(len(part._source)) for part in (first, second))
+        joined = (np.concatenate([getattr(one, n), getattr(two, n)]) for n in ("digests", "present"))
+        masks = Masks(JoinedSource(one.source, two.source), *joined)
     report = {k: first.report.get(k, 0) + second.report.get(k, 0) for k in {**first.report, **second.report}}
     return ImageSet(
         JoinedSource(first._source, second._source),
@@ -260,7 +279,11 @@ def concat(first: ImageSet, second: ImageSet) -> ImageSet:
     )
 
 
-def prefetch(function, items, workers: int, window: int):
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+def prefetch(function: Callable[[A], B], items: Iterable[A], workers: int, window: int) -> Iterator[B]:
     """Yield function(item) in order, computed ahead by threads; at most `window` results wait. workers 0: no threads.
 
     PIL releases the interpreter lock while it decodes and resizes, so threads scale without a copy between processes.
@@ -289,7 +312,7 @@ def default_workers() -> int:
     return max(1, min(16, cores // max(1, local)))
 
 
-def progress_bar(total: int, description: str, unit: str = "image"):
+def progress_bar(total: int, description: str, unit: str = "image") -> tqdm:
     """A tqdm bar, on the first rank only."""
     from tqdm.auto import tqdm
 
@@ -297,7 +320,12 @@ def progress_bar(total: int, description: str, unit: str = "image"):
 
 
 def check_images(
-    images: ImageSet, indices=None, *, rank: int = 0, world_size: int = 1, num_workers: int | None = None
+    images: ImageSet,
+    indices: Iterable[int] | None = None,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int | None = None,
 ) -> list[tuple[int, str]]:
     """Decode every image of this rank's share completely: [(sample index, message)] of the bad ones.
 
@@ -311,7 +339,7 @@ def check_images(
     workers = default_workers() if num_workers is None else num_workers
     bad = []
 
-    def check(i):
+    def check(i: int) -> tuple[int, str] | None:
         try:
             data, name = images.read(i), images.name(i)
             image = open_image(data, name)

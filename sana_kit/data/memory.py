@@ -13,6 +13,7 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,9 @@ import pyarrow.compute as pc
 from sana_kit.data.captions import Choices
 from sana_kit.data.texts import Texts
 from sana_kit.files import write_atomic
+
+if TYPE_CHECKING:
+    from sana_kit.data.sources import FileSource, ImageSource
 
 FORMAT = 1
 # A file that changed less than this before it was looked at may change again within one tick of the clock.
@@ -92,7 +96,7 @@ class Memory:
     def _write(self, path: Path, columns: dict[str, pa.Array], notes: dict) -> None:
         table = pa.table(columns).replace_schema_metadata({"notes": json.dumps(notes)})
 
-        def write(file) -> None:
+        def write(file: IO[bytes]) -> None:
             with pa.ipc.new_file(file, table.schema) as writer:
                 writer.write_table(table)
 
@@ -101,7 +105,7 @@ class Memory:
 
     # ------------------------------------------------------------------------------------------------------- headers
 
-    def recall_headers(self, source) -> Headers:
+    def recall_headers(self, source: ImageSource) -> Headers:
         """What is known of a source's rows."""
         if self.folder is not None:
             if hasattr(source, "names"):
@@ -112,7 +116,7 @@ class Memory:
                 return _headers(found[0])
         return Headers.unknown(len(source))
 
-    def keep_headers(self, source, headers: Headers) -> None:
+    def keep_headers(self, source: ImageSource, headers: Headers) -> None:
         """Remember them; bad rows are looked at again next time."""
         if self.folder is None or not self.writes or not len(source):
             return
@@ -136,7 +140,7 @@ class Memory:
         if identity:
             self._write(self._path("table", identity), columns, {})
 
-    def _recall_files(self, source) -> Headers:
+    def _recall_files(self, source: FileSource) -> Headers:
         found = self._read(self._path(source.remembered_as, source.root))
         headers = Headers.unknown(len(source))
         if found is None:
@@ -177,7 +181,7 @@ class Memory:
             self._write(self._path("captions", identity, *parts), columns, notes)
 
 
-def stat_files(source) -> tuple[np.ndarray, np.ndarray]:
+def stat_files(source: FileSource) -> tuple[np.ndarray, np.ndarray]:
     """((rows,) int64 bytes, (rows,) int64 last change in ns) of the files of a source; -1 for those that are gone."""
     sizes, changed = np.full(len(source), -1, np.int64), np.full(len(source), -1, np.int64)
     stat, prefix = os.stat, os.path.join(source.root, "")

@@ -8,12 +8,29 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from sana_kit.data.memory import file_identity
 from sana_kit.data.texts import Texts
 from sana_kit.errors import ImageError, NoImageError
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
+
+
+class ImageSource(Protocol):
+    """Encoded image bytes by row number. Some can also give memory back (`release`) or name their `identity`."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, row: int) -> str:
+        """What a row is called in messages."""
+
+    def read(self, row: int) -> bytes:
+        """The encoded image of a row. Raises ImageError."""
 
 
 class FileSource:
@@ -29,7 +46,7 @@ class FileSource:
     def __init__(self, root: str | os.PathLike, names: Sequence[str]):
         self.root, self.names = os.path.abspath(root), Texts(names)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.names)
 
     def name(self, row: int) -> str:
@@ -74,17 +91,17 @@ class ParquetSource:
         files = file_identity(self.files)
         return files and json.dumps(["parquet", self.column, self.split, self.root, files])
 
-    def _reset(self):
+    def _reset(self) -> None:
         self._lock, self._readers, self._held = threading.Lock(), {}, OrderedDict()
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict:
         return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_readers", "_held")}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._reset()
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.total
 
     def name(self, row: int) -> str:
@@ -96,7 +113,7 @@ class ParquetSource:
             value = self._column(group)[row - int(self.starts[group])].as_py()
         return cell_bytes(value, self.name(row), self.root)
 
-    def _column(self, group: int):
+    def _column(self, group: int) -> pa.ChunkedArray:
         """The Arrow column of a row group; the caller holds the lock."""
         import pyarrow.parquet as pq
 
@@ -112,7 +129,7 @@ class ParquetSource:
         self._held.move_to_end(group)
         return self._held[group]
 
-    def release(self):
+    def release(self) -> None:
         """Give the row groups in memory back, to the system as well."""
         import pyarrow as pa
 
@@ -128,7 +145,7 @@ class DatasetSource:
     every image ever touched would count as resident memory of the process.
     """
 
-    def __init__(self, dataset, column: str, split: str, root: Path | None):
+    def __init__(self, dataset: datasets.Dataset, column: str, split: str, root: Path | None):
         self.dataset, self.column, self.split = dataset.select_columns([column]), column, split
         self.root = None if root is None else str(root)
         plain = dataset._indices is None  # otherwise rows were selected or shuffled
@@ -140,7 +157,7 @@ class DatasetSource:
         files = file_identity(self.files) if self.files else None
         return files and json.dumps(["arrow", self.column, self.split, self.root, len(self), files])
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.dataset)
 
     def name(self, row: int) -> str:
@@ -203,13 +220,13 @@ def _arrow_spans(files: list[str], column: str, rows: int) -> np.ndarray | None:
 class JoinedSource:
     """Two sources one behind the other."""
 
-    def __init__(self, first, second):
+    def __init__(self, first: ImageSource, second: ImageSource):
         self.first, self.second = first, second
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.first) + len(self.second)
 
-    def _part(self, row):
+    def _part(self, row: int) -> tuple[ImageSource, int]:
         return (self.first, row) if row < len(self.first) else (self.second, row - len(self.first))
 
     def name(self, row: int) -> str:
@@ -220,13 +237,13 @@ class JoinedSource:
         part, row = self._part(row)
         return part.read(row)
 
-    def release(self):
+    def release(self) -> None:
         for part in (self.first, self.second):
             if hasattr(part, "release"):
                 part.release()
 
 
-def cell_bytes(value, name: str, root: str | None) -> bytes:
+def cell_bytes(value: object, name: str, root: str | None) -> bytes:
     """The encoded bytes in a cell of an image column: bytes, {"bytes", "path"}, or a path inside `root`."""
     if isinstance(value, dict):
         inner, path = value.get("bytes"), value.get("path")

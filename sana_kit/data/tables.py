@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +20,11 @@ from sana_kit.data.masks import MaskColumn, MaskFiles, is_mask, masks_beside
 from sana_kit.data.sources import DatasetSource, FileSource, ParquetSource, inside
 from sana_kit.data.text_tables import TABLE_SUFFIXES, read_text_table
 from sana_kit.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    import datasets
+
+    from sana_kit.data.sources import ImageSource
 
 SPLIT_WORDS = {
     "train": "train",
@@ -73,13 +78,13 @@ class Table:
         masks: the loss masks by row; None where there are none.
     """
 
-    source: object
+    source: ImageSource | None
     captions: Any
     problems: list[Problem]
     notes: list[str]
     counts: dict[str, int]
     weights: tuple[float, ...] | None = None
-    masks: object | None = None
+    masks: ImageSource | None = None
 
 
 def refused_table(*problems: Problem) -> Table:
@@ -87,7 +92,7 @@ def refused_table(*problems: Problem) -> Table:
     return Table(None, None, list(problems), [], {})
 
 
-def choose_split(names, wanted: Wanted) -> str:
+def choose_split(names: Iterable[str], wanted: Wanted) -> str:
     """The split asked for, else 'train', else the only one. Raises UserError naming them all."""
     names = list(names)
     present = ", ".join(names)
@@ -104,7 +109,7 @@ def choose_split(names, wanted: Wanted) -> str:
     raise UserError(Problem("dataset_name and dataset_split", wanted.name, reason, "Choose a split."))
 
 
-def _missing_column(field: str, value: str | None, where: str, columns) -> Problem:
+def _missing_column(field: str, value: str | None, where: str, columns: Iterable[str]) -> Problem:
     return Problem(field, value, f"no such column in {where}; columns present: {', '.join(columns)}")
 
 
@@ -222,7 +227,8 @@ def _from_parquet(wanted: Wanted, files: list[Path], split: str, root: Path) -> 
     source = ParquetSource(files, column, split, root)
     pairs, _ = pick_columns(wanted, wanted.name, schema.names)
     captions = None if not pairs else lambda: _parquet_cells(wanted, files, pairs)
-    masks = wanted.mask_column and MaskColumn(ParquetSource(files, wanted.mask_column, split, root))
+    asked = wanted.mask_column
+    masks = MaskColumn(ParquetSource(files, asked, split, root)) if asked else None
     return Table(source, captions, [], [], {}, _weights(pairs), masks)
 
 
@@ -250,7 +256,7 @@ def _parquet_column(wanted: Wanted, files: list[Path], name: str) -> pa.ChunkedA
     return pa.chunked_array(chunks)
 
 
-def _from_dataset(wanted: Wanted, dataset, split: str, root: Path | None) -> Table:
+def _from_dataset(wanted: Wanted, dataset: datasets.Dataset, split: str, root: Path | None) -> Table:
     """A `datasets.Dataset`: its image column is cast so that images stay encoded; class labels become their names."""
     import datasets
 
@@ -280,7 +286,9 @@ def _from_dataset(wanted: Wanted, dataset, split: str, root: Path | None) -> Tab
     return Table(sources[0], captions, [], [], {}, _weights(pairs), masks)
 
 
-def _pick_loaded_split(wanted: Wanted, loaded):
+def _pick_loaded_split(
+    wanted: Wanted, loaded: datasets.Dataset | datasets.DatasetDict
+) -> tuple[str, datasets.Dataset]:
     """(split name, Dataset) of what `datasets` returned. Raises UserError naming the splits."""
     if hasattr(loaded, "keys"):
         split = choose_split(loaded.keys(), wanted)
@@ -406,7 +414,7 @@ def _from_text_tables(wanted: Wanted, files: list[Path]) -> Table:
     return Table(FileSource(root, names), captions, problems, notes, {}, _weights(pairs), beside)
 
 
-def _file_of(cell, folder: Path, root: Path) -> str | None:
+def _file_of(cell: object, folder: Path, root: Path) -> str | None:
     """The file that a cell names, relative to `root`; "" for an empty cell, None for one that leads out."""
     if cell is None or (isinstance(cell, str) and not cell.strip()):
         return ""

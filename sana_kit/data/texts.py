@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import overload
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +24,13 @@ class Texts(Sequence):
     def __len__(self) -> int:
         return len(self.array)
 
-    def __getitem__(self, i):
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> Texts: ...
+
+    def __getitem__(self, i: int | slice) -> str | Texts:
         if isinstance(i, slice):
             return Texts(self.array.take(pa.array(np.arange(len(self))[i])))
         i = int(i)
@@ -40,7 +47,7 @@ class Texts(Sequence):
         for block in self.blocks():
             yield from block
 
-    def __eq__(self, other) -> bool:
+    def __eq__(self, other: object) -> bool:
         if not isinstance(other, (Texts, list, tuple)):
             return NotImplemented
         return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))

@@ -34,13 +34,15 @@ def plan_transform(
     """
     # the axis that needs the larger scale
     along = 0 if target[0] * size[1] >= target[1] * size[0] else 1
-    scaled = tuple(max(target[k], int(target[along] * size[k] / size[along])) for k in (0, 1))
+    wide, high = (max(target[k], int(target[along] * size[k] / size[along])) for k in (0, 1))
+    scaled = (wide, high)
     room = (scaled[0] - target[0], scaled[1] - target[1])
     digest = hashlib.sha256(f"{int(seed)}:{int(index)}".encode()).digest()
     if center_crop:
         crop = (round(room[0] / 2.0), round(room[1] / 2.0))
     else:
-        crop = tuple(int.from_bytes(digest[8 * k : 8 * k + 8], "big") % (room[k] + 1) for k in (0, 1))
+        left, top = (int.from_bytes(digest[8 * k : 8 * k + 8], "big") % (room[k] + 1) for k in (0, 1))
+        crop = (left, top)
     return TransformPlan(scaled, crop, bool(random_flip and digest[16] & 1), target)
 
 

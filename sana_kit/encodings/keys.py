@@ -89,10 +89,10 @@ class PromptKeys:
             sort_keys=True,
             ensure_ascii=True,
         ).rsplit(json.dumps("\0"), 1)
-        start, tail, encode, keys = hashlib.sha256(head.encode()), tail.encode(), json.dumps, bytearray()
+        start, end, encode, keys = hashlib.sha256(head.encode()), tail.encode(), json.dumps, bytearray()
         for prompt in prompts:
             digest = start.copy()
-            digest.update(encode(preprocess_prompt(prompt)).encode() + tail)
+            digest.update(encode(preprocess_prompt(prompt)).encode() + end)
             keys += digest.digest()
         return np.frombuffer(bytes(keys), np.uint8).reshape(-1, KEY_BYTES)
 

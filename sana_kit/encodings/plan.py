@@ -118,9 +118,9 @@ class EncodingPlan:
         choice_rows = np.fromiter((known.setdefault(c, len(known)) for c in choices), np.int32, len(choices))
         texts = list(known)
         instruction = settings.complex_human_instruction
-        keys = [self.make_key.many(texts, instruction)]
-        keys += [np.frombuffer(self.make_key(*extra), np.uint8)[None] for extra in self.extra_prompts]
-        keys = np.concatenate(keys)
+        parts = [self.make_key.many(texts, instruction)]
+        parts += [np.frombuffer(self.make_key(*extra), np.uint8)[None] for extra in self.extra_prompts]
+        keys = np.concatenate(parts)
         first, rows = distinct(keys)
         self.caption_rows = rows[: len(texts)][text_rows]
         self.choice_rows = None if images.choices is None else rows[: len(texts)][choice_rows]

@@ -5,17 +5,21 @@ from __future__ import annotations
 import inspect
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from sana_kit.encodings.keys import preprocess_prompt
 from sana_kit.errors import Problem, UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 TOKEN_MULTIPLE = 32  # padded caption lengths while encoding: few shapes for the device's compilers
 
 
 def tokenize_prompts(
-    tokenizer, prompts: list[str], instruction: list[str] | None, max_sequence_length: int
+    tokenizer: PreTrainedTokenizerBase, prompts: list[str], instruction: list[str] | None, max_sequence_length: int
 ) -> list[tuple[list[int], list[int]]]:
     """Per prompt: (token ids without padding, positions whose embeddings the transformer gets).
 
@@ -36,8 +40,8 @@ def tokenize_prompts(
 
 @torch.no_grad()
 def encode_prompts(
-    tokenizer,
-    text_encoder,
+    tokenizer: PreTrainedTokenizerBase,
+    text_encoder: torch.nn.Module,
     prompts: list[str],
     instruction: list[str] | None,
     max_sequence_length: int = 300,
@@ -69,7 +73,12 @@ def encode_prompts(
     return results
 
 
-def _forward_text(tokens, tokenizer, text_encoder, device) -> list[torch.Tensor]:
+def _forward_text(
+    tokens: list[tuple[list[int], list[int]]],
+    tokenizer: PreTrainedTokenizerBase,
+    text_encoder: torch.nn.Module,
+    device: torch.device | None,
+) -> list[torch.Tensor]:
     """One forward pass over tokenised prompts."""
     longest = max(len(ids) for ids, _ in tokens)
     longest += -longest % TOKEN_MULTIPLE

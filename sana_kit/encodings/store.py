@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 import torch
@@ -121,7 +122,7 @@ class ShardIndex:
         while self._pid == os.getpid() and self._handles:
             os.close(self._handles.popitem()[1])
 
-    def __del__(self):
+    def __del__(self) -> None:
         with suppress(Exception):  # the interpreter may be shutting down
             self.close()
 
@@ -179,7 +180,14 @@ def scan_store(folder: Path, wanted: np.ndarray, warn: Callable[[str], None] | N
     return index
 
 
-def _note(index: ShardIndex, name: str, shard: _Shard, order, sorted_keys, shape_ids: dict[tuple, int]) -> None:
+def _note(
+    index: ShardIndex,
+    name: str,
+    shard: _Shard,
+    order: np.ndarray,
+    sorted_keys: np.ndarray,
+    shape_ids: dict[tuple, int],
+) -> None:
     """Enter a shard's wanted rows that no earlier shard holds."""
     if not len(sorted_keys):
         return
@@ -229,7 +237,9 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Write the rest, also when the encoding is stopped or fails: work that is done is kept."""
         if kind is None or not issubclass(kind, StoreError):
             self.flush()

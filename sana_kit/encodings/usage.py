@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from sana_kit.encodings.plan import PARTS
 from sana_kit.errors import Problem, UserError
@@ -52,7 +53,8 @@ class Claim:
     """
 
     def __init__(self, store: Path):
-        self._pid, self._renewed, self._handle = os.getpid(), time.monotonic(), None
+        self._pid, self._renewed = os.getpid(), time.monotonic()
+        self._handle: IO[str] | None = None
         self.path = store / "runs" / f"{uuid.uuid4().hex}.json"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +113,7 @@ class Claim:
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_handle": None}
 
-    def __del__(self):
+    def __del__(self) -> None:
         with suppress(Exception):  # the interpreter may be shutting down
             self.close()
 

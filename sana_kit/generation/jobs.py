@@ -171,12 +171,12 @@ def group_jobs(
     Fixed by the job list alone. Whole groups go to a rank, never parts of them.
     """
 
-    def same(job: Job):
+    def same(job: Job) -> tuple:
         return job.height, job.width, job.num_inference_steps, job.guidance_scale, job.guided, job.inputs.kind
 
     groups = []
     for (height, width, *_), run in itertools.groupby(jobs, key=same):
-        run = list(run)
+        alike = list(run)
         size = resolve_batch_size(batch_size, height, width, device=device, pixels_per_token=pixels_per_token)
-        groups += [run[start : start + size] for start in range(0, len(run), size)]
+        groups += [alike[start : start + size] for start in range(0, len(alike), size)]
     return groups

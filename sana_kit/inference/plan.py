@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -214,7 +215,7 @@ def _find_loras(settings: LoraSettings, model: Model | None, checks: _Checks) ->
     loras = []
     for path, factor in checks.run(lambda: parse_adapters(settings.lora_weights)) or []:
         if model is None:
-            checks.run(lambda path=path: adapter_file(path))
+            checks.run(partial(adapter_file, path))
             continue
         lora, found = read_lora(path, model.transformer_config)
         checks.add(found)
@@ -340,17 +341,20 @@ def _check_size(height: int, width: int, model: Model, binning: bool, checks: _C
     """A line for the log about one image size; its problems go to `checks`."""
     asked = f"{width}x{height} px"
     if height < 1 or width < 1:
-        return checks.say("height and width", asked, "must be positive")
+        checks.say("height and width", asked, "must be positive")
+        return None
     made = generation_size(height, width, model.transformer_config["sample_size"], binning)
     multiple = model.pixel_multiple
     if made[0] % multiple or made[1] % multiple:
         near = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
         reason = f"must be multiples of {multiple} px for this model"
-        return checks.say("height and width", asked, reason, f"The nearest is height {near[0]}, width {near[1]}.")
+        checks.say("height and width", asked, reason, f"The nearest is height {near[0]}, width {near[1]}.")
+        return None
     try:
         check_decodable(*made, factor=model.vae_factor)
     except ValueError as error:
-        return checks.say("height and width", asked, str(error))
+        checks.say("height and width", asked, str(error))
+        return None
     if made != (height, width):
         trained = f"{made[1]}x{made[0]}, the nearest trained size"
         return f"Resolution binning: {width}x{height} is made at {trained}, and resized."

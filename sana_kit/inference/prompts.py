@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,11 @@ def read_prompts(path: str) -> tuple[list[Prompt], list[Problem]]:
 
 def _with_paths(prompt: Prompt, folder: Path) -> Prompt:
     paths = {name: getattr(prompt, name) for name in IMAGES}
-    found = {name: str(folder / expand(path)) for name, path in paths.items() if path is not None}
-    return dataclasses.replace(prompt, **found) if found else prompt
+    for name, path in paths.items():
+        if path is not None:
+            changes: dict[str, Any] = {name: str(folder / expand(path))}
+            prompt = dataclasses.replace(prompt, **changes)
+    return prompt
 
 
 def _lines(text: str) -> list[tuple[int, str]]:
@@ -63,11 +67,15 @@ def _lines(text: str) -> list[tuple[int, str]]:
 
 
 def _text(text: str) -> _Entries:
-    return [(number, lambda line=line: Prompt(line)) for number, line in _lines(text) if not line.startswith("#")]
+    return [(number, partial(Prompt, line)) for number, line in _lines(text) if not line.startswith("#")]
+
+
+def _prompt_of_line(line: str) -> Prompt:
+    return _prompt_of(json.loads(line))
 
 
 def _json_lines(text: str) -> _Entries:
-    return [(number, lambda line=line: _prompt_of(json.loads(line))) for number, line in _lines(text)]
+    return [(number, partial(_prompt_of_line, line)) for number, line in _lines(text)]
 
 
 def _json(text: str) -> _Entries:
@@ -78,7 +86,7 @@ def _json(text: str) -> _Entries:
         listed = json.loads(text)
     except ValueError:
         return _json_lines(text)
-    return [(number, lambda entry=entry: _prompt_of(entry)) for number, entry in enumerate(listed, 1)]
+    return [(number, partial(_prompt_of, entry)) for number, entry in enumerate(listed, 1)]
 
 
 def _table(delimiter: str) -> Callable[[str], _Entries]:
@@ -95,7 +103,7 @@ def _table(delimiter: str) -> Callable[[str], _Entries]:
                 raise ValueError(f"{len(row)} cells, and the header has {len(header)}; quote cells that hold commas")
             return _prompt_of(_typed(dict(zip(header, row, strict=True))))
 
-        return [(rows.line_num, lambda row=row: entry(row)) for row in rows if any(cell.strip() for cell in row)]
+        return [(rows.line_num, partial(entry, row)) for row in rows if any(cell.strip() for cell in row)]
 
     return read
 

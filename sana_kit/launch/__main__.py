@@ -18,16 +18,20 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sana_kit.errors import Problem, UserError, show_error
 from sana_kit.quiet import quiet_libraries
 from sana_kit.training.config import TrainConfig, parse_args
 
+if TYPE_CHECKING:
+    from sana_kit.launch.ranks import Launch
+
 KIT = Path(__file__).resolve().parent.parent.parent
 TRAINER = KIT / "train_dreambooth_lora_sana.py"
 # Settings that the launcher has under names of its own.
 LAUNCHER_NAMES = {"pretrained_model_name_or_path": "model_name", "train_batch_size": "batch_size"}
-NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+NAMES: dict[int, str] = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 _PR_SET_PDEATHSIG = 1
 
 
@@ -66,7 +70,7 @@ def completed(config: TrainConfig, words: list[str], decides: set[str]) -> list[
     return [*(f"--{name}={value}" for name, value in left_open.items()), *words]
 
 
-def prepare(options: argparse.Namespace, words: list[str]):
+def prepare(options: argparse.Namespace, words: list[str]) -> tuple[Launch, TrainConfig] | int:
     """Everything up to the first process.
 
     Returns: (the `Launch`, the run's settings), or the exit code of a dry run.
@@ -103,7 +107,7 @@ def prepare(options: argparse.Namespace, words: list[str]):
         raise UserError(Problem("config_file", options.config_file, str(error))) from error
 
 
-def checked(launch, config: TrainConfig, processes: int):
+def checked(launch: Launch, config: TrainConfig, processes: int) -> tuple[Launch, TrainConfig] | int:
     """`launch` and `config` after the trainer's own checks, in the environment that its processes will get."""
     from sana_kit.training.check import check
 
@@ -117,7 +121,7 @@ def checked(launch, config: TrainConfig, processes: int):
     return launch, config
 
 
-def run(launch, config: TrainConfig) -> int:
+def run(launch: Launch, config: TrainConfig) -> int:
     """Train, and say last how it ended if not well. Returns the exit code.
 
     Only the first of several machines writes, so that only it can say what is saved.

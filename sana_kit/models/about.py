@@ -47,7 +47,8 @@ def shared_words(captions: Iterable[str]) -> str | None:
         return None
     beginning = os.path.commonprefix(words)
     ending = os.path.commonprefix([caption[::-1] for caption in words])[::-1]
-    found = " ".join(max(ending, beginning, key=len)).strip(" ,.;:")
+    longest = ending if len(ending) >= len(beginning) else beginning
+    found = " ".join(longest).strip(" ,.;:")
     return found if any(letter.isalnum() for letter in found) else None
 
 
@@ -95,8 +96,14 @@ def read_about(metadata: Mapping[str, str]) -> dict[str, Any]:
         return {}
     if not isinstance(told, dict):
         return {}
-    kinds = {"rank": int, "alpha": (int, float), "resolution": int, "steps": int, "images": int}
-    found = {}
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "rank": int,
+        "alpha": (int, float),
+        "resolution": int,
+        "steps": int,
+        "images": int,
+    }
+    found: dict = {}
     for field in dataclasses.fields(LoraAbout):
         value, kind = told.get(field.name), kinds.get(field.name, str)
         if field.name == "instruction" and field.name in told:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sana_kit.devices import kind_of
 from sana_kit.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
 
 ATTENTION_CHOICES = ("auto", "sdpa", "npu_fusion")
 
@@ -49,7 +52,15 @@ class CrossAttentionProcessor:
         assert kernel in ("sdpa", "npu_fusion"), kernel
         self.kernel = kernel
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, *args, **kwargs):
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *args: object,
+        **kwargs: object,
+    ) -> torch.Tensor:
         """hidden_states (B, N, D), encoder_hidden_states (B, S, D), attention_mask bool (B, 1, 1 or N, S)."""
         batch, length, _ = hidden_states.shape
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
@@ -81,7 +92,15 @@ class LinearAttentionProcessor:
     column of the small K^T V. The order of summation differs, so results agree to float32 rounding.
     """
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, *args, **kwargs):
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *args: object,
+        **kwargs: object,
+    ) -> torch.Tensor:
         """hidden_states (B, N, D) -> (B, N, D) in the same dtype."""
         dtype, (batch, length, _) = hidden_states.dtype, hidden_states.shape
         query, key, value = (project(hidden_states) for project in (attn.to_q, attn.to_k, attn.to_v))
@@ -90,7 +109,9 @@ class LinearAttentionProcessor:
         if attn.norm_k is not None:
             key = attn.norm_k(key)
 
-        def heads(tensor, *order):  # (B, N, D) as (B, N, heads, d) permuted, float32, contiguous
+        def heads(
+            tensor: torch.Tensor, *order: int
+        ) -> torch.Tensor:  # (B, N, D) as (B, N, heads, d) permuted, float32, contiguous
             split = tensor.unflatten(-1, (attn.heads, -1)).permute(0, *order)
             return split.to(torch.float32, memory_format=torch.contiguous_format)
 
@@ -121,7 +142,7 @@ class PerturbedAttentionProcessor:
     def __init__(self, own: Any, copies: int):
         self.own, self.copies = own, copies
 
-    def __call__(self, attn, hidden_states, *args, **kwargs):
+    def __call__(self, attn: Attention, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """hidden_states (B, N, D) -> (B, N, D)."""
         kept = len(hidden_states) // self.copies * (self.copies - 1)
         attended = self.own(attn, hidden_states[:kept], *args, **kwargs)
@@ -154,7 +175,7 @@ class _CrossAttentionMask:
     def __init__(self, kernel: str, materialize: bool):
         self.kernel, self.materialize = kernel, materialize
 
-    def __call__(self, module, args, kwargs):
+    def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         mask = kwargs.get("encoder_attention_mask")
         if mask is None or mask.ndim != 2:
             return None

@@ -305,7 +305,9 @@ def find_model(
     return model, problems
 
 
-def _read_configs(found: Base, model_path: str, cache_dir: str | None, fields: ModelFields) -> list[dict]:
+def _read_configs(
+    found: Base, model_path: str, cache_dir: str | None, fields: ModelFields
+) -> tuple[dict, dict, dict, dict, dict]:
     """The configs of pipeline, transformer, VAE, text encoder and scheduler; UserError where one cannot be had."""
     local = os.path.isdir(found.base)
     what = "" if found.transformer_folder is None else f"its base model {found.base}: "
@@ -325,7 +327,7 @@ def _read_configs(found: Base, model_path: str, cache_dir: str | None, fields: M
 
     try:
         transformer = found.transformer_folder
-        configs = [
+        configs = (
             read("model_index.json"),
             read("transformer/config.json")
             if transformer is None
@@ -333,7 +335,7 @@ def _read_configs(found: Base, model_path: str, cache_dir: str | None, fields: M
             read("vae/config.json"),
             read("text_encoder/config.json"),
             read("scheduler/scheduler_config.json"),
-        ]
+        )
     except (OSError, ValueError) as error:  # huggingface_hub's errors are OSErrors or ValueErrors
         failed = "cannot be read" if local else "is no folder here and could not be fetched from the hub"
         reason = f"{found.base} {failed}: {first_line(error)}"

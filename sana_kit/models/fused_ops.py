@@ -8,11 +8,14 @@ Sizes: B images, N tokens, D features, H heads of d = D / H, R the sum of the Lo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from torch.autograd.function import FunctionCtx
 
 aten = torch.ops.aten
 
@@ -31,7 +34,9 @@ class ModulatedNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, factor, shift, epsilon):
+    def forward(
+        ctx: FunctionCtx, x: torch.Tensor, factor: torch.Tensor, shift: torch.Tensor, epsilon: float
+    ) -> torch.Tensor:
         if len(factor) == 1 and not any(ctx.needs_input_grad):
             return F.layer_norm(x, x.shape[-1:], factor.flatten(), shift.flatten(), epsilon)
         normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, epsilon)
@@ -40,7 +45,7 @@ class ModulatedNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, factor, mean, rstd = ctx.saved_tensors
         grad_x = grad_factor = grad_shift = None
         if ctx.needs_input_grad[0]:
@@ -59,13 +64,13 @@ class GatedResidual(torch.autograd.Function):
     """x + gate * y: x and y (B, N, D), gate (B, 1, D). Keeps y only where the gate is trained."""
 
     @staticmethod
-    def forward(ctx, x, gate, y):
+    def forward(ctx: FunctionCtx, x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, y if ctx.needs_input_grad[1] else None)
         return torch.addcmul(x, gate, y)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gate, y = ctx.saved_tensors
         grad_gate = (grad * y).sum(1, keepdim=True) if ctx.needs_input_grad[1] else None
         return grad, grad_gate, grad * gate if ctx.needs_input_grad[2] else None
@@ -96,7 +101,16 @@ class LoraProjection(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, low, weight, bias, parts: Sequence[Part], passes: bool, *matrices):
+    def forward(
+        ctx: FunctionCtx,
+        x: torch.Tensor,
+        low: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        parts: Sequence[Part],
+        passes: bool,
+        *matrices: torch.Tensor,
+    ) -> torch.Tensor:
         ups = list(matrices[-len(parts) :])
         down = None
         if low is None:
@@ -119,7 +133,9 @@ class LoraProjection(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, passed=None):
+    def backward(
+        ctx: FunctionCtx, grad: torch.Tensor, passed: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor | None, ...]:
         if grad is None:
             return (passed, *[None] * (5 + len(ctx.dtypes)))
         x, weight, down, low, *ups = ctx.saved_tensors
@@ -141,7 +157,9 @@ class LoraProjection(torch.autograd.Function):
         return (grad_x, grad_low if down is None else None, None, None, None, None, *grads)
 
     @staticmethod
-    def _gradient_of_low(parts, grad, low, ups):
+    def _gradient_of_low(
+        parts: Sequence[Part], grad: torch.Tensor, low: torch.Tensor, ups: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
         """(M, R), from the output's gradient (M, O); ups are one tensor if the updates are alike."""
         grad_low = torch.empty_like(low)
         if isinstance(ups, torch.Tensor):
@@ -184,7 +202,9 @@ class LinearAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, heads, qkv, key, value):
+    def forward(
+        ctx: FunctionCtx, heads: int, qkv: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
         ctx.packed = key is None
         query, key, value = LinearAttention._split(heads, qkv, key, value)
         batch, _, length, width = query.shape
@@ -210,14 +230,16 @@ class LinearAttention(torch.autograd.Function):
         return out.view(batch, length, heads * width)
 
     @staticmethod
-    def _split(heads, qkv, key, value):
+    def _split(
+        heads: int, qkv: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | None
+    ) -> list[torch.Tensor]:
         """Views (B, H, N, d) of Q, K and V, or of their gradients."""
         parts = qkv.chunk(3, -1) if key is None else (qkv, key, value)
         return [part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         relus, values, state, total, ones = ctx.saved_tensors
         query, key = relus
         batch, heads, length, width = query.shape
@@ -259,14 +281,23 @@ class GatedConvolution(torch.autograd.Function):
     """
 
     @staticmethod
-    def _convolve(x, weight, bias, size, channels_last):
+    def _convolve(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, size: tuple[int, int], channels_last: bool
+    ) -> torch.Tensor:
         """The depthwise convolution in x's own layout, as an operator on images."""
         image = x.unflatten(1, size).permute(0, 3, 1, 2) if channels_last else x
         out = F.conv2d(image, weight, bias, padding=1, groups=weight.shape[0])
         return out.permute(0, 2, 3, 1).flatten(1, 2) if channels_last else out
 
     @staticmethod
-    def forward(ctx, x, weight, bias, size, channels_last):
+    def forward(
+        ctx: FunctionCtx,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        size: tuple[int, int],
+        channels_last: bool,
+    ) -> torch.Tensor:
         axis = -1 if channels_last else 1
         needed = any(ctx.needs_input_grad)
         y = GatedConvolution._convolve(F.silu(x, inplace=not needed), weight, bias, size, channels_last)
@@ -283,7 +314,7 @@ class GatedConvolution(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, by_y = ctx.saved_tensors
         halves = by_y.unflatten(ctx.axis, (2, -1))  # the axis of the halves stands before the one of their channels
         grad_y = (halves * grad.unsqueeze(-2 if ctx.channels_last else 1)).view_as(by_y)
@@ -293,7 +324,7 @@ class GatedConvolution(torch.autograd.Function):
             grad_s = GatedConvolution._convolve(grad_y, weight.flip(2, 3), None, ctx.size, ctx.channels_last)
             grad_x = aten.silu_backward(grad_s, x)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            images = (grad_y, F.silu(x))
+            images = [grad_y, F.silu(x)]
             if ctx.channels_last:
                 images = [image.unflatten(1, ctx.size).permute(0, 3, 1, 2) for image in images]
             ones, mask = [1, 1], [False, ctx.needs_input_grad[1], ctx.needs_input_grad[2]]

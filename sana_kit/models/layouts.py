@@ -16,7 +16,7 @@ import dataclasses
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -248,10 +248,9 @@ def _take(
         if name in tensors:
             parts = tensors[name].chunk(len(modules))
             adapter.biases |= {m: (name, part) for m, part in zip(modules, parts, strict=True)}
+    taken: Iterable[tuple] = [(down, up, alpha, magnitude)]
     if len(modules) > 1:
         taken = _unstack(down, up, alpha, magnitude, len(modules), ranks)
-    else:
-        taken = [(down, up, alpha, magnitude)]
     for module, (part_down, part_up, part_alpha, part_magnitude) in zip(modules, taken, strict=True):
         if factors:
             adapter.factors[module] = factors

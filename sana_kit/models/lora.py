@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from sana_kit.models.lora_layers import DEFAULT_LORA_LAYERS
 
 
-class _InBaseDtype:
+class _InBaseDtype(torch.nn.Module):
     """Before a peft layer's class: compute in the base layer's dtype, whatever dtype the small matrices have.
 
     peft casts a layer's whole input to the adapter's float32, or needs an autocast around the model; here the small

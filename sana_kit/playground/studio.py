@@ -235,7 +235,7 @@ class Studio:
             prompts, negatives = self._encode(plan, [job for group in todo[side] for job in group])
             if self._adapter is not None:
                 self._adapter.set(drawing.lora_scale if side == "lora" else None)
-            facts = {"model": self.config.model.model_path, "dtype": self.config.model.dtype}
+            facts: dict[str, object] = {"model": self.config.model.model_path, "dtype": self.config.model.dtype}
             if side == "lora":
                 facts |= {"lora_weights": ",".join(self.config.lora.lora_weights), "lora_scale": drawing.lora_scale}
             drawn = generate(
@@ -322,7 +322,8 @@ def _explain(error: Exception) -> str:
 
 def _read(request: Mapping[str, Any]) -> tuple[list[Problem], dict[str, Any]]:
     """(what is wrong with the kinds of the values, the values); their ranges are checked with the plan."""
-    problems, values = [], {}
+    problems: list[Problem] = []
+    values: dict[str, Any] = {}
     whole = {"steps": 1, "width": 1, "height": 1}
     for name in ("prompt", "negative_prompt"):
         value = request.get(name, "")

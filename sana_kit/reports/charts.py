@@ -140,9 +140,9 @@ def chart_series(run: RunLog) -> tuple[list[dict], list[dict], list[str]]:
             series, note = [raw, line], "raw, and a moving average"
         headings.append({"id": chart.key, "title": chart.title, "note": note})
         charts.append(thin_series(chart, steps, series))
-    for heading, chart in held_out_charts(run):
+    for heading, held_out in held_out_charts(run):
         headings.append(heading)
-        charts.append(chart)
+        charts.append(held_out)
     shown = {chart["id"] for chart in charts}
     if charts and len(steps) > _CHART_POINTS:
         notes.append(f"Drawn: about {_CHART_POINTS} of {len(steps)} logged points, highest and lowest kept.")

@@ -14,7 +14,7 @@ from sana_kit.runlog import read_log
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
-def render(**context) -> bytes:
+def render(**context: object) -> bytes:
     """The page as UTF-8; everything in it is escaped but the vendored chart library."""
     here = Path(__file__).parent
     loader = jinja2.FileSystemLoader(here)
@@ -37,7 +37,8 @@ def spread(items: Sequence, limit: int) -> list:
 
 def folder_images(folder: Path) -> dict[tuple, dict]:
     """{(prompt, seed, occurrence) or (file name,): {"path", "title", "seed"}} of a folder, by its manifest if any."""
-    manifest, found = folder / "manifest.jsonl", {}
+    manifest = folder / "manifest.jsonl"
+    found: dict[tuple, dict] = {}
     if manifest.is_file():
         for line in read_log(manifest)[0]:
             path = folder / str(line.get("file", ""))

@@ -55,7 +55,7 @@ class CroppedImages(Sequence[TrainingImage]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: Any) -> TrainingImage:
+    def __getitem__(self, index: Any) -> Any:
         images = self.images
         image = images.load(index)
         plan = self.transform(index)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -170,7 +171,7 @@ def _local_data_problems(config: TrainConfig) -> list[Problem]:
             masks = True  # the hub's may have some
             counts.append(None)
             continue
-        found, wrong = _found(lambda source=source: find_images(**source), data_set.field, value)
+        found, wrong = _found(partial(find_images, **source), data_set.field, value)
         problems += wrong
         counts.append(None if found is None else len(found[0].source))
         masks = masks or found is None or found[0].masks is not None
@@ -223,7 +224,7 @@ def _data_problems(config: TrainConfig) -> list[Problem]:
     return problems
 
 
-def image_sources(config: TrainConfig, crops: int | None = None) -> list[dict[str, object]]:
+def image_sources(config: TrainConfig, crops: int | None = None) -> list[dict[str, Any]]:
     """Where the images of each data set are, as `find_images` and `load_images` take it.
 
     Args:

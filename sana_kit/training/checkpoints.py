@@ -25,14 +25,16 @@ import json
 import logging
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from sana_kit import devices
 from sana_kit.errors import CheckpointError, Problem, UserError
-from sana_kit.files import expand, read_header, remove_tree
+from sana_kit.files import expand, remove_tree
 from sana_kit.training.checkpoint_folders import (
     FORMAT,
     STATE_FILE,
@@ -48,9 +50,9 @@ from sana_kit.training.checkpoint_folders import (
     set_run_aside,
     write_manifest,
 )
+from sana_kit.training.checkpoint_reader import OPTIMIZER_STEM, RANDOM_FILE, CheckpointReader
 from sana_kit.training.engine import Engine
 from sana_kit.training.shares import (
-    DTYPES,
     MODEL_FILE_BYTES,
     TensorFile,
     index_of,
@@ -61,17 +63,20 @@ from sana_kit.training.shares import (
 from sana_kit.training.state import DECISIVE, OF_LORA, TrainState, differences, pack_random_state, unpack_random_state
 from sana_kit.training.zero import whole_shape
 
+if TYPE_CHECKING:
+    from sana_kit.distributed import Ranks
+    from sana_kit.training.config import TrainConfig
+    from sana_kit.training.ema import WeightAverage
+
 __all__ = ["Checkpointer", "Resume", "find_damage", "list_checkpoints", "start_or_resume"]
 
 logger = logging.getLogger("sana")
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-OPTIMIZER_STEM = "optimizer"
 AVERAGE_STEM = "ema"
 # Of a run that trains no adapter: folder and stem of the weights' files.
 MODEL_FOLDERS = {"full": "transformer", "controlnet": "controlnet"}
 MODEL_STEM = "diffusion_pytorch_model"
-RANDOM_FILE = "random_states.pt"
 # Below this one rank writes alone: agreeing on the shares would take longer.
 SHARED_BYTES = 64 << 20
 
@@ -89,7 +94,7 @@ class Resume:
     state: dict
 
 
-def start_or_resume(settings, ranks) -> tuple[Resume | None, list[str]]:
+def start_or_resume(settings: TrainConfig, ranks: Ranks) -> tuple[Resume | None, list[str]]:
     """Make the output folder ready and find the checkpoint to go on from: rank 0 does it and tells all.
 
     Args:
@@ -123,7 +128,7 @@ def start_or_resume(settings, ranks) -> tuple[Resume | None, list[str]]:
     return (Resume(Path(folder), state) if folder else None), notes
 
 
-def _check_kind(settings, folder: Path, state: dict) -> None:
+def _check_kind(settings: TrainConfig, folder: Path, state: dict) -> None:
     """UserError where the run trains something that the checkpoint's tensors do not fit."""
     before = state["run"]
     problems = []
@@ -167,7 +172,14 @@ class Checkpointer:
         last_step: global step of the newest checkpoint that this run wrote or went on from, None before.
     """
 
-    def __init__(self, settings, engine: Engine, state: TrainState, schedule=None, average=None):
+    def __init__(
+        self,
+        settings: TrainConfig,
+        engine: Engine,
+        state: TrainState,
+        schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+        average: WeightAverage | None = None,
+    ):
         """Args:
         settings: output_dir, checkpointing_steps, checkpoints_total_limit, and for full fine-tuning
             pretrained_model_name_or_path and revision.
@@ -325,7 +337,7 @@ class Checkpointer:
             return []
         saved = resume.state
         with ExitStack() as open_files:
-            reader = _Reader(resume.folder, engine, open_files)
+            reader = CheckpointReader(resume.folder, engine, open_files)
             engine.ranks.run_on_all(lambda: self._check_adapter(resume.folder, same_weights=False))
             notes = self._load_average(resume.folder, open_files)
             reader.check(engine.named_parameters)
@@ -360,7 +372,7 @@ class Checkpointer:
         """Before the masters get their own values: they hold the average for a moment. Returns what to tell."""
         if not self._average:
             return []
-        reader = _Reader(folder, self._engine, open_files, AVERAGE_STEM)
+        reader = CheckpointReader(folder, self._engine, open_files, AVERAGE_STEM)
         if not reader.tensors:
             return [f"{folder.name} holds no average of the weights: it begins anew, at the weights of {folder.name}"]
         reader.check(self._engine.named_parameters)
@@ -382,7 +394,7 @@ class Checkpointer:
         return aside.name if aside else None
 
 
-def _replay(schedule, steps: int) -> None:
+def _replay(schedule: torch.optim.lr_scheduler.LRScheduler, steps: int) -> None:
     import warnings
 
     with warnings.catch_warnings():  # torch warns that no optimizer step came before
@@ -391,7 +403,7 @@ def _replay(schedule, steps: int) -> None:
             schedule.step()
 
 
-def _attempt(action) -> str | None:
+def _attempt(action: Callable[[], object]) -> str | None:
     """Run `action`; what it raised, in words. Disk full, quota, permission: told to every rank by the caller."""
     try:
         action()
@@ -411,7 +423,7 @@ def split_model(engine: Engine) -> list[TensorFile]:
     return split_files(stem, engine.weight_entries(), MODEL_FILE_BYTES)
 
 
-def write_model_facts(folder: Path, engine: Engine, settings, files: list[TensorFile]) -> None:
+def write_model_facts(folder: Path, engine: Engine, settings: TrainConfig, files: list[TensorFile]) -> None:
     """What a diffusers folder holds beside the tensors: config, index of several files; and the base model's name."""
     place = folder / MODEL_FOLDERS[engine.train_mode]
     engine.result_module.save_config(place)
@@ -422,59 +434,7 @@ def write_model_facts(folder: Path, engine: Engine, settings, files: list[Tensor
         write_base_name(folder, settings)
 
 
-def write_base_name(folder: Path, settings) -> None:
+def write_base_name(folder: Path, settings: TrainConfig) -> None:
     """Which model the other parts of a fine-tuned transformer come from."""
     base = {"base_model": settings.pretrained_model_name_or_path, "revision": settings.revision}
     (folder / "sana_kit_base.json").write_text(json.dumps(base), encoding="utf-8")
-
-
-class _Reader:
-    """A checkpoint's tensors, read by the main rank and passed on to all, one at a time."""
-
-    def __init__(self, folder: Path, engine: Engine, open_files: ExitStack, stem: str = OPTIMIZER_STEM):
-        from safetensors import safe_open
-
-        self._kind = "master" if stem == OPTIMIZER_STEM else stem
-        self._folder, self._engine, self._handles = folder, engine, {}
-        described = {}
-        if engine.ranks.is_main:
-            for path in sorted(folder.glob(f"{stem}*.safetensors")):
-                handle = open_files.enter_context(safe_open(path, framework="pt"))
-                self._handles.update(dict.fromkeys(handle.keys(), handle))
-                described.update({key: (shape, DTYPES[name]) for key, (name, shape) in read_header(path)[0].items()})
-        # {key: (shape, dtype)} on every rank
-        self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = engine.ranks.agree(described)
-
-    def check(self, named_parameters: list[tuple[str, torch.nn.Parameter]]) -> None:
-        """CheckpointError unless the file's masters (or averages) are those of these parameters."""
-        expected = {f"{name}|{self._kind}": whole_shape(p) for name, p in named_parameters}
-        found = {key: shape for key, (shape, _) in self.tensors.items() if key.endswith(f"|{self._kind}")}
-        if expected == found:
-            return
-        missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-        other = [
-            f"{k}: {found[k]} instead of {expected[k]}" for k in expected if k in found and found[k] != expected[k]
-        ]
-        raise CheckpointError(
-            "The checkpoint does not fit this model (another --rank, --lora_layers, --train_mode or base model):"
-            f" missing {missing[:3]} ({len(missing)}), unexpected {extra[:3]} ({len(extra)}),"
-            f" other shapes {other[:3]} ({len(other)})."
-        )
-
-    def read(self, key: str) -> torch.Tensor:
-        """One tensor, the same on every rank."""
-        shape, dtype = self.tensors[key]
-        if self._engine.ranks.is_main:
-            tensor = self._handles[key].get_tensor(key)
-        else:
-            tensor = torch.empty(shape, dtype=dtype)
-        if self._engine.ranks.world_size > 1:
-            tensor = tensor.to(self._engine.device)
-            torch.distributed.broadcast(tensor, src=0)
-        return tensor
-
-    def random_states(self) -> dict | None:
-        """random_states.pt, on the main rank."""
-        if not self._engine.ranks.is_main:
-            return None
-        return torch.load(self._folder / RANDOM_FILE, map_location="cpu", weights_only=True)

@@ -19,8 +19,8 @@ from sana_kit.data.sets import DataSet, SizeRule, absolute, data_set_of, data_se
 from sana_kit.files import write_atomic
 from sana_kit.flags import REQUIRED, Flag, Sections, flag, parse, section, settings_of
 
-LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-LR_SCHEDULERS += ("piecewise_constant",)
+LR_SCHEDULERS: tuple[str, ...] = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant")
+LR_SCHEDULERS += ("constant_with_warmup", "piecewise_constant")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
 WEIGHTING_SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none")
 LORA_STARTS = ("gaussian", "kaiming", "orthogonal", "pissa", "olora")
@@ -28,7 +28,7 @@ LORA_STARTS = ("gaussian", "kaiming", "orthogonal", "pissa", "olora")
 RUN_FILE = "run.yaml"
 SECRETS = ("hub_token",)
 # What belongs to one start of a run and not to the run.
-_OF_ONE_START = ("config", "dry_run", "dry_run_processes", "local_rank", "resume_from_checkpoint")
+_OF_ONE_START: tuple[str, ...] = ("config", "dry_run", "dry_run_processes", "local_rank", "resume_from_checkpoint")
 _OF_ONE_START += ("overwrite_output_dir",)
 
 
@@ -463,7 +463,7 @@ def _as_written(value: object, settings: Flag) -> object:
         return [_as_written(item, settings) for item in value]
     if isinstance(value, dict):
         return absolute(value)
-    return os.path.abspath(value) if settings.path and os.path.exists(str(value)) else value
+    return os.path.abspath(str(value)) if settings.path and os.path.exists(str(value)) else value
 
 
 def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -34,10 +35,16 @@ from sana_kit.training.optim_state import (
 )
 from sana_kit.training.updates import UpdateGuard, gradient_norm, step_if_finite
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    from sana_kit.training.config import TrainConfig
+
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def compute_dtype(settings) -> torch.dtype:
+def compute_dtype(settings: TrainConfig) -> torch.dtype:
     """What the transformer computes in; `settings.mixed_precision` is "no", "fp16" or "bf16"."""
     return DTYPES[settings.mixed_precision]
 
@@ -65,7 +72,7 @@ class Entry:
 
 
 @announced_wait()
-def _create_accelerator(settings, launch: LaunchConfig):
+def _create_accelerator(settings: TrainConfig, launch: LaunchConfig) -> Accelerator:
     """The Accelerator; `settings` and `launch` have been brought together by `launch_config.settle`."""
     from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs
     from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
@@ -122,7 +129,7 @@ class Engine:
         named_parameters: (name, parameter) of the trainable ones, after `prepare`.
     """
 
-    def __init__(self, accelerator, settings, launch: LaunchConfig):
+    def __init__(self, accelerator: Accelerator, settings: TrainConfig, launch: LaunchConfig):
         self.accelerator, self.launch, self.ranks = accelerator, launch, Ranks.of(accelerator)
         self.device, self.train_mode = accelerator.device, settings.train_mode
         self.mixed_precision, self.max_grad_norm = settings.mixed_precision, settings.max_grad_norm
@@ -134,10 +141,14 @@ class Engine:
         self.guard = UpdateGuard()
         self.named_parameters: list[tuple[str, torch.nn.Parameter]] = []
         self._holds_result = False
-        self._model = self._optimizer = self._transformer = self._save_adapter = self._groups = None
+        self._model: torch.nn.Module | None = None
+        self._transformer: torch.nn.Module | None = None
+        self._optimizer: AcceleratedOptimizer | None = None
+        self._save_adapter: Callable[[list, list, str], None] | None = None
+        self._groups: GroupNumbers | None = None
 
     @classmethod
-    def create(cls, settings, launch: LaunchConfig | None = None) -> Engine:
+    def create(cls, settings: TrainConfig, launch: LaunchConfig | None = None) -> Engine:
         """The engine that the accelerate config asks for.
 
         Args:
@@ -168,7 +179,12 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------ model, optimizer
 
-    def prepare(self, transformer: torch.nn.Module, optimizer: torch.optim.Optimizer, metadata=None):
+    def prepare(
+        self,
+        transformer: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        metadata: Callable[[], Mapping[str, str]] | None = None,
+    ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         """Hand model and optimizer to the engine; returns what is called and stepped from now on.
 
         Args:
@@ -215,7 +231,7 @@ class Engine:
         return base_optimizer(self._optimizer)
 
     @property
-    def _zero(self):
+    def _zero(self) -> object:
         """The ZeRO optimizer, None for other engines."""
         return self._model.optimizer if self.launch.deepspeed else None
 
@@ -225,7 +241,7 @@ class Engine:
         """A micro-batch on this rank's device; copies from pinned memory are not waited for."""
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
-    def accumulate(self):
+    def accumulate(self) -> contextlib.AbstractContextManager:
         """Context of one micro-step; gradients are shared between ranks in the last one of an update."""
         return self.accelerator.accumulate(self._model)
 
@@ -451,7 +467,7 @@ class Engine:
             )
 
 
-def _bound(fetch: Callable, *arguments) -> Callable[[bool], torch.Tensor | None]:
+def _bound(fetch: Callable, *arguments: object) -> Callable[[bool], torch.Tensor | None]:
     return lambda keep: fetch(*arguments, keep)
 
 

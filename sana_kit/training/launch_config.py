@@ -10,10 +10,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sana_kit.errors import Problem
+
+if TYPE_CHECKING:
+    from sana_kit.training.config import TrainConfig
 
 # engines of accelerate that shard weights in ways of their own: variable, how it is called, where it stands
 _FOREIGN_ENGINES = (
@@ -28,7 +32,7 @@ def _true(text: str | None) -> bool:
     return str(text).lower() in ("1", "true", "yes")
 
 
-def _given(value) -> bool:
+def _given(value: object) -> bool:
     """Whether a config names a value; it may also leave it out or say 'auto'."""
     return value is not None and str(value).lower() not in _UNSET
 
@@ -131,7 +135,9 @@ class Settled:
     max_grad_norm: float
 
 
-def settle(launch: LaunchConfig, settings, explicit: set[str], device_type: str) -> tuple[Settled, list[Problem]]:
+def settle(
+    launch: LaunchConfig, settings: TrainConfig, explicit: Set[str], device_type: str
+) -> tuple[Settled, list[Problem]]:
     """Bring the run's settings and the accelerate config together.
 
     Args:
@@ -190,7 +196,7 @@ def settle(launch: LaunchConfig, settings, explicit: set[str], device_type: str)
     return Settled(mixed_precision=precision, **values), problems
 
 
-def _contradiction(field: str, value, name: str, configured) -> Problem:
+def _contradiction(field: str, value: object, name: str, configured: object) -> Problem:
     return Problem(
         field, value, f"the accelerate config says {name}: {configured}", "Make both the same, or drop one."
     )

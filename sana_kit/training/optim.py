@@ -13,12 +13,16 @@ import dataclasses
 import importlib.util
 import logging
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import torch
 
 from sana_kit.devices import kind_of
 from sana_kit.errors import Problem, did_you_mean
 from sana_kit.training.optim_state import averaging_key, is_plain
+
+if TYPE_CHECKING:
+    from sana_kit.training.config import TrainConfig
 
 logger = logging.getLogger("sana")
 
@@ -38,7 +42,7 @@ class OptimizerKind:
         one_rate: whether all parameter groups have to share one learning rate.
     """
 
-    build: Callable[[list, object, torch.device], torch.optim.Optimizer]
+    build: Callable[[list, TrainConfig, torch.device], torch.optim.Optimizer]
     elementwise: bool
     package: str | None = None
     devices: tuple[str, ...] = ()
@@ -47,7 +51,7 @@ class OptimizerKind:
     one_rate: bool = False
 
 
-def parameter_groups(settings, named: Iterable[tuple[str, torch.nn.Parameter]]) -> list[dict]:
+def parameter_groups(settings: TrainConfig, named: Iterable[tuple[str, torch.nn.Parameter]]) -> list[dict]:
     """torch's parameter groups, [{"params", "lr", "weight_decay"}, ...]: one where all weights are treated alike.
 
     LoRA+ (arXiv 2402.12354) gives the second matrix of each pair a higher rate; weights that scale or shift (norms,
@@ -69,11 +73,11 @@ def parameter_groups(settings, named: Iterable[tuple[str, torch.nn.Parameter]]) 
     ]
 
 
-def _betas(settings) -> tuple[float, float]:
+def _betas(settings: TrainConfig) -> tuple[float, float]:
     return settings.adam_beta1, settings.adam_beta2
 
 
-def _adamw(groups: list[dict], settings, device: torch.device) -> torch.optim.Optimizer:
+def _adamw(groups: list[dict], settings: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
     # One fused kernel on CUDA. NPU's fused AdamW forbids reallocated parameters, which ZeRO makes: torch's own there.
     return torch.optim.AdamW(
         groups,
@@ -85,7 +89,7 @@ def _adamw(groups: list[dict], settings, device: torch.device) -> torch.optim.Op
     )
 
 
-def _adamw8bit(groups: list[dict], settings, device: torch.device) -> torch.optim.Optimizer:
+def _adamw8bit(groups: list[dict], settings: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
     import bitsandbytes
 
     return bitsandbytes.optim.AdamW8bit(
@@ -97,7 +101,7 @@ def _adamw8bit(groups: list[dict], settings, device: torch.device) -> torch.opti
     )
 
 
-def _prodigy(groups: list[dict], settings, device: torch.device) -> torch.optim.Optimizer:
+def _prodigy(groups: list[dict], settings: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
     import prodigyopt
 
     return prodigyopt.Prodigy(
@@ -113,7 +117,7 @@ def _prodigy(groups: list[dict], settings, device: torch.device) -> torch.optim.
     )
 
 
-def _came(groups: list[dict], settings, device: torch.device) -> torch.optim.Optimizer:
+def _came(groups: list[dict], settings: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
     import pytorch_optimizer
 
     # The third beta and both epsilons as SANA's authors train with (NVlabs/Sana, configs/).
@@ -124,7 +128,7 @@ def _came(groups: list[dict], settings, device: torch.device) -> torch.optim.Opt
     )
 
 
-def _adafactor(groups: list[dict], settings, device: torch.device) -> torch.optim.Optimizer:
+def _adafactor(groups: list[dict], settings: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
     import pytorch_optimizer
 
     return pytorch_optimizer.AdaFactor(
@@ -138,14 +142,14 @@ def _adafactor(groups: list[dict], settings, device: torch.device) -> torch.opti
     )
 
 
-def _lion(groups: list[dict], settings, device: torch.device) -> torch.optim.Optimizer:
+def _lion(groups: list[dict], settings: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
     import pytorch_optimizer
 
     decay = settings.adam_weight_decay
     return pytorch_optimizer.Lion(groups, lr=settings.learning_rate, betas=_betas(settings), weight_decay=decay)
 
 
-def _muon(groups: list[dict], settings, device: torch.device) -> torch.optim.Optimizer:
+def _muon(groups: list[dict], settings: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
     import pytorch_optimizer
 
     split = []
@@ -164,7 +168,7 @@ def _muon(groups: list[dict], settings, device: torch.device) -> torch.optim.Opt
     )
 
 
-def _adamw8bit_torchao(groups: list[dict], settings, device: torch.device) -> torch.optim.Optimizer:
+def _adamw8bit_torchao(groups: list[dict], settings: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
     from torchao.optim import AdamW8bit
 
     return AdamW8bit(
@@ -176,7 +180,7 @@ def _adamw8bit_torchao(groups: list[dict], settings, device: torch.device) -> to
     )
 
 
-def _schedulefree(groups: list[dict], settings, device: torch.device) -> torch.optim.Optimizer:
+def _schedulefree(groups: list[dict], settings: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
     import pytorch_optimizer
 
     optimizer = pytorch_optimizer.ScheduleFreeAdamW(
@@ -224,14 +228,14 @@ REFUSED = {
 }
 
 
-def optimizer_name(settings) -> str:
+def optimizer_name(settings: TrainConfig) -> str:
     """The registry's name of what the settings ask for; an unknown one as it was written, in lower case."""
     name = settings.optimizer.lower()
     return "adamw8bit" if settings.use_8bit_adam and name == "adamw" else name
 
 
 def build_optimizer(
-    settings, named: Iterable[tuple[str, torch.nn.Parameter]], device: torch.device
+    settings: TrainConfig, named: Iterable[tuple[str, torch.nn.Parameter]], device: torch.device
 ) -> torch.optim.Optimizer:
     """The optimizer over named parameters that the settings ask for; `optimizer_problems` has found it usable."""
     name = optimizer_name(settings)
@@ -245,7 +249,9 @@ def build_optimizer(
     return optimizer
 
 
-def build_schedule(settings, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+def build_schedule(
+    settings: TrainConfig, optimizer: torch.optim.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
     """The course of the learning rate over `steps` updates, stepped once an update.
 
     accelerate would step it once per process: lengths are in updates here, so it is not prepared.
@@ -263,7 +269,7 @@ def build_schedule(settings, optimizer: torch.optim.Optimizer, steps: int) -> to
     )
 
 
-def schedule_problems(settings) -> list[Problem]:
+def schedule_problems(settings: TrainConfig) -> list[Problem]:
     """What is wrong with the course of the learning rate."""
     rules, scheduler = settings.lr_step_rules, settings.lr_scheduler
     if rules is None:
@@ -284,7 +290,7 @@ def schedule_problems(settings) -> list[Problem]:
     return []
 
 
-def optimizer_problems(settings, device_type: str, under_deepspeed: bool) -> list[Problem]:
+def optimizer_problems(settings: TrainConfig, device_type: str, under_deepspeed: bool) -> list[Problem]:
     """Why the optimizer that the settings ask for cannot train, or cannot be saved, on this device and engine."""
     name = optimizer_name(settings)
     field = "use_8bit_adam" if settings.use_8bit_adam else "optimizer"
@@ -331,7 +337,7 @@ def optimizer_problems(settings, device_type: str, under_deepspeed: bool) -> lis
     return problems
 
 
-def _group_problems(settings, name: str, kind: OptimizerKind) -> list[Problem]:
+def _group_problems(settings: TrainConfig, name: str, kind: OptimizerKind) -> list[Problem]:
     """What is wrong with learning rates and decays of their own."""
     ratio = settings.lora_plus_ratio
     if ratio != 1 and settings.train_mode != "lora":

@@ -14,7 +14,7 @@ WRAPPERS = {"OptimState8bit": "torchao.optim.subclass_8bit"}
 _AVERAGING = {"ScheduleFreeAdamW": "z"}
 
 
-def base_optimizer(optimizer) -> torch.optim.Optimizer:
+def base_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The torch optimizer below accelerate's and DeepSpeed's wrappers."""
     seen = set()
     while hasattr(optimizer, "optimizer") and id(optimizer) not in seen:
@@ -28,9 +28,9 @@ def optimizer_family(class_name: str) -> str:
     return "Adam" if class_name in ADAMS else class_name
 
 
-def is_plain(value) -> bool:
+def is_plain(value: object) -> bool:
     """Whether a checkpoint can hold a value of an optimizer's state."""
-    if torch.is_tensor(value):
+    if isinstance(value, torch.Tensor):
         if type(value) not in (torch.Tensor, torch.nn.Parameter):
             return type(value).__name__ in WRAPPERS
         return value.layout is torch.strided and not value.is_quantized
@@ -58,7 +58,7 @@ def state_numbers(state: dict) -> dict[str, object]:
 
     Of a tensor made of several, whose parts are `state_tensors`, it is {"wrapper", "context"}.
     """
-    numbers = {}
+    numbers: dict[str, object] = {}
     for key in sorted(state):
         value = state[key]
         if type(value).__name__ in WRAPPERS:
@@ -72,7 +72,7 @@ def state_numbers(state: dict) -> dict[str, object]:
     return numbers
 
 
-def restored_number(base: torch.optim.Optimizer, key: str, saved, device: torch.device):
+def restored_number(base: torch.optim.Optimizer, key: str, saved: dict, device: torch.device) -> object:
     """A number of `state_numbers` as this optimizer keeps it; `device` is that of the parameter.
 
     Adam's step count changes its form between implementations: torch's own keep a float32 scalar, on the device where
@@ -145,7 +145,7 @@ class GroupNumbers:
 
     @classmethod
     def _numbers(cls, group: dict) -> dict[str, object]:
-        found = {}
+        found: dict[str, object] = {}
         for key, value in group.items():
             if key == "params" or key in cls._OF_THE_SCHEDULE:
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -96,7 +97,7 @@ def _draw(
     )
     bar = console_bar(len(jobs), "class images", unit="image", main_process=ranks.is_main, leave=False)
     for job, image, _ in drawn:
-        write_atomic(folder / job.file_name, lambda target, image=image: image.save(target, format="PNG"))
+        write_atomic(folder / job.file_name, partial(image.save, format="PNG"))
         bar.update(1)
         if stop.requested:
             break

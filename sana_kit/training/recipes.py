@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
+
+if TYPE_CHECKING:
+    from sana_kit.training.config import TrainConfig
 
 NUM_TRAIN_TIMESTEPS = 1000
 
@@ -79,7 +83,7 @@ class FlowMatching:
     prior_loss_weight: float | None = None
 
     @classmethod
-    def of(cls, config) -> FlowMatching:
+    def of(cls, config: TrainConfig) -> FlowMatching:
         """The recipe that a run's settings ask for; its flow_shift is known."""
         flow = dataclasses.asdict(config.flow)
         return cls(**flow, prior_loss_weight=config.prior_loss_weight if config.with_prior_preservation else None)

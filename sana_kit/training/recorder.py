@@ -12,9 +12,10 @@ import math
 import platform
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -36,6 +37,9 @@ from sana_kit.training.memorisation import compare_with_training_images
 from sana_kit.training.plan import Plan, flops_per_image
 from sana_kit.training.state import TrainState
 from sana_kit.training.stream import SampleStream
+
+if TYPE_CHECKING:
+    from sana_kit.progress import Bar
 
 logger = logging.getLogger("sana")
 
@@ -65,13 +69,13 @@ class Recorder:
         self._started = phases.clock()
         self._losses: list[torch.Tensor] = []  # not read yet
         self._interval: list[float] = []  # read, not told yet
-        self._bar = None
+        self._bar: Bar | None = None
         self._pace = PagePace()
 
     def __enter__(self) -> Recorder:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
             self._bar.close()
         if self._log is not None:
@@ -94,7 +98,13 @@ class Recorder:
     # ---------------------------------------------------------------------------------------------------------- start
 
     def begin(
-        self, config: TrainConfig, plan: Plan, state: TrainState, stream: SampleStream, encoded: EncodedDataset, lines
+        self,
+        config: TrainConfig,
+        plan: Plan,
+        state: TrainState,
+        stream: SampleStream,
+        encoded: EncodedDataset,
+        lines: Iterable[str],
     ) -> None:
         """Open the log and the trackers and start the clock; the run is whole and stands at `state`.
 

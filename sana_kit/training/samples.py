@@ -157,7 +157,7 @@ def load_samples(
     counts = _counts(parts, encoded.images)
     num_class = counts[1] if config.with_prior_preservation else 0
     num_held_out = counts[-1] if held_out is not None else 0
-    set_of = np.searchsorted(bounds, encoded.images.rows()[: counts[0]], side="right")
+    set_of = np.asarray(np.searchsorted(bounds, encoded.images.rows()[: counts[0]], side="right"))
     return Samples(encoded, counts[0], num_class, num_held_out, instruction, set_of)
 
 

@@ -16,6 +16,7 @@ import queue
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -106,7 +107,8 @@ def write_shares(folder: Path, shares: dict[int, list[TensorFile]], rank: int) -
 
 def _header(file: TensorFile) -> bytes:
     """The head of a safetensors file (https://github.com/huggingface/safetensors), padded to eight bytes."""
-    described, offset = {"__metadata__": {"format": "pt"}}, 0
+    described: dict[str, dict[str, object]] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for entry in file.entries:
         end = offset + entry.bytes
         described[entry.key] = {
@@ -128,7 +130,8 @@ class _Writer:
     """A thread that writes tensors one after another and hashes their bytes; its errors are kept until `finish`."""
 
     def __init__(self, folder: Path):
-        self._folder, self._written, self._problem = folder, {}, None
+        self._folder, self._written = folder, {}
+        self._problem: str | None = None
         self._queue: queue.Queue = queue.Queue(maxsize=2)
         self._thread = threading.Thread(target=self._run, name="checkpoint writer", daemon=True)
         self._thread.start()
@@ -173,11 +176,11 @@ class _Writer:
                 handle.close()
 
     @staticmethod
-    def _write(handle, digest, data) -> None:
+    def _write(handle: IO[bytes], digest: hashlib._Hash, data: bytes) -> None:
         handle.write(data)
         digest.update(data)
 
-    def _close(self, file: TensorFile | None, handle, digest) -> None:
+    def _close(self, file: TensorFile | None, handle: IO[bytes], digest: hashlib._Hash) -> None:
         if file is None:
             return
         handle.flush()

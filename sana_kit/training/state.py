@@ -6,12 +6,16 @@ import dataclasses
 import hashlib
 import os
 import uuid
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sana_kit.data.image_set import ImageSet
 from sana_kit.distributed import Ranks
 from sana_kit.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from sana_kit.training.config import TrainConfig
 
 # What a run shares with the one that it goes on from; a difference is told, each with the words beside it.
 IDENTITY = (
@@ -66,7 +70,16 @@ IDENTITY = (
     "control_edges",
 )
 # Without these the checkpoint's tensors do not fit the run at all.
-DECISIVE = ("train_mode", "adapter_type", "lokr_factor", "rank", "lora_alpha", "lora_layers", "use_rslora", "use_dora")
+DECISIVE: tuple[str, ...] = (
+    "train_mode",
+    "adapter_type",
+    "lokr_factor",
+    "rank",
+    "lora_alpha",
+    "lora_layers",
+    "use_rslora",
+    "use_dora",
+)
 DECISIVE += ("optimizer",)
 DECISIVE += ("lora_plus_ratio", "no_decay_norms", "controlnet_layers")
 # The decisive ones that say nothing about a run that trains all weights.
@@ -118,7 +131,7 @@ class TrainState:
         self.epoch, self.learning_rate = self.samples_seen / epoch_samples, learning_rate
 
 
-def run_identity(settings, num_images: int, world_size: int, data: dict[str, str] | None = None) -> dict:
+def run_identity(settings: TrainConfig, num_images: int, world_size: int, data: dict[str, str] | None = None) -> dict:
     """What a resumed run should share with the one that wrote the checkpoint.
 
     Args:

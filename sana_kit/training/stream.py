@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +14,12 @@ from sana_kit.training.order import BucketOrder, PermutationOrder, generator
 from sana_kit.training.recipes import FlowMatching
 from sana_kit.workers import prepare_worker
 
+if TYPE_CHECKING:
+    from sana_kit.encodings.dataset import EncodedDataset
+    from sana_kit.training.config import TrainConfig
+    from sana_kit.training.plan import Plan
+    from sana_kit.training.state import TrainState
+
 # Padding captions to a multiple keeps the number of distinct shapes small, which compilers and the NPU's kernel cache
 # need.
 CAPTION_PAD_MULTIPLE = 16
@@ -20,7 +27,7 @@ CAPTION_PAD_MULTIPLE = 16
 _DROPOUT_SALT, _CROP_SALT, _CAPTION_SALT = 0xD20, 0xC20, 0xCA9
 
 
-def caption_multiple(config) -> int:
+def caption_multiple(config: TrainConfig) -> int:
     """Tokens that captions are padded to a multiple of: with graphs the most there are, which makes one shape."""
     return config.max_sequence_length if config.cuda_graphs else CAPTION_PAD_MULTIPLE
 
@@ -35,7 +42,7 @@ class SampleStream(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        encoded,
+        encoded: EncodedDataset,
         order: PermutationOrder | BucketOrder,
         num_class: int = 0,
         *,
@@ -106,7 +113,14 @@ class StreamBatchSampler(torch.utils.data.Sampler):
 
 
 def build_loader(
-    stream: SampleStream, plan, state, ranks: Ranks, *, workers: int, pin_memory: bool, caption_multiple: int
+    stream: SampleStream,
+    plan: Plan,
+    state: TrainState,
+    ranks: Ranks,
+    *,
+    workers: int,
+    pin_memory: bool,
+    caption_multiple: int,
 ) -> torch.utils.data.DataLoader:
     """This rank's micro-batches (see `collate`) from where the run stands to its end.
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import logging
+from functools import partial
 from pathlib import Path
+from typing import IO, TYPE_CHECKING
 
 import torch
 from accelerate.utils import gather_object
@@ -27,6 +29,9 @@ from sana_kit.training.engine import Engine
 from sana_kit.training.plan import Plan
 from sana_kit.training.state import TrainState
 from sana_kit.training.trackers import log_images
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 logger = logging.getLogger("sana")
 
@@ -130,7 +135,7 @@ class Validator:
         ranks = self.engine.ranks
         return self.jobs if self.engine.partitioned else self.jobs[ranks.rank :: ranks.world_size]
 
-    def _draw_mine(self, bar) -> list[tuple[dict, bytes]]:
+    def _draw_mine(self, bar: tqdm) -> list[tuple[dict, bytes]]:
         """(entry, PNG) of this rank's images."""
         together, engine, done = self.engine.partitioned, self.engine, []
         model = engine.transformer
@@ -165,8 +170,12 @@ class Validator:
             if self.engine.ranks.is_main:
                 path = Path(self.config.output_dir, file)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(path, lambda handle, png=png: handle.write(png), durable=False)
+                write_atomic(path, partial(_write, png), durable=False)
         if self.engine.ranks.is_main and images:
             for tracker in self.engine.accelerator.trackers:
                 log_images(tracker, images, Path(self.config.output_dir), step)
         return images
+
+
+def _write(data: bytes, handle: IO[bytes]) -> None:
+    handle.write(data)

@@ -12,12 +12,19 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from sana_kit.arithmetic import bucket_elements
 from sana_kit.errors import CheckpointError, Problem, UserError
 from sana_kit.training.optim_state import restored_number, state_tensors
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer
+
+    from sana_kit.training.config import TrainConfig
 
 # class: names that the kit reads or calls on it
 PRIVATE_NAMES = {
@@ -61,7 +68,7 @@ def leave_out_muon_compilation() -> None:
         compiler.compile = compile_
 
 
-def fill_config(config: dict, settings, world_size: int) -> None:
+def fill_config(config: dict, settings: TrainConfig, world_size: int) -> None:
     """Write what the run's settings decide into the DeepSpeed config; bucket sizes follow in `fit_buckets`.
 
     Args:
@@ -115,7 +122,7 @@ def checks_bf16_gradients() -> bool:
     return "check_grad_overflow" in DeepSpeedBF16Config.model_fields
 
 
-def engine_step(model) -> tuple[bool, float | torch.Tensor | None]:
+def engine_step(model: DeepSpeedEngine) -> tuple[bool, float | torch.Tensor | None]:
     """One update by the DeepSpeed engine; returns (whether it was left out on all ranks, the gradient norm).
 
     An update whose gradient is not finite is left out by the ZeRO optimizer, which asks all ranks and keeps weights,
@@ -136,7 +143,7 @@ def whole_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
     return tuple(parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape)
 
 
-def flat_partitions(zero, base: torch.optim.Optimizer) -> list[torch.Tensor]:
+def flat_partitions(zero: ZeROOptimizer, base: torch.optim.Optimizer) -> list[torch.Tensor]:
     """This rank's flat float32 partitions, the parameters that the torch optimizer below ZeRO steps."""
     if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3 shows them to the optimizer only while it steps
         return list(zero.fp32_partitioned_groups_flat)
@@ -156,7 +163,9 @@ def fetch_master(parameter: torch.nn.Parameter, keep: bool) -> torch.Tensor | No
     return master.cpu() if keep else None
 
 
-def set_master(zero, base: torch.optim.Optimizer, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+def set_master(
+    zero: ZeROOptimizer, base: torch.optim.Optimizer, parameter: torch.nn.Parameter, value: torch.Tensor
+) -> None:
     """Give a parameter's float32 master a new value, each rank its own part of it."""
     from deepspeed.utils import safe_set_full_fp32_param
 
@@ -191,7 +200,7 @@ def writable(parameter: torch.nn.Parameter) -> contextlib.AbstractContextManager
 
 
 def restore(
-    zero,
+    zero: ZeROOptimizer,
     base: torch.optim.Optimizer,
     named_parameters: Sequence[tuple[str, torch.nn.Parameter]],
     keys: Iterable[str],
@@ -222,7 +231,9 @@ def restore(
                 safe_set_full_optimizer_state(parameter, read(f"{name}|{key}").to(master.device), key)
 
 
-def _create_states(zero, base: torch.optim.Optimizer, flats: list, keys: list[str], numbers: dict) -> None:
+def _create_states(
+    zero: ZeROOptimizer, base: torch.optim.Optimizer, flats: list, keys: list[str], numbers: dict
+) -> None:
     """Give each flat partition the state that the first step would create, so that it can be filled.
 
     DeepSpeed creates optimizer states at the first step; `_lazy_init_hp_params_optimizer_state` then links each
@@ -238,7 +249,7 @@ def _create_states(zero, base: torch.optim.Optimizer, flats: list, keys: list[st
         zero._lazy_init_hp_params_optimizer_state()
 
 
-def tensor_keys(zero, base: torch.optim.Optimizer) -> list[str]:
+def tensor_keys(zero: ZeROOptimizer, base: torch.optim.Optimizer) -> list[str]:
     """Names of the optimizer's tensors, each of which `fetch_state` then finds.
 
     Raises:
@@ -253,7 +264,7 @@ def tensor_keys(zero, base: torch.optim.Optimizer) -> list[str]:
     return list(state_tensors(first_state(base)))
 
 
-def _link_states(zero) -> None:
+def _link_states(zero: ZeROOptimizer) -> None:
     """Let each parameter find its part of the optimizer's state, in all groups.
 
     DeepSpeed (0.15 to 0.19) steps group by group and links all of them after the first one's first step, when the
@@ -264,7 +275,7 @@ def _link_states(zero) -> None:
         zero._lazy_init_hp_params_optimizer_state()
 
 
-def loss_scale(zero) -> dict[str, float] | None:
+def loss_scale(zero: ZeROOptimizer) -> dict[str, float] | None:
     """The state of fp16's loss scale, None where there is none or it is fixed."""
     scaler = getattr(zero, "loss_scaler", None)
     if scaler is None or not getattr(scaler, "dynamic", False):
@@ -272,7 +283,7 @@ def loss_scale(zero) -> dict[str, float] | None:
     return {name: getattr(scaler, name) for name in LOSS_SCALE_NAMES}
 
 
-def restore_loss_scale(zero, saved: dict[str, float]) -> None:
+def restore_loss_scale(zero: ZeROOptimizer, saved: dict[str, float]) -> None:
     """Put the state of `loss_scale` back."""
     for name in LOSS_SCALE_NAMES:
         setattr(zero.loss_scaler, name, saved[name])

@@ -11,6 +11,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fontTools.ttLib import TTFont
 
 OUTPUT = Path(__file__).with_name("NotoSansCJK-subset.otf")
 _RANGES = ((0x20, 0x7F), (0xA0, 0x180), (0x370, 0x530), (0x2010, 0x2040), (0x3000, 0x3100), (0xFF01, 0xFF60))
@@ -25,7 +29,7 @@ def hanzi() -> set[int]:
     return found
 
 
-def chinese_forms(font) -> dict[str, str]:
+def chinese_forms(font: TTFont) -> dict[str, str]:
     """Glyph -> glyph that simplified Chinese has instead (the font's own forms are Japanese)."""
     layout = font["GSUB"].table
     (script,) = (record.Script for record in layout.ScriptList.ScriptRecord if record.ScriptTag == "hani")
