@@ -185,6 +185,19 @@ def make_tiny_controlnet(folder, model, layers=1, seed=3):
 
 # Sizes for the benchmarks: VAE encode : text encode : transformer forward = 5.2 : 1.2 : 3.0 FLOPs per 256 px image,
 # as of the 1600M model at 1024 px.
+# Config of the smallest SanaTransformer2DModel that has every part.
+NARROW_TRANSFORMER = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 2,
+    "num_attention_heads": 4,
+    "attention_head_dim": 8,
+    "num_cross_attention_heads": 2,
+    "cross_attention_head_dim": 16,
+    "cross_attention_dim": 32,
+    "caption_channels": 24,
+    "sample_size": 16,
+}
 SCALED_VAE = {
     "latent_channels": 8,
     "head_dim": 32,

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from helpers.tiny import NARROW_TRANSFORMER
 from safetensors.torch import load_file, save_file
 
 import patch_sana
@@ -19,19 +20,7 @@ from sana_kit.models.keys import from_nvlabs, to_nvlabs, unflatten
 from sana_kit.models.layouts import open_any_adapter, settings_of
 from sana_kit.models.weights import meta_transformer
 
-CONFIG = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "num_layers": 2,
-    "num_attention_heads": 4,
-    "attention_head_dim": 8,
-    "num_cross_attention_heads": 2,
-    "cross_attention_head_dim": 16,
-    "cross_attention_dim": 32,
-    "caption_channels": 24,
-    "sample_size": 16,
-    "qk_norm": "rms_norm_across_heads",
-}
+CONFIG = {**NARROW_TRANSFORMER, "qk_norm": "rms_norm_across_heads"}
 RANKS = {"attn1.to_q": 4, "attn1.to_k": 4, "attn1.to_v": 4, "attn1.to_out.0": 4, "attn2.to_k": 4, "attn2.to_v": 2}
 RANKS |= {"ff.conv_point": 3, "ff.conv_inverted": 4}
 OTHERS = ["kohya", "comfyui", "lycoris", "peft"]

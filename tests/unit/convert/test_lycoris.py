@@ -5,6 +5,7 @@ python -m pytest tests/unit/convert/test_lycoris.py
 
 import pytest
 import torch
+from helpers.tiny import NARROW_TRANSFORMER
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import conv2d
 
@@ -13,18 +14,7 @@ from sana_kit.errors import UserError
 from sana_kit.models.adapter import apply_loras, read_lora
 from sana_kit.models.adapter_start import read_start
 
-CONFIG = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "num_layers": 2,
-    "num_attention_heads": 4,
-    "attention_head_dim": 8,
-    "num_cross_attention_heads": 2,
-    "cross_attention_head_dim": 16,
-    "cross_attention_dim": 32,
-    "caption_channels": 24,
-    "sample_size": 16,
-}
+CONFIG = NARROW_TRANSFORMER
 DEPTH, QUERY, OUT = (f"transformer_blocks.1.{name}" for name in ("ff.conv_depth", "attn1.to_q", "attn1.to_out.0"))
 
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SanaControlNetModel, SanaTransformer2DModel
+from helpers.tiny import NARROW_TRANSFORMER
 
 from sana_kit.arithmetic import default_controlnet_layers
 from sana_kit.models.attention import set_attention
@@ -14,18 +15,7 @@ from sana_kit.training.recipes import FlowMatching
 
 # A bias of all keys shifts every score of a query alike: its gradient is rounding alone.
 WITHOUT_EFFECT = "attn2.to_k.bias"
-SHAPES = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "num_layers": 4,
-    "num_attention_heads": 4,
-    "attention_head_dim": 8,
-    "num_cross_attention_heads": 2,
-    "cross_attention_head_dim": 16,
-    "cross_attention_dim": 32,
-    "caption_channels": 24,
-    "sample_size": 8,
-}
+SHAPES = {**NARROW_TRANSFORMER, "num_layers": 4, "sample_size": 8}
 
 
 @pytest.fixture

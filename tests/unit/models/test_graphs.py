@@ -5,6 +5,7 @@ python -m pytest tests/unit/models/test_graphs.py
 
 import pytest
 import torch
+from helpers.tiny import NARROW_TRANSFORMER
 
 from sana_kit import devices
 from sana_kit.errors import UserError
@@ -20,16 +21,8 @@ from sana_kit.training.launch_config import LaunchConfig
 from sana_kit.training.stream import caption_multiple
 
 CONFIG = {
-    "in_channels": 4,
-    "out_channels": 4,
+    **NARROW_TRANSFORMER,
     "num_layers": 1,
-    "num_attention_heads": 4,
-    "attention_head_dim": 8,
-    "num_cross_attention_heads": 2,
-    "cross_attention_head_dim": 16,
-    "cross_attention_dim": 32,
-    "caption_channels": 24,
-    "sample_size": 16,
     "qk_norm": "rms_norm_across_heads",
     "interpolation_scale": 2.0,
 }
