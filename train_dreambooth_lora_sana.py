@@ -251,9 +251,7 @@ def train(
     Only the recorder waits for the device, where figures are due. Every part says itself when it is due.
     """
     while state.global_step < plan.steps:
-        with recorder.paused():
-            ready = samples.ready(state, plan.samples_per_step)
-        if not ready:
+        if not samples.ready(state, plan.samples_per_step, recorder.paused):
             if saver.last_step != state.global_step and state.global_step:
                 save(saver, recorder)
             return True

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sana_kit.data.decode import ImageFacts, inspect_image
 from sana_kit.data.image_set import default_workers, prefetch, progress_bar
-from sana_kit.data.memory import ANIMATED, OPEN_ENDED, UNKNOWN, Headers, Memory
+from sana_kit.data.memory import UNKNOWN, Headers, Memory
 from sana_kit.distributed import Ranks
 from sana_kit.errors import ImageError
 
@@ -37,20 +37,20 @@ def read_headers(
     if ranks is None or ranks.world_size == 1:
         if not len(missing):
             return headers
-        found = [(missing, *_look(source, missing, inspect))]
+        found = [(missing, _look(source, missing, inspect))]
     else:
         views = ranks.gather((socket.gethostname(), len(source), _digest(missing)))
         peers = [rank for rank, view in enumerate(views) if view == views[ranks.rank]]
         own = missing[peers.index(ranks.rank) :: len(peers)]
         looked = ranks.run_on_all(lambda: _look(source, own, inspect))
-        shares = ranks.gather((own, *looked))
+        shares = ranks.gather((own, looked))
         found = [shares[rank] for rank in peers]
         if not len(missing):
             return headers
     headers = Headers(headers.digests.copy(), headers.sizes.copy(), headers.kinds.copy(), {})
-    for rows, digests, sizes, kinds, bad in found:
-        headers.digests[rows], headers.sizes[rows], headers.kinds[rows] = digests, sizes, kinds
-        headers.bad |= bad
+    for rows, part in found:
+        headers.digests[rows], headers.sizes[rows], headers.kinds[rows] = part.digests, part.sizes, part.kinds
+        headers.bad |= {int(rows[k]): text for k, text in part.bad.items()}
     headers.bad = dict(sorted(headers.bad.items()))
     memory.keep_headers(source, headers)
     return headers
@@ -61,13 +61,9 @@ def _digest(rows: np.ndarray) -> tuple[int, int]:
     return len(rows), int(rows.sum())
 
 
-def _look(
-    source: ImageSource, rows: np.ndarray, inspect: Inspect
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, str]]:
-    """(digests, sizes, kinds, {row: why it is bad}) of these rows; bad ones stay UNKNOWN."""
+def _look(source: ImageSource, rows: np.ndarray, inspect: Inspect) -> Headers:
+    """Of these rows, in their order."""
     workers = default_workers()
-    digests, sizes = np.zeros((len(rows), 32), np.uint8), np.zeros((len(rows), 2), np.int32)
-    kinds, bad = np.full(len(rows), UNKNOWN, np.uint8), {}
 
     def look(row: int) -> ImageFacts | str:
         try:
@@ -75,15 +71,13 @@ def _look(
         except ImageError as error:
             return str(error)
 
-    with progress_bar(len(rows), "Reading images") as bar:
-        for k, result in enumerate(prefetch(look, rows.tolist(), workers, 4 * workers)):
-            bar.update()
-            if isinstance(result, str):
-                bad[int(rows[k])] = result
-                continue
-            digests[k] = np.frombuffer(result.sha256, np.uint8)
-            sizes[k] = result.width, result.height
-            kinds[k] = ANIMATED * result.animated + OPEN_ENDED * result.open_ended
+    def told() -> Iterator[ImageFacts | str]:
+        with progress_bar(len(rows), "Reading images") as bar:
+            for result in prefetch(look, rows.tolist(), workers, 4 * workers):
+                bar.update()
+                yield result
+
+    headers = Headers.of(told(), len(rows))
     if hasattr(source, "release"):
         source.release()
-    return digests, sizes, kinds, bad
+    return headers

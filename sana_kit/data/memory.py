@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -24,6 +25,7 @@ from sana_kit.data.texts import Texts
 from sana_kit.files import write_atomic
 
 if TYPE_CHECKING:
+    from sana_kit.data.decode import ImageFacts
     from sana_kit.data.sources import FileSource, ImageSource
 
 FORMAT = 1
@@ -52,6 +54,19 @@ class Headers:
         """Of so many rows, none of which was looked at."""
         kinds = np.full(count, UNKNOWN, np.uint8)
         return cls(np.zeros((count, 32), np.uint8), np.zeros((count, 2), np.int32), kinds, {})
+
+    @classmethod
+    def of(cls, found: Iterable[ImageFacts | str], count: int) -> Headers:
+        """Of `count` rows what was found of each, or why it cannot be used; those rows stay UNKNOWN."""
+        headers = cls.unknown(count)
+        for row, facts in enumerate(found):
+            if isinstance(facts, str):
+                headers.bad[row] = facts
+                continue
+            headers.digests[row] = np.frombuffer(facts.sha256, np.uint8)
+            headers.sizes[row] = facts.width, facts.height
+            headers.kinds[row] = ANIMATED * facts.animated + OPEN_ENDED * facts.open_ended
+        return headers
 
 
 ANIMATED, OPEN_ENDED, UNKNOWN = 1, 2, 128

@@ -19,19 +19,23 @@ SOURCES = ("dataset_name", "instance_data_dir")
 # What a folder of images has no use for.
 _OF_TABLES = ("dataset_config_name", "dataset_split", "image_column", "caption_column", "mask_column")
 _LEAST_WEIGHT = 0.001
-# The settings of a SizeRule.
-_RULE = ("resolution", "aspect_ratio_buckets", "bucket_no_upscale", "center_crop", "random_flip")
 
 
 @dataclasses.dataclass(frozen=True)
-class SizeRule:
-    """At which size images are trained, and how they are cut; the names are those of the run's settings."""
-
+class _Sizes:
     resolution: int | tuple[int, ...] = 512
     aspect_ratio_buckets: bool = False
     bucket_no_upscale: bool = False
     center_crop: bool = False
     random_flip: bool = False
+
+
+_RULE = tuple(field.name for field in dataclasses.fields(_Sizes))
+
+
+@dataclasses.dataclass(frozen=True)
+class SizeRule(_Sizes):
+    """At which size images are trained, and how they are cut; the names are those of the run's settings."""
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -58,7 +62,7 @@ class SizeRule:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataSet:
+class DataSet(_Sizes):
     """One data set; the names are those of the run's settings.
 
     Attributes:
@@ -78,11 +82,6 @@ class DataSet:
     caption_suffix: str = ""
     repeats: int = 1
     weight: float = 1.0
-    resolution: int | tuple[int, ...] = 512
-    aspect_ratio_buckets: bool = False
-    bucket_no_upscale: bool = False
-    center_crop: bool = False
-    random_flip: bool = False
 
     @property
     def field(self) -> str:

@@ -24,7 +24,7 @@ from sana_kit.data.assemble import Asked, assemble
 from sana_kit.data.decode import ImageFacts, inspect_image
 from sana_kit.data.draws import generator
 from sana_kit.data.image_set import ImageSet, default_workers, prefetch
-from sana_kit.data.memory import ANIMATED, OPEN_ENDED, Headers, Memory
+from sana_kit.data.memory import Headers, Memory
 from sana_kit.data.streaming import Row, Shards
 from sana_kit.data.tables import Named, Table
 from sana_kit.distributed import Ranks
@@ -38,8 +38,8 @@ SPOOL = "images-"  # how the files of read images begin
 
 _SHARDS_SALT, _WINDOW_SALT = 0x54A2D, 0x817D0
 
-# (file's rank, offset, length, SHA-256, width, height, kind, caption cell, name, what is wrong)
-_Fact = tuple[int, int, int, bytes, int, int, int, Any, str, str]
+# ((file's rank, offset, length), what its header says or what is wrong, caption cell, name)
+_Fact = tuple[tuple[int, int, int], ImageFacts | str, Any, str]
 
 
 class SpooledSource:
@@ -210,14 +210,12 @@ class WindowReader:
 
     def _fact(self, row: Row, found: ImageFacts | str, spool: BinaryIO, room: int) -> _Fact:
         if isinstance(found, str):
-            return (0, 0, 0, b"", 0, 0, 0, row.caption, row.name, found)
+            return (0, 0, 0), found, row.caption, row.name
         offset = spool.tell()
         if offset + len(row.image) > room:
             raise self._no_room(room)
         spool.write(row.image)
-        kind = ANIMATED * found.animated + OPEN_ENDED * found.open_ended
-        place = (self._ranks.rank, offset, len(row.image))
-        return (*place, found.sha256, found.width, found.height, kind, row.caption, row.name, "")
+        return (self._ranks.rank, offset, len(row.image)), found, row.caption, row.name
 
     def _no_room(self, room: int) -> UserError:
         reason = f"{self.size} images of {self.shards.wanted.name} need more than the {room / 1e9:.3g} GB"
@@ -226,15 +224,11 @@ class WindowReader:
 
     def _assembled(self, facts: list[_Fact], folder: Path) -> ImageSet:
         """The image set of a window's rows."""
-        columns = list(zip(*facts, strict=True))
-        digests = np.frombuffer(b"".join(sha or bytes(32) for sha in columns[3]), np.uint8).reshape(-1, 32)
-        sizes = np.array(list(zip(columns[4], columns[5], strict=True)), np.int32)
-        bad = {k: text for k, text in enumerate(columns[9]) if text}
-        headers = Headers(digests, sizes, np.array(columns[6], np.uint8), bad)
-        spans = np.array(list(zip(*columns[:3], strict=True)), np.int64)
-        source = SpooledSource(folder, spans, list(columns[8]))
+        spans, found, cells, names = map(list, zip(*facts, strict=True))
+        headers = Headers.of(found, len(found))
+        source = SpooledSource(folder, np.array(spans, np.int64), names)
         wanted = self.shards.wanted
-        captions = None if wanted.caption_column is None else list(columns[7])
+        captions = None if wanted.caption_column is None else cells
         table = Table(source, captions, [], [], {}, self.shards.weights)
         return assemble(table, Named("dataset_name", wanted.name), headers, self.asked, Memory())
 

@@ -21,9 +21,9 @@ import numpy as np
 
 from sana_kit import devices
 from sana_kit.data.assemble import Asked, assemble
-from sana_kit.data.decode import inspect_image
+from sana_kit.data.decode import ImageFacts, inspect_image
 from sana_kit.data.image_set import ImageSet
-from sana_kit.data.memory import ANIMATED, OPEN_ENDED, Headers, Memory
+from sana_kit.data.memory import Headers, Memory
 from sana_kit.data.sources import cell_bytes
 from sana_kit.data.tables import Named, Table
 from sana_kit.distributed import Ranks
@@ -121,25 +121,17 @@ class BatchEncoder:
 
     def _images(self, batch: Mapping[str, Sequence]) -> ImageSet:
         """The image set of a batch."""
-        data, bad = [], {}
-        digests, sizes, kinds = [], [], []
-        for row, cell in enumerate(batch[self._image]):
-            name = f"row {row} of the batch"
+        cells = batch[self._image]
+        names = [f"row {row} of the batch" for row in range(len(cells))]
+        data: list[bytes] = []
+        found: list[ImageFacts | str] = []
+        for cell, name in zip(cells, names, strict=True):
+            data.append(b"")
             try:
-                data.append(cell_bytes(cell, name, None))
-                facts = inspect_image(data[-1], name)
+                data[-1] = cell_bytes(cell, name, None)
+                found.append(inspect_image(data[-1], name))
             except ImageError as error:
-                data += [b""] * (row + 1 - len(data))
-                bad[row] = str(error)
-                digests.append(bytes(32))
-                sizes.append((0, 0))
-                kinds.append(0)
-                continue
-            digests.append(facts.sha256)
-            sizes.append((facts.width, facts.height))
-            kinds.append(ANIMATED * facts.animated + OPEN_ENDED * facts.open_ended)
-        array = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
-        headers = Headers(array, np.array(sizes, np.int32), np.array(kinds, np.uint8), bad)
-        source = MemorySource(data, [f"row {row} of the batch" for row in range(len(data))])
-        table = Table(source, list(batch[self._caption]), [], [], {})
+                found.append(str(error))
+        headers = Headers.of(found, len(found))
+        table = Table(MemorySource(data, names), list(batch[self._caption]), [], [], {})
         return assemble(table, Named("dataset_name", "the batch"), headers, Asked(None, 1, self._skip_bad), Memory())

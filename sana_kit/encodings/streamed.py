@@ -74,9 +74,7 @@ class RowBytes:
 def limit_problems(limit_gb: float, window: int, rows: RowBytes) -> list[Problem]:
     """Why windows of this size do not fit a limit on the disk."""
     limit = limit_gb * 1e9
-    if limit <= 0:  # out of its range, which is told by itself
-        return []
-    if rows.least_limit(window) <= limit:
+    if limit <= 0 or rows.least_limit(window) <= limit:  # one out of its range is told by itself
         return []
     fits = int(limit // rows.least_limit(1))
     reason = f"two windows of {window} images can need {rows.least_limit(window) / 1e9:.3g} GB"

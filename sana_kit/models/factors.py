@@ -101,9 +101,7 @@ def as_pair(factors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Te
     if "lora_mid.weight" in factors:
         return _tucker_pair(factors)
     if "hada_w1_a" in factors and "hada_t1" not in factors:
-        a1, b1, a2, b2 = (factors[name].float() for name in _LOHA)
-        up = (a1[:, :, None] * a2[:, None, :]).flatten(1)
-        down = (b1[:, None, :] * b2[None, :, :]).flatten(0, 1)
+        down, up = hadamard_pair(*(factors[name].float() for name in _LOHA))
     elif "lokr_w2_a" in factors and "lokr_t2" not in factors and factors["lokr_w2_b"].ndim == 2:
         first, a2, b2 = _half(factors, "lokr_w1"), factors["lokr_w2_a"].float(), factors["lokr_w2_b"].float()
         up = torch.kron(first, a2)
@@ -112,6 +110,13 @@ def as_pair(factors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Te
         return None
     rank, smaller = down.shape[0], min(up.shape[0], down.shape[1])
     return (down, up) if rank < smaller else None
+
+
+def hadamard_pair(
+    a1: torch.Tensor, b1: torch.Tensor, a2: torch.Tensor, b2: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(down (r * r, in), up (out, r * r)) whose product is (a1 b1) * (a2 b2), of a (out, r) and b (r, in)."""
+    return (b1[:, None, :] * b2[None, :, :]).flatten(0, 1), (a1[:, :, None] * a2[:, None, :]).flatten(1)
 
 
 def shaped_pair(module: str, down: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

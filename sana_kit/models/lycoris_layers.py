@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from peft import LoHaConfig, LoKrConfig
 from peft.tuners import loha, lokr
 
+from sana_kit.models.factors import hadamard_pair
 from sana_kit.models.lora_layers import FACTOR_KINDS
 
 
@@ -68,8 +69,7 @@ class LoHaLinear(loha.Linear):
         a1, b1, a2, b2 = (getattr(self, f"hada_w{number}_{half}")[adapter_name] for number in (1, 2) for half in "ab")
         if b1.shape[0] ** 2 >= min(len(a1), b1.shape[1]):
             return F.linear(hidden_states, self.get_delta_weight(adapter_name).to(dtype))
-        up = (a1[:, :, None] * a2[:, None, :]).flatten(1).to(dtype)
-        down = (b1[:, None, :] * b2[None, :, :]).flatten(0, 1).to(dtype)
+        down, up = (factor.to(dtype) for factor in hadamard_pair(a1, b1, a2, b2))
         return F.linear(F.linear(hidden_states, down), up) * self.scaling[adapter_name]
 
 

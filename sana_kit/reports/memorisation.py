@@ -74,12 +74,12 @@ def _features(copies: np.ndarray, zoom: float, across: float, down: float) -> np
 def _distances(copies: np.ndarray, middles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(M, N) distances of small copies from training images, 0 to 2, and whether the mirror image is nearer."""
     best = []
-    for turned in (copies, copies[:, :, ::-1]):
+    for turned in (copies, np.ascontiguousarray(copies[:, :, ::-1])):
         found = np.full((len(copies), len(middles)), -1.0, np.float32)
         for zoom in _ZOOMS:
             for across in _SHIFTS:
                 for down in _SHIFTS:
-                    part = _features(np.ascontiguousarray(turned), zoom, across, down)
+                    part = _features(turned, zoom, across, down)
                     np.maximum(found, part @ middles.T, out=found)
         best.append(found)
     correlation = np.maximum(*best)

@@ -180,15 +180,16 @@ def _local_data_problems(config: TrainConfig) -> list[Problem]:
         problems.append(Problem("mask_outside", config.mask_outside, "has no effect without masks", remedy))
     if None in counts or config.validation_dataset is not None:
         return problems
-    return problems + _split_problems(config.validation_split, sum(counts))
+    return problems + held_out_count(config.validation_split, sum(counts))[1]  # copies of an image are told later
 
 
-def _split_problems(share: float, images: int) -> list[Problem]:
-    """What is wrong with how many of so many images are held out; copies of an image are told later."""
+def held_out_count(share: float, images: int) -> tuple[int, list[Problem]]:
+    """(how many of so many images are held out, what is wrong with that)."""
     count = round(share * images) if share < 1 else round(share)
     if not share or 0 < count < images:
-        return []
-    return [Problem("validation_split", share, f"it would hold out {count} of {images} images", "Keep some of both.")]
+        return count, []
+    reason = f"it would hold out {count} of {images} images"
+    return count, [Problem("validation_split", share, reason, "Keep some of both.")]
 
 
 def _data_problems(config: TrainConfig) -> list[Problem]:

@@ -326,10 +326,8 @@ class Recorder:
             return
         self.memorisation = found.figures()
         self._log.write("memorisation", step=step, **self.memorisation)
-        if found.copies:
-            self.warn(found.told(), step)
-        else:
-            logger.info(found.told())
+        # not `warn`: the log has a line of its own of it, which the report shows
+        logger.log(logging.WARNING if found.copies else logging.INFO, found.told())
 
     def refresh_page(self) -> None:
         """Write report.html anew."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -17,9 +19,9 @@ from sana_kit.encodings.dataset import EncodedDataset
 from sana_kit.encodings.encode import encode
 from sana_kit.encodings.prompts import parse_instruction
 from sana_kit.encodings.streamed import StreamedDataset
-from sana_kit.errors import EncodingStopped, InputError, Problem, UserError
+from sana_kit.errors import EncodingStopped, InputError, UserError
 from sana_kit.models.folder import Model
-from sana_kit.training.check import image_sources
+from sana_kit.training.check import held_out_count, image_sources
 from sana_kit.training.config import TrainConfig
 from sana_kit.training.control import control_kinds
 from sana_kit.training.encoding import encoding_settings, encodings_dir, extra_prompts
@@ -54,45 +56,33 @@ class Samples:
         num_instance, num_class, num_held_out: how many there are of each.
         instruction: the lines before each caption, None for none.
         set_of: (num_instance,) the number of each instance sample's data set; empty of a stream.
-        digest: of a stream's shards; None where every image is known.
     """
 
-    encoded: EncodedDataset | StreamedDataset
+    encoded: EncodedDataset
     num_instance: int
     num_class: int
     num_held_out: int
     instruction: list[str] | None
     set_of: np.ndarray
-    digest: str | None = None
 
     def order(self, config: TrainConfig, micro_step: int) -> PermutationOrder | MixedOrder | BucketOrder | StreamOrder:
         """The order of the instance images; `micro_step` is how many samples one takes over all processes."""
-        if self.digest is not None:
-            return StreamOrder(self.num_instance)
         crops, sets = config.crops_per_image, self.weighted_sets(config)
         return make_order(self.encoded.latent_shapes(), self.num_instance, micro_step, config.seed, crops, sets)
 
     def digests(self) -> dict[str, str]:
         """What stands for the images and captions, for `state.run_identity`."""
-        if self.digest is not None:
-            return {"data_digest": self.digest}
         return data_digests(self.encoded.images, self.encoded.control_images)
 
-    def ready(self, state: TrainState, samples: int) -> bool:
+    def ready(self, state: TrainState, samples: int, paused: Callable[[], AbstractContextManager]) -> bool:
         """See that the `samples` positions of the next update can be read; every rank calls it.
 
-        Of a stream, it encodes the next window where one of them is the first of it.
+        Args:
+            paused: what is done inside counts as no training time.
 
         Returns:
             False where a signal ended that.
         """
-        if self.digest is None:
-            return True
-        try:
-            self.encoded.prepare(state.samples_seen, samples)
-        except EncodingStopped:
-            return False
-        state.stream = self.encoded.place(state.samples_seen + samples)
         return True
 
     def weighted_sets(self, config: TrainConfig) -> WeightedSets | None:
@@ -103,8 +93,6 @@ class Samples:
 
     def counts_of_sets(self, sets: int, crops: int) -> list[int]:
         """Images of each data set, repeats included, `crops` of each encoded."""
-        if self.digest is not None:
-            return [self.num_instance]
         return (np.bincount(self.set_of, minlength=sets) // crops).tolist()
 
     @property
@@ -112,6 +100,40 @@ class Samples:
         """Indices of the held-out images."""
         first = self.num_instance + self.num_class
         return range(first, first + self.num_held_out)
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedSamples(Samples):
+    """Samples of a stream, where a window of them is known at a time.
+
+    Attributes:
+        digest: of the shards.
+    """
+
+    encoded: StreamedDataset
+    digest: str
+
+    def order(self, config: TrainConfig, micro_step: int) -> StreamOrder:
+        """As they come."""
+        return StreamOrder(self.num_instance)
+
+    def digests(self) -> dict[str, str]:
+        """What stands for the images and captions, for `state.run_identity`."""
+        return {"data_digest": self.digest}
+
+    def ready(self, state: TrainState, samples: int, paused: Callable[[], AbstractContextManager]) -> bool:
+        """As of known samples; encodes the next window where one of the positions is the first of it."""
+        try:
+            with paused():
+                self.encoded.prepare(state.samples_seen, samples)
+        except EncodingStopped:
+            return False
+        state.stream = self.encoded.place(state.samples_seen + samples)
+        return True
+
+    def counts_of_sets(self, sets: int, crops: int) -> list[int]:
+        """Images of the one data set."""
+        return [self.num_instance]
 
 
 def load_samples(
@@ -174,7 +196,7 @@ def _stream(
     encoded, shards = open_stream(config, base_model, settings, ranks, stop, recorder.warn, prompts, resume)
     samples = config.train_batch_size * config.gradient_accumulation_steps * ranks.world_size
     epoch = shards.rows or config.max_train_steps * samples
-    return Samples(encoded, epoch, 0, 0, instruction, np.zeros(0, np.int64), shards.digest())
+    return StreamedSamples(encoded, epoch, 0, 0, instruction, np.zeros(0, np.int64), shards.digest())
 
 
 def _rules_of_rows(
@@ -223,11 +245,9 @@ def _hold_out(config: TrainConfig, images: ImageSet) -> tuple[ImageSet, ImageSet
     if not config.validation_split:
         return images, None
     digests = sorted({images.source_hash(i) for i in range(len(images))})
-    share = config.validation_split
-    count = round(share * len(digests)) if share < 1 else round(share)
-    if not 0 < count < len(digests):
-        reason = f"it would hold out {count} of {len(digests)} images"
-        raise UserError(Problem("validation_split", share, reason, "Keep some of both."))
+    count, problems = held_out_count(config.validation_split, len(digests))
+    if problems:
+        raise UserError(problems)
     chosen = set(digests[:count])
     held = [i for i in range(len(images)) if images.source_hash(i) in chosen]
     kept = [i for i in range(len(images)) if images.source_hash(i) not in chosen]

@@ -17,17 +17,12 @@ from sana_kit.errors import Problem, UserError
 if TYPE_CHECKING:
     from sana_kit.training.config import TrainConfig
 
+_ADAPTER = ("adapter_type", "lokr_factor", "rank", "lora_alpha", "lora_layers", "use_rslora", "use_dora")
 # What a run shares with the one that it goes on from; a difference is told, each with the words beside it.
 IDENTITY = (
     "pretrained_model_name_or_path",
     "train_mode",
-    "adapter_type",
-    "lokr_factor",
-    "rank",
-    "lora_alpha",
-    "lora_layers",
-    "use_rslora",
-    "use_dora",
+    *_ADAPTER,
     "init_lora",
     "base_quantization",
     "resolution",
@@ -70,29 +65,9 @@ IDENTITY = (
     "control_edges",
 )
 # Without these the checkpoint's tensors do not fit the run at all.
-DECISIVE: tuple[str, ...] = (
-    "train_mode",
-    "adapter_type",
-    "lokr_factor",
-    "rank",
-    "lora_alpha",
-    "lora_layers",
-    "use_rslora",
-    "use_dora",
-)
-DECISIVE += ("optimizer",)
-DECISIVE += ("lora_plus_ratio", "no_decay_norms", "controlnet_layers")
+DECISIVE = ("train_mode", *_ADAPTER, "optimizer", "lora_plus_ratio", "no_decay_norms", "controlnet_layers")
 # The decisive ones that say nothing about a run that trains all weights.
-OF_LORA = (
-    "adapter_type",
-    "lokr_factor",
-    "rank",
-    "lora_alpha",
-    "lora_layers",
-    "use_rslora",
-    "use_dora",
-    "lora_plus_ratio",
-)
+OF_LORA = (*_ADAPTER, "lora_plus_ratio")
 
 
 @dataclasses.dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ from sana_kit.encodings.streamed import RowBytes, StreamedDataset, limit_problem
 from sana_kit.encodings.usage import size_text
 from sana_kit.errors import Problem, UserError
 from sana_kit.models.folder import Model
-from sana_kit.training.config import TrainConfig
+from sana_kit.training.config import DataConfig, EncodingConfig, TrainConfig
 
 if TYPE_CHECKING:
     from sana_kit.encodings.peers import Stop
@@ -92,16 +91,10 @@ _NOT: tuple[tuple[str, Callable[[TrainConfig], object], str, str], ...] = (
 def stream_problems(config: TrainConfig) -> list[Problem]:
     """What of a run's settings does not go with --streaming, or is of use with it alone; no file is looked at."""
     if not config.streaming:
-        own = ("stream_window", "encodings_disk_gb")
         reason, remedy = "has no effect without --streaming", "Add it, or leave this out."
-        fields = {
-            f.name: f
-            for part in vars(config).values()
-            if dataclasses.is_dataclass(part)
-            for f in dataclasses.fields(part)
-        }
-        # a run's own run.yaml gives every setting
-        asked = [name for name in own if getattr(config, name) != fields[name].default]
+        # held against the defaults, since a run's own run.yaml gives every setting
+        defaults = {"stream_window": DataConfig.stream_window, "encodings_disk_gb": EncodingConfig.encodings_disk_gb}
+        asked = [name for name, default in defaults.items() if getattr(config, name) != default]
         return [Problem(name, getattr(config, name), reason, remedy) for name in asked]
     problems = [
         Problem(name, getattr(config, name) or None, f"{reason} (--streaming)", remedy)
