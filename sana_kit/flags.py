@@ -37,6 +37,7 @@ from sana_kit.files import expand
 T = TypeVar("T")
 
 REQUIRED: Any = dataclasses.MISSING
+Resume = typing.Literal["told", "fixed"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Flag:
     path: bool
     metavar: str | None
     convert: Callable[[str], Any] | None
+    resume: Resume | None
 
 
 def flag(
@@ -72,6 +74,7 @@ def flag(
     path: bool = False,
     metavar: str | None = None,
     convert: Callable[[str], Any] | None = None,
+    resume: Resume | None = None,
 ) -> Any:
     """A dataclass field that is a setting; its flag is `--` and the field's name, its type the field's annotation.
 
@@ -87,6 +90,8 @@ def flag(
         many: with `repeat`: one or more values each time that the flag is given.
         path: the value names a file or folder; ~ is expanded.
         convert: makes the value from the text, instead of the annotation's type; ArgumentTypeError where it cannot.
+        resume: of a run that goes on from a checkpoint with another value: "told" where it trains on differently,
+            "fixed" where the checkpoint's tensors do not fit and it is refused; None where it may change freely.
     """
     settings = Flag(
         help,
@@ -101,6 +106,7 @@ def flag(
         path,
         metavar,
         convert,
+        resume,
     )
     if default is REQUIRED:
         return dataclasses.field(metadata={"flag": settings}, kw_only=True)
@@ -334,6 +340,13 @@ def settings_of(config: Any) -> dict[str, Any]:
         for field in dataclasses.fields(part)
         if "flag" in field.metadata
     }
+
+
+def names_where(config_class: type, wanted: Callable[[Flag], bool]) -> tuple[str, ...]:
+    """The settings of a configuration, or of one section, whose flag is as `wanted`, in their order."""
+    parts = [part for _, _, part in _sections(config_class)] or [config_class]
+    fields = [field for part in parts for field in dataclasses.fields(part) if "flag" in field.metadata]
+    return tuple(field.name for field in fields if wanted(field.metadata["flag"]))
 
 
 def _range_fault(settings: Flag, value: float) -> str | None:

@@ -29,8 +29,8 @@ from sana_kit.models.attention import set_attention
 from sana_kit.models.folder import Model, ModelFields, find_model, read_flow_shift
 from sana_kit.models.loading import load_scheduler, load_text_encoder, load_transformer, load_vae
 from sana_kit.models.members import MEMBERS
-from sana_kit.training.config import FlowConfig
 from sana_kit.training.recipes import NUM_TRAIN_TIMESTEPS, FlowMatching, add_noise, shifted_sigma
+from sana_kit.training.settings import FlowConfig
 
 EQUAL, PURPOSE, DIFFERS = "equal", "on purpose", "DIFFERS"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -14,7 +14,7 @@ from sana_kit.models.lora import lora_config
 from sana_kit.models.lora_layers import parse_layers
 from sana_kit.models.lycoris_layers import add_factors
 from sana_kit.models.quantize import quantize_weights
-from sana_kit.training.config import AdapterConfig
+from sana_kit.training.settings import AdapterConfig
 
 
 def quantize_base(transformer: torch.nn.Module, name: str, dtype: torch.dtype) -> None:

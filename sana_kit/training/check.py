@@ -27,12 +27,13 @@ from sana_kit.training.accounts import upload_problems
 from sana_kit.training.adapter_checks import adapter_problems, quantization_problems
 from sana_kit.training.budget import budget_problems
 from sana_kit.training.checkpoint_folders import find_checkpoint, folder_problems
-from sana_kit.training.config import DataConfig, TrainConfig
+from sana_kit.training.config import TrainConfig
 from sana_kit.training.control import control_problems
 from sana_kit.training.encoding import encoding_settings
 from sana_kit.training.graphs import graph_problems
 from sana_kit.training.launch_config import LaunchConfig, settle
 from sana_kit.training.optim import optimizer_name, optimizer_problems
+from sana_kit.training.settings import DataConfig
 from sana_kit.training.streaming import disk_problems, stream_of, stream_problems
 from sana_kit.training.trackers import tracker_problems
 

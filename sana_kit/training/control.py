@@ -18,7 +18,8 @@ from sana_kit.generation.inputs import InputImage, Inputs
 from sana_kit.launchers import local_rank
 from sana_kit.models.folder import Model
 from sana_kit.models.parts import find_controlnet
-from sana_kit.training.config import AdapterConfig, ControlConfig, TrainConfig
+from sana_kit.training.config import TrainConfig
+from sana_kit.training.settings import AdapterConfig, ControlConfig
 
 SOURCES = ("control_column", "control_data_dir", "control_edges")
 

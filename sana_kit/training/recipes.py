@@ -71,7 +71,7 @@ class FlowMatching:
 
     Attributes:
         flow_shift: shift of the time steps, 1.0 for none.
-        weighting_scheme, logit_mean, logit_std, mode_scale: see training/config.py.
+        weighting_scheme, logit_mean, logit_std, mode_scale: see training/settings.py.
         prior_loss_weight: weight of the class images' loss; None: a batch holds no class images.
     """
 

@@ -6,68 +6,23 @@ import dataclasses
 import hashlib
 import os
 import uuid
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sana_kit.data.image_set import ImageSet
 from sana_kit.distributed import Ranks
 from sana_kit.errors import Problem, UserError
+from sana_kit.flags import names_where
+from sana_kit.training.config import TrainConfig
+from sana_kit.training.settings import AdapterConfig
 
-if TYPE_CHECKING:
-    from sana_kit.training.config import TrainConfig
-
-_ADAPTER = ("adapter_type", "lokr_factor", "rank", "lora_alpha", "lora_layers", "use_rslora", "use_dora")
-# What a run shares with the one that it goes on from; a difference is told, each with the words beside it.
-IDENTITY = (
-    "pretrained_model_name_or_path",
-    "train_mode",
-    *_ADAPTER,
-    "init_lora",
-    "base_quantization",
-    "resolution",
-    "streaming",
-    "stream_window",
-    "flow_shift",
-    "weighting_scheme",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "lr_scheduler",
-    "max_train_steps",
-    "seed",
-    "mixed_precision",
-    "lora_dropout",
-    "optimizer",
-    "lora_plus_ratio",
-    "no_decay_norms",
-    "lr_step_rules",
-    "center_crop",
-    "random_flip",
-    "repeats",
-    "complex_human_instruction",
-    "max_sequence_length",
-    "with_prior_preservation",
-    "class_prompt",
-    "prior_loss_weight",
-    "aspect_ratio_buckets",
-    "crops_per_image",
-    "crop_seed",
-    "bucket_no_upscale",
-    "caption_dropout",
-    "mask_outside",
-    "set_weights",
-    "size_rules",
-    "ema_decay",
-    "controlnet_layers",
-    "init_controlnet",
-    "control_column",
-    "control_edges",
-)
+# What a run shares with the one that it goes on from; a difference is told. Beside the flags of training/settings.py
+# what several data sets make of them together.
+IDENTITY = (*names_where(TrainConfig, lambda flag: flag.resume is not None), "set_weights", "size_rules")
 # Without these the checkpoint's tensors do not fit the run at all.
-DECISIVE = ("train_mode", *_ADAPTER, "optimizer", "lora_plus_ratio", "no_decay_norms", "controlnet_layers")
+DECISIVE = names_where(TrainConfig, lambda flag: flag.resume == "fixed")
 # The decisive ones that say nothing about a run that trains all weights.
-OF_LORA = (*_ADAPTER, "lora_plus_ratio")
+OF_LORA = (*names_where(AdapterConfig, lambda flag: flag.resume == "fixed"), "lora_plus_ratio")
 
 
 @dataclasses.dataclass

@@ -18,7 +18,8 @@ from sana_kit.encodings.streamed import RowBytes, StreamedDataset, limit_problem
 from sana_kit.encodings.usage import size_text
 from sana_kit.errors import Problem, UserError
 from sana_kit.models.folder import Model
-from sana_kit.training.config import DataConfig, EncodingConfig, TrainConfig
+from sana_kit.training.config import TrainConfig
+from sana_kit.training.settings import DataConfig, EncodingConfig
 
 if TYPE_CHECKING:
     from sana_kit.encodings.peers import Stop

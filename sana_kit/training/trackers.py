@@ -1,6 +1,6 @@
 """The trackers that a run can report to: one entry each in TRACKERS, under accelerate's name.
 
-A new one that accelerate knows is one entry here, and its name among the choices in training/config.py.
+A new one that accelerate knows is one entry here, and its name among the choices in training/settings.py.
 """
 
 from __future__ import annotations

@@ -16,8 +16,9 @@ from sana_kit.models.loading import load_transformer
 from sana_kit.models.lora import recompute_blocks
 from sana_kit.models.parts import find_controlnet, load_controlnet
 from sana_kit.training.adapter import put_adapter, quantize_base
-from sana_kit.training.config import AdapterConfig, SpeedConfig, TrainConfig
+from sana_kit.training.config import TrainConfig
 from sana_kit.training.engine import Engine
+from sana_kit.training.settings import AdapterConfig, SpeedConfig
 
 logger = logging.getLogger("sana")
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from sana_kit.training.config import LR_SCHEDULERS, parse_args
+from sana_kit.training.config import parse_args
 from sana_kit.training.optim import (
     OPTIMIZERS,
     build_optimizer,
@@ -24,6 +24,7 @@ from sana_kit.training.optim_state import (
     state_numbers,
     state_tensors,
 )
+from sana_kit.training.settings import LR_SCHEDULERS
 
 CPU = torch.device("cpu")
 

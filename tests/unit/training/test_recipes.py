@@ -5,7 +5,6 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from sana_kit.models.folder import read_flow_shift
-from sana_kit.training.config import WEIGHTING_SCHEMES
 from sana_kit.training.recipes import (
     NUM_TRAIN_TIMESTEPS,
     FlowMatching,
@@ -13,6 +12,7 @@ from sana_kit.training.recipes import (
     loss_per_sample,
     shifted_sigma,
 )
+from sana_kit.training.settings import WEIGHTING_SCHEMES
 
 
 def draw_at(position, scheme="none", seed=3, shape=(4, 8, 8)):
