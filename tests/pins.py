@@ -129,8 +129,9 @@ def run_script(kit: Path, log: Path, script: str, *flags: str, processes: int = 
 
 def crops_by_seed(kit: Path) -> list[str]:
     """The flag by which a kit's crops follow the seed; older ones always did so."""
-    config = kit / "sana_kit" / "training" / "config.py"
-    known = config.is_file() and "crop_seed" in config.read_text(encoding="utf-8")
+    known = any(
+        "crop_seed: int" in path.read_text(encoding="utf-8") for path in (kit / "sana_kit/training").glob("*.py")
+    )
     return ["--crop_seed=5"] if known else []
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 @lru_cache(maxsize=1)
 def tables() -> dict[int, dict[str, list[float]]]:
-    """{resolution: {ratio of height to width: [height, width] in pixels}}, SANA's own.
+    """{resolution: {ratio of height to width: [height, width] in pixels}}: SANA's own, and any that is added here.
 
     Their modules import all of diffusers, which the launcher's checks need not wait for.
     """
@@ -23,15 +23,19 @@ def tables() -> dict[int, dict[str, list[float]]]:
     from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import ASPECT_RATIO_2048_BIN
     from diffusers.pipelines.sana.pipeline_sana import ASPECT_RATIO_4096_BIN
 
-    found = (ASPECT_RATIO_512_BIN, ASPECT_RATIO_1024_BIN, ASPECT_RATIO_2048_BIN, ASPECT_RATIO_4096_BIN)
-    return dict(zip((512, 1024, 2048, 4096), found, strict=True))
+    return {
+        512: ASPECT_RATIO_512_BIN,
+        1024: ASPECT_RATIO_1024_BIN,
+        2048: ASPECT_RATIO_2048_BIN,
+        4096: ASPECT_RATIO_4096_BIN,
+    }
 
 
 @lru_cache(maxsize=32)
 def bucket_table(resolution: int, multiple: int) -> np.ndarray:
     """(K, 2) int64: width and height in pixels of the sizes for a resolution, each once.
 
-    Of 512, 1024, 2048 and 4096 SANA's own; of any other the table of 512, scaled.
+    Those of `tables`, which has SANA's own for 512, 1024, 2048 and 4096; of any other the table of 512, scaled.
 
     Args:
         multiple: every side is a multiple of this, the VAE's factor times the patch.

@@ -6,6 +6,9 @@ import torch
 
 from sana_kit.data.buckets import tables
 
+# The sample sizes for which SanaPipeline has a table; those of others are for training.
+_BINNED = (16, 32, 64, 128)
+
 
 def vae_factor(vae: torch.nn.Module) -> int:
     """Pixels per latent along an axis (32 for SANA's DC-AE)."""
@@ -15,11 +18,11 @@ def vae_factor(vae: torch.nn.Module) -> int:
 def nearest_bin(height: int, width: int, sample_size: int) -> tuple[int, int] | None:
     """(height, width) of the trained size of nearest aspect ratio, in SanaPipeline's table for a `sample_size`.
 
-    None where SanaPipeline has no table (it has them for 16, 32, 64 and 128).
+    None where SanaPipeline has no table (`_BINNED`).
     """
-    table = tables().get(32 * sample_size)
-    if table is None:
+    if sample_size not in _BINNED:
         return None
+    table = tables()[32 * sample_size]
     nearest = min(table, key=lambda ratio: abs(float(ratio) - height / width))
     return int(table[nearest][0]), int(table[nearest][1])
 

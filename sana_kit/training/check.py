@@ -33,6 +33,7 @@ from sana_kit.training.encoding import encoding_settings
 from sana_kit.training.graphs import graph_problems
 from sana_kit.training.launch_config import LaunchConfig, settle
 from sana_kit.training.optim import optimizer_name, optimizer_problems
+from sana_kit.training.optimizers import OPTIMIZERS
 from sana_kit.training.settings import DataConfig
 from sana_kit.training.streaming import disk_problems, stream_of, stream_problems
 from sana_kit.training.trackers import tracker_problems
@@ -69,7 +70,8 @@ def check(config: TrainConfig, shapes: bool = True) -> Checked:
     launch, device_type, problems = LaunchConfig.read(), devices.accelerator_type(), range_problems(config)
     settled, found = settle(launch, config, config.given, device_type)
     problems += found + optimizer_problems(config, device_type, launch.deepspeed)
-    if launch.zero_stage == 3 and optimizer_name(config) == "schedulefree":
+    optimizer = OPTIMIZERS.get(optimizer_name(config))
+    if launch.zero_stage == 3 and optimizer is not None and optimizer.averages:
         reason = "ZeRO-3 shows its masters only while a step runs, and the average is made of them"
         problems.append(Problem("optimizer", config.optimizer, reason, "Use zero_stage: 2, or AdamW."))
     if config.ema_decay is not None and launch.zero_stage == 3:

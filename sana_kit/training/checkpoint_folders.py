@@ -13,7 +13,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sana_kit.errors import CheckpointError, Problem, UserError
@@ -85,12 +85,12 @@ def read_state(folder: Path) -> dict:
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         return migrate(state)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / STATE_FILE} cannot be read ({error}). Use another checkpoint.") from error
 
 
 def migrate(state: dict) -> dict:
-    """A checkpoint's state as FORMAT 2 has it.
+    """A checkpoint's state as today's FORMAT has it.
 
     Raises:
         CheckpointError: a newer kit wrote it.
@@ -101,8 +101,13 @@ def migrate(state: dict) -> dict:
             f"This checkpoint has format {found}, and this kit knows formats up to {FORMAT}: a newer kit wrote it."
             " Resume it with that one."
         )
-    if found == FORMAT:
-        return state
+    for older in range(found, FORMAT):
+        state = _STEPS[older](state)
+    return state
+
+
+def _from_1(state: dict) -> dict:
+    """FORMAT 1 as 2 has it."""
     run = {"images" if key == "pictures" else key: value for key, value in state["run"].items()}
     run["crop_seed"] = state.get("seed")  # the run's own seed decided the crops then
     optimizer = state["optimizer"]
@@ -111,7 +116,7 @@ def migrate(state: dict) -> dict:
     whose = (state.get("seed"), run.get("pretrained_model_name_or_path"), run.get("train_mode"), run.get("rank"))
     return {
         **state,
-        "format": FORMAT,
+        "format": 2,
         "run": run,
         "run_id": "format-1 " + " ".join(map(str, whose)),
         "sequence": 0,
@@ -123,6 +128,10 @@ def migrate(state: dict) -> dict:
             "groups": groups,
         },
     }
+
+
+# FORMAT n -> what makes n + 1 of it.
+_STEPS: dict[int, Callable[[dict], dict]] = {1: _from_1}
 
 
 def all_checkpoints(output_dir: Path) -> list[Checkpoint]:

@@ -1,15 +1,13 @@
-"""Optimizers: a registry, one entry each, and what a checkpoint has to know of their state.
+"""Building what `training/optimizers.py` lists: parameter groups, the optimizer, its schedule, and what is wrong.
 
-A new optimizer is one `OptimizerKind` in OPTIMIZERS. What it keeps is read from its state, never from a list of names:
-tensors of any shape and dtype, numbers, and what it changes in its parameter groups (optim_state.py).
-`optimizer_problems` steps it once on three small parameters at start, so that an optimizer that does not run here, or
-whose state no checkpoint can hold, is refused then.
+`optimizer_problems` steps an optimizer once on three small parameters at start, so that one that does not run here, or
+whose state no checkpoint can hold, is refused then. Its state is tensors of any shape and dtype, numbers, and what it
+changes in its parameter groups (optim_state.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.util
 import logging
 from collections.abc import Callable, Iterable
@@ -20,35 +18,12 @@ import torch
 from sana_kit.devices import kind_of
 from sana_kit.errors import Problem, did_you_mean
 from sana_kit.training.optim_state import averaging_key, is_plain
+from sana_kit.training.optimizers import OPTIMIZERS, REFUSED, UNDER_DEEPSPEED, OptimizerKind
 
 if TYPE_CHECKING:
     from sana_kit.training.config import TrainConfig
 
 logger = logging.getLogger("sana")
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerKind:
-    """One optimizer.
-
-    Attributes:
-        build: (parameter groups of `parameter_groups`, settings, device) -> torch optimizer; `settings` has the
-            flags' names.
-        elementwise: whether it treats every weight by itself, so that ZeRO may cut the parameters up.
-        package: what has to be installed, None for torch's own.
-        devices: kinds of device that it runs on; empty: all.
-        note: one line for the help text.
-        learning_rate: a rate that suits it, for a warning about one that is ten times off; None: as AdamW.
-        one_rate: whether all parameter groups have to share one learning rate.
-    """
-
-    build: Callable[[list, TrainConfig, torch.device], torch.optim.Optimizer]
-    elementwise: bool
-    package: str | None = None
-    devices: tuple[str, ...] = ()
-    note: str = ""
-    learning_rate: float | None = None
-    one_rate: bool = False
 
 
 def parameter_groups(settings: TrainConfig, named: Iterable[tuple[str, torch.nn.Parameter]]) -> list[dict]:
@@ -73,161 +48,6 @@ def parameter_groups(settings: TrainConfig, named: Iterable[tuple[str, torch.nn.
     ]
 
 
-def _betas(settings: TrainConfig) -> tuple[float, float]:
-    return settings.adam_beta1, settings.adam_beta2
-
-
-def _adamw(groups: list[dict], settings: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
-    # One fused kernel on CUDA. NPU's fused AdamW forbids reallocated parameters, which ZeRO makes: torch's own there.
-    return torch.optim.AdamW(
-        groups,
-        lr=settings.learning_rate,
-        betas=_betas(settings),
-        weight_decay=settings.adam_weight_decay,
-        eps=settings.adam_epsilon,
-        fused=kind_of(device).fused_adamw,
-    )
-
-
-def _adamw8bit(groups: list[dict], settings: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
-    import bitsandbytes
-
-    return bitsandbytes.optim.AdamW8bit(
-        groups,
-        lr=settings.learning_rate,
-        betas=_betas(settings),
-        weight_decay=settings.adam_weight_decay,
-        eps=settings.adam_epsilon,
-    )
-
-
-def _prodigy(groups: list[dict], settings: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
-    import prodigyopt
-
-    return prodigyopt.Prodigy(
-        groups,
-        lr=settings.learning_rate,
-        betas=_betas(settings),
-        beta3=settings.prodigy_beta3,
-        weight_decay=settings.adam_weight_decay,
-        eps=settings.adam_epsilon,
-        decouple=settings.prodigy_decouple,
-        use_bias_correction=settings.prodigy_use_bias_correction,
-        safeguard_warmup=settings.prodigy_safeguard_warmup,
-    )
-
-
-def _came(groups: list[dict], settings: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
-    import pytorch_optimizer
-
-    # The third beta and both epsilons as SANA's authors train with (NVlabs/Sana, configs/).
-    betas = (*_betas(settings), 0.9999)
-    decay = settings.adam_weight_decay
-    return pytorch_optimizer.CAME(
-        groups, lr=settings.learning_rate, betas=betas, weight_decay=decay, eps1=1e-30, eps2=1e-16
-    )
-
-
-def _adafactor(groups: list[dict], settings: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
-    import pytorch_optimizer
-
-    return pytorch_optimizer.AdaFactor(
-        groups,
-        lr=settings.learning_rate,
-        betas=_betas(settings),
-        weight_decay=settings.adam_weight_decay,
-        scale_parameter=False,
-        relative_step=False,
-        momentum_dtype=torch.float32,
-    )
-
-
-def _lion(groups: list[dict], settings: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
-    import pytorch_optimizer
-
-    decay = settings.adam_weight_decay
-    return pytorch_optimizer.Lion(groups, lr=settings.learning_rate, betas=_betas(settings), weight_decay=decay)
-
-
-def _muon(groups: list[dict], settings: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
-    import pytorch_optimizer
-
-    split = []
-    for group in groups:
-        split.append({**group, "params": [p for p in group["params"] if p.ndim >= 2], "use_muon": True})
-        # biases and tables: AdamW
-        split.append({**group, "params": [p for p in group["params"] if p.ndim < 2], "use_muon": False})
-    return pytorch_optimizer.Muon(
-        [group for group in split if group["params"]],
-        lr=settings.learning_rate,
-        weight_decay=settings.adam_weight_decay,
-        adamw_lr=settings.learning_rate,
-        adamw_betas=_betas(settings),
-        adamw_wd=settings.adam_weight_decay,
-        adamw_eps=settings.adam_epsilon,
-    )
-
-
-def _adamw8bit_torchao(groups: list[dict], settings: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
-    from torchao.optim import AdamW8bit
-
-    return AdamW8bit(
-        groups,
-        lr=settings.learning_rate,
-        betas=_betas(settings),
-        weight_decay=settings.adam_weight_decay,
-        eps=settings.adam_epsilon,
-    )
-
-
-def _schedulefree(groups: list[dict], settings: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
-    import pytorch_optimizer
-
-    optimizer = pytorch_optimizer.ScheduleFreeAdamW(
-        groups,
-        lr=settings.learning_rate,
-        betas=_betas(settings),
-        weight_decay=settings.adam_weight_decay,
-        eps=settings.adam_epsilon,
-    )
-    optimizer.train()  # before 3.6 it begins in the other mode
-    return optimizer
-
-
-OPTIMIZERS: dict[str, OptimizerKind] = {
-    "adamw": OptimizerKind(_adamw, elementwise=True, note="the default; every engine"),
-    "adamw8bit": OptimizerKind(
-        _adamw8bit, elementwise=False, package="bitsandbytes", devices=("cuda", "cpu"), note="8-bit moments"
-    ),
-    "adamw8bit-torchao": OptimizerKind(
-        _adamw8bit_torchao, elementwise=False, package="torchao", devices=("cuda", "cpu"), note="the same, compiled"
-    ),
-    "schedulefree": OptimizerKind(
-        _schedulefree, elementwise=True, package="pytorch_optimizer", note="AdamW that averages; no schedule"
-    ),
-    "prodigy": OptimizerKind(
-        _prodigy,
-        elementwise=False,
-        package="prodigyopt",
-        note="finds its own rate",
-        learning_rate=1.0,
-        one_rate=True,
-    ),
-    "came": OptimizerKind(_came, elementwise=False, package="pytorch_optimizer", note="what SANA was trained with"),
-    "adafactor": OptimizerKind(_adafactor, elementwise=False, package="pytorch_optimizer", note="small moments"),
-    "lion": OptimizerKind(
-        _lion, elementwise=True, package="pytorch_optimizer", note="one moment, its sign", learning_rate=1e-5
-    ),
-    "muon": OptimizerKind(_muon, elementwise=False, package="pytorch_optimizer", note="orthogonal updates"),
-}
-
-# Asked for by name elsewhere, and why they are not here.
-REFUSED = {
-    "came8bit": "no maintained package has CAME with 8-bit moments (NVlabs' own is part of its trainer); CAME's second"
-    " moments are rows and columns already, so 8 bits would save its first moment alone",
-}
-
-
 def optimizer_name(settings: TrainConfig) -> str:
     """The registry's name of what the settings ask for; an unknown one as it was written, in lower case."""
     name = settings.optimizer.lower()
@@ -243,7 +63,7 @@ def build_optimizer(
     wanted = kind.learning_rate
     if wanted is not None and not wanted / 10 < settings.learning_rate < wanted * 10:
         logger.warning("learning_rate %s is far from %s, which suits %s", settings.learning_rate, wanted, name)
-    optimizer = kind.build(parameter_groups(settings, named), settings, device)
+    optimizer = kind.build(parameter_groups(settings, named), settings, kind_of(device))
     if averaging_key(optimizer) and not settings.lr_scheduler.startswith("constant"):
         logger.warning("%s takes the place of a schedule; lr_scheduler %s slows it down", name, settings.lr_scheduler)
     return optimizer
@@ -311,26 +131,22 @@ def optimizer_problems(settings: TrainConfig, device_type: str, under_deepspeed:
         problems.append(Problem(field, value, reason, "Use AdamW."))
     if under_deepspeed and not kind.elementwise:
         reason = f"DeepSpeed cuts the parameters into parts, and {name} looks at whole ones"
-        problems.append(
-            Problem(
-                field,
-                value,
-                reason,
-                "Use AdamW, lion or schedulefree, or an accelerate config without DeepSpeed.",
-            )
-        )
-    if kind.package is not None and importlib.util.find_spec(kind.package) is None:
+        remedy = f"Use {UNDER_DEEPSPEED}, or an accelerate config without DeepSpeed."
+        problems.append(Problem(field, value, reason, remedy))
+    if importlib.util.find_spec(kind.package) is None:
         problems.append(
             Problem(field, value, f"the package {kind.package} is not installed", f"pip install {kind.package}")
         )
     problems += _group_problems(settings, name, kind)
-    if name == "schedulefree" and settings.ema_decay is not None:
+    if kind.averages and settings.ema_decay is not None:
         reason = f"{name} averages the weights itself"
         problems.append(Problem("ema_decay", settings.ema_decay, reason, "Leave it out."))
     if not problems and name != "adamw":  # torch's own needs no trial, for which its compiler would be imported
         device = torch.device(device_type)
         refused = savable_problem(
-            lambda named: kind.build(parameter_groups(settings, named), settings, device), device, under_deepspeed
+            lambda named: kind.build(parameter_groups(settings, named), settings, kind_of(device)),
+            device,
+            under_deepspeed,
         )
         if refused is not None:
             problems.append(Problem(field, value, refused, "Use another optimizer, such as AdamW."))

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from sana_kit.training.optimizers import OPTIMIZERS
+
 ADAMS = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam", "NpuFusedAdamW")
 # Tensors made of several, by class and module (torchao 0.9 to 0.18), which torch's own protocol takes apart.
 WRAPPERS = {"OptimState8bit": "torchao.optim.subclass_8bit"}
-# Optimizers that step one set of weights and mean another one to be used: class -> what they keep beside.
-_AVERAGING = {"ScheduleFreeAdamW": "z"}
 
 
 def base_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -117,7 +117,8 @@ def _dtype(name: str) -> torch.dtype:
 
 def averaging_key(base: torch.optim.Optimizer) -> str | None:
     """The name of the tensor that `averaged` needs beside the master; None where the masters are the result."""
-    return _AVERAGING.get(type(base).__name__)
+    name = type(base).__name__
+    return next((kind.averages for kind in OPTIMIZERS.values() if kind.path.endswith(f".{name}")), None)
 
 
 def averaged(base: torch.optim.Optimizer, master: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

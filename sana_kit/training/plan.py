@@ -184,7 +184,7 @@ def _sizes(config: TrainConfig) -> str:
     if config.size_rules:
         return "the sizes of their data sets" if len(config.sets) > 1 else str(config.size_rules[0])
     sides = ", ".join(map(str, size_rule(config).sides))
-    return f"{sides} px in buckets of SANA's tables" if config.aspect_ratio_buckets else f"{sides} px"
+    return f"{sides} px in buckets" if config.aspect_ratio_buckets else f"{sides} px"
 
 
 def describe(config: TrainConfig, plan: Plan, model: Model, chip: devices.Chip | None) -> list[str]:

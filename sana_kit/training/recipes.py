@@ -133,5 +133,5 @@ class FlowMatching:
         return loss_per_sample(prediction, target, sigma, self.weighting_scheme, batch.get("loss_weights"))
 
 
-# Pipeline class -> recipe. Another member of the family is one more entry, and its sampler in generation/.
+# Pipeline class -> recipe; TRAINED in models/members.py names the same ones, for checks before anything is imported.
 RECIPES = {"SanaPipeline": FlowMatching}

@@ -37,6 +37,7 @@ from sana_kit.training.memorisation import compare_with_training_images
 from sana_kit.training.plan import Plan, flops_per_image
 from sana_kit.training.state import TrainState
 from sana_kit.training.stream import SampleStream
+from sana_kit.training.trackers import TRACKERS
 
 if TYPE_CHECKING:
     from sana_kit.progress import Bar
@@ -132,7 +133,7 @@ class Recorder:
             config.save(self.output_dir)
         if config.report_to != "none":
             shown = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in told.items()}
-            kwargs = {"wandb": {"dir": str(self.output_dir)}}
+            kwargs = {name: kind.settings(self.output_dir) for name, kind in TRACKERS.items()}
             engine.accelerator.init_trackers(PROJECT, config=shown, init_kwargs=kwargs)
         for line in lines:
             logger.info(line)
@@ -282,7 +283,7 @@ class Recorder:
             return self.config.peak_tflops * 1e12
         return devices.peak_flops(devices.device_name(self.engine.device))
 
-    # ------------------------------------------------------------------------------------------- checkpoints, pictures
+    # --------------------------------------------------------------------------------------------- checkpoints, images
 
     def checkpoint(self, folder: Path, seconds: float) -> None:
         """A checkpoint was written."""

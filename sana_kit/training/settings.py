@@ -11,6 +11,7 @@ import dataclasses
 
 from sana_kit.data.sets import DataSet, SizeRule, data_set_of, data_sets, resolutions_of, size_rule
 from sana_kit.flags import REQUIRED, flag
+from sana_kit.training.optimizers import OPTIMIZERS, UNDER_DEEPSPEED, one_of
 
 LR_SCHEDULERS: tuple[str, ...] = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant")
 LR_SCHEDULERS += ("constant_with_warmup", "piecewise_constant")
@@ -344,8 +345,7 @@ class FlowConfig:
 class OptimizerConfig:
     optimizer: str = flag(
         "AdamW",
-        "AdamW, adamw8bit, adamw8bit-torchao, schedulefree, prodigy, came, adafactor, lion or muon; under DeepSpeed"
-        " AdamW, schedulefree or lion.",
+        f"{one_of(OPTIMIZERS)}; under DeepSpeed {UNDER_DEEPSPEED}.",
         resume="fixed",
     )
     learning_rate: float = flag(1e-4, "Peak learning rate.", low=0, resume="told")

@@ -34,12 +34,14 @@ class TrackerKind:
         publishes: whether a run's configuration leaves the machine.
         logged_in: whether it can log in without asking.
         login: what to do where it cannot.
+        settings: (output folder) -> what accelerate starts it with.
     """
 
     log_images: LogImages
     publishes: bool = False
     logged_in: Callable[[], bool] = lambda: True
     login: str = ""
+    settings: Callable[[Path], dict[str, object]] = lambda output_dir: {}
 
 
 def _to_tensorboard(tracker: GeneralTracker, entries: Sequence[dict], paths: Sequence[Path], step: int) -> None:
@@ -71,9 +73,13 @@ def _wandb_logged_in() -> bool:
 TRACKERS: dict[str, TrackerKind] = {
     "tensorboard": TrackerKind(_to_tensorboard),
     "wandb": TrackerKind(
-        _to_wandb, True, _wandb_logged_in, "Run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline."
+        _to_wandb,
+        publishes=True,
+        logged_in=_wandb_logged_in,
+        login="Run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline.",
+        settings=lambda output_dir: {"dir": str(output_dir)},
     ),
-    "comet_ml": TrackerKind(_to_comet, True),
+    "comet_ml": TrackerKind(_to_comet, publishes=True),
 }
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run a command on an emulated Ascend host: the real torch_npu over a stand-in CANN runtime (README.md beside this file).
 #   bash tests/ascend/run.sh [command ...]        without a command: pytest on tests/ascend/test_ascend.py
-#   ASCEND_EMULATED_DEVICES=4 bash tests/ascend/run.sh python -m sana_kit.devices
+#   ASCEND_EMULATED_DEVICES=4 bash tests/ascend/run.sh python -m sana_kit.doctor
 # Ends with the command's code, or with 77 and a reason where the host cannot be built.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

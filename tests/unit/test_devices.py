@@ -58,7 +58,7 @@ def test_every_chip_is_found_by_its_own_name():
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("gpu", "unknown device. Use one of auto, cpu, cuda, cuda:N, npu, npu:N."),
+        ("gpu", "unknown device. Use one of auto, cpu, "),
         ("cuda:x", "unknown device"),
         ("npu:1", "no npu device was found here. Use auto or cpu."),
     ],
@@ -66,7 +66,9 @@ def test_every_chip_is_found_by_its_own_name():
 def test_a_device_that_is_not_there_is_an_error(name, reason):
     with pytest.raises(UserError) as refused:
         pick_device(name)
-    assert str(refused.value.as_flags()).startswith(f"--device={name}: {reason}")
+    told = str(refused.value.as_flags())
+    assert told.startswith(f"--device={name}: {reason}")
+    assert "unknown" not in reason or all(f"{kind}, {kind}:N" in told for kind in KINDS if kind != "cpu")
 
 
 class Emulated:

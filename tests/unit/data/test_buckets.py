@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from sana_kit.data import buckets
 from sana_kit.data.buckets import assign, bucket_table, tables
 
 
@@ -10,6 +11,17 @@ from sana_kit.data.buckets import assign, bucket_table, tables
 def test_the_sizes_are_sanas_own(resolution):
     sizes = {(int(width), int(height)) for height, width in tables()[resolution].values()}
     assert set(map(tuple, bucket_table(resolution, 32).tolist())) == sizes
+
+
+def test_a_table_that_is_added_is_used_for_its_resolution(monkeypatch):
+    own = {768: {"0.5": [512.0, 1024.0], "1.0": [768.0, 768.0]}}
+    monkeypatch.setattr(buckets, "tables", lambda: {**tables(), **own})
+    bucket_table.cache_clear()
+    try:
+        found = assign(np.array([[2000, 1000], [900, 1000]]), [768], 32).sizes
+    finally:
+        bucket_table.cache_clear()
+    assert found.tolist() == [[1024, 512], [768, 768]]
 
 
 def test_another_resolution_scales_the_table_to_multiples_of_the_vaes_factor():

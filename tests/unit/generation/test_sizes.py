@@ -51,6 +51,15 @@ def test_nearest_bin_is_that_of_diffusers():
         assert nearest_bin(height, width, 32) == expected
 
 
+def test_a_table_for_training_moves_no_drawing(monkeypatch):
+    from sana_kit.generation import sizes
+
+    own = {**sizes.tables(), 768: {"1.0": [768.0, 768.0]}}
+    monkeypatch.setattr(sizes, "tables", lambda: own)
+    assert nearest_bin(700, 800, 24) is None and generation_size(700, 800, 24) == (700, 800)
+    assert nearest_bin(1000, 1000, 32) == (1024, 1024)
+
+
 def test_resized_images_have_exactly_the_size_asked_for():
     from diffusers.image_processor import PixArtImageProcessor
 

@@ -6,6 +6,7 @@ import pytest
 
 from sana_kit.training import accounts, trackers
 from sana_kit.training.config import parse_args
+from sana_kit.training.settings import TRACKERS
 
 
 def texts(problems):
@@ -22,6 +23,13 @@ def test_an_upload_needs_a_login_and_a_name(monkeypatch, tmp_path):
     monkeypatch.setattr(accounts, "get_token", lambda: "hf_stored")
     (problem,) = accounts.upload_problems(True, None, None, str(tmp_path / "my run"))
     assert problem.field == "output_dir" and problem.value == "my run"
+
+
+def test_every_tracker_can_be_asked_for_and_is_accelerates():
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    assert {*trackers.TRACKERS, "all", "none"} == set(TRACKERS)
+    assert set(trackers.TRACKERS) <= set(LOGGER_TYPE_TO_CLASS)
 
 
 @pytest.mark.parametrize("report_to", ["wandb", "comet_ml", "all"])

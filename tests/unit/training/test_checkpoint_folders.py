@@ -185,12 +185,30 @@ def test_format_1_is_migrated(tmp_path):
     assert state["optimizer"]["numbers"] == {"step": 20.0} and state["optimizer"]["groups"] == [{"d": 0.5}]
     assert state["run_id"] == folders.migrate({**FORMAT_1, "global_step": 24})["run_id"]
     assert state["run_id"] != folders.migrate({**FORMAT_1, "seed": 6})["run_id"]
-    assert folders.migrate(state) == state
+    assert folders.migrate(state) == state and state["format"] == 2
+
+
+def test_a_format_is_reached_over_those_between(tmp_path, monkeypatch):
+    """A new format is one number and one step, from the format before it."""
+    monkeypatch.setattr(folders, "FORMAT", 3)
+    steps = {**folders._STEPS, 2: lambda state: {**state, "format": 3, "best": state["run"]["images"]}}
+    monkeypatch.setattr(folders, "_STEPS", steps)
+    assert folders.migrate(FORMAT_1)["format"] == 3 and folders.migrate(FORMAT_1)["best"] == 6
+    folder = make(tmp_path, 4, 1, format=2, run={"images": 9})
+    assert folders.read_state(folder)["best"] == 9
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"format": "2"}', '{"format": 0}', "{"])
+def test_a_state_that_is_none_is_told(tmp_path, text):
+    (make(tmp_path, 4, 1) / folders.STATE_FILE).write_text(text)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        folders.read_state(tmp_path / "checkpoint-4")
+    assert [checkpoint.readable for checkpoint in folders.all_checkpoints(tmp_path)] == [False]
 
 
 def test_a_newer_format_is_refused(tmp_path):
-    make(tmp_path, 3, 1, format=3)
-    with pytest.raises(CheckpointError, match="format 3.*newer kit"):
-        folders.find_checkpoint(tmp_path, "checkpoint-3")
-    with pytest.raises(CheckpointError, match="format 3.*newer kit"):
-        folders.find_checkpoint(tmp_path, "latest")
+    newer = folders.FORMAT + 1
+    make(tmp_path, 3, 1, format=newer)
+    for name in ("checkpoint-3", "latest"):
+        with pytest.raises(CheckpointError, match=f"format {newer}.*newer kit"):
+            folders.find_checkpoint(tmp_path, name)

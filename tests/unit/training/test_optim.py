@@ -9,7 +9,6 @@ import torch
 
 from sana_kit.training.config import parse_args
 from sana_kit.training.optim import (
-    OPTIMIZERS,
     build_optimizer,
     build_schedule,
     optimizer_problems,
@@ -24,6 +23,7 @@ from sana_kit.training.optim_state import (
     state_numbers,
     state_tensors,
 )
+from sana_kit.training.optimizers import OPTIMIZERS, OptimizerKind
 from sana_kit.training.settings import LR_SCHEDULERS
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def runnable(name: str) -> None:
     kind = OPTIMIZERS[name]
     if kind.devices and "cpu" not in kind.devices:
         pytest.skip(f"{name} needs {kind.devices}")
-    if kind.package and importlib.util.find_spec(kind.package) is None:
+    if importlib.util.find_spec(kind.package) is None:
         pytest.skip(f"{kind.package} is not installed")
 
 
@@ -134,6 +134,11 @@ class Odd(torch.optim.SGD):
             self.state[parameter]["history"] = [parameter.detach().clone()]
 
 
+class Broken(torch.optim.SGD):
+    def step(self, closure=None):
+        raise NotImplementedError("no kernel for this device")
+
+
 def test_state_of_any_dtype_and_shape_is_savable_on_one_process_and_ddp_only():
     def build(named):
         return Whole([parameter for _, parameter in named], lr=1)
@@ -143,9 +148,7 @@ def test_state_of_any_dtype_and_shape_is_savable_on_one_process_and_ddp_only():
 
 
 def test_state_that_no_checkpoint_holds_is_refused_at_start(monkeypatch):
-    from sana_kit.training.optim import OptimizerKind
-
-    monkeypatch.setitem(OPTIMIZERS, "odd", OptimizerKind(lambda groups, s, d: Odd(groups, lr=1), elementwise=True))
+    monkeypatch.setitem(OPTIMIZERS, "odd", OptimizerKind(f"{__name__}.Odd", elementwise=True, arguments=lambda *_: {}))
     (problem,) = optimizer_problems(settings("odd"), "cpu", under_deepspeed=False)
     assert "keeps 'history' as list" in str(problem) and problem.field == "optimizer"
 
@@ -207,13 +210,9 @@ def test_came_with_8_bits_is_refused_with_the_reason(name):
 
 
 def test_an_optimizer_that_fails_at_its_first_step_is_refused_at_start(monkeypatch):
-    from sana_kit.training.optim import OptimizerKind
-
-    class Broken(torch.optim.SGD):
-        def step(self, closure=None):
-            raise NotImplementedError("no kernel for this device")
-
-    monkeypatch.setitem(OPTIMIZERS, "broken", OptimizerKind(lambda groups, s, d: Broken(groups), elementwise=True))
+    monkeypatch.setitem(
+        OPTIMIZERS, "broken", OptimizerKind(f"{__name__}.Broken", elementwise=True, arguments=lambda *_: {})
+    )
     (problem,) = optimizer_problems(settings("broken"), "cpu", False)
     assert "does not run here (NotImplementedError: no kernel for this device)" in str(problem)
 

@@ -5,8 +5,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from sana_kit.models.folder import read_flow_shift
+from sana_kit.models.members import MEMBERS, TRAINED
 from sana_kit.training.recipes import (
     NUM_TRAIN_TIMESTEPS,
+    RECIPES,
     FlowMatching,
     add_noise,
     loss_per_sample,
@@ -17,6 +19,11 @@ from sana_kit.training.settings import WEIGHTING_SCHEMES
 
 def draw_at(position, scheme="none", seed=3, shape=(4, 8, 8)):
     return FlowMatching(flow_shift=3.0, weighting_scheme=scheme).draw(shape, seed, position)
+
+
+def test_what_the_trainer_takes_has_a_recipe():
+    """TRAINED stands with the members, since the launcher's checks import no recipe."""
+    assert set(TRAINED) == set(RECIPES) <= set(MEMBERS)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
