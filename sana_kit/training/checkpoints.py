@@ -347,11 +347,7 @@ class Checkpointer:
             with engine.result_weights():
                 engine.ranks.run_on_all(lambda: self._check_adapter(resume.folder, same_weights=True))
             random_states = engine.ranks.agree(reader.random_states())
-        state.global_step, state.samples_seen = saved["global_step"], saved["samples_seen"]
-        state.run_id, state.epoch = saved["run_id"], saved["epoch"]
-        for name in ("best_loss", "best_step", "since_best"):
-            setattr(state, name, saved.get(name, getattr(state, name)))
-        state.sequence = max(state.sequence, saved["sequence"])
+        state.go_on_from(saved)
         self.last_step = state.global_step
         if self._schedule is not None:
             _replay(self._schedule, state.global_step)

@@ -60,6 +60,17 @@ class TrainState:
         self.samples_seen += samples
         self.epoch, self.learning_rate = self.samples_seen / epoch_samples, learning_rate
 
+    def go_on_from(self, saved: dict) -> None:
+        """Stand where a checkpoint stands; a value that it does not hold, being older, begins anew.
+
+        Its seed and what the run is made of are this run's own, and the folder may hold a newer checkpoint.
+        """
+        sequence = max(self.sequence, saved["sequence"])
+        for field in dataclasses.fields(self):
+            if field.name not in ("seed", "run"):
+                setattr(self, field.name, saved.get(field.name, getattr(self, field.name)))
+        self.sequence = sequence
+
 
 def run_identity(settings: TrainConfig, num_images: int, world_size: int, data: dict[str, str] | None = None) -> dict:
     """What a resumed run should share with the one that wrote the checkpoint.

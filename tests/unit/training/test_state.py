@@ -1,11 +1,12 @@
 """What a resumed run is held against: every flag says for itself whether another value is told or refused."""
 
+import dataclasses
 import json
 
 import pytest
 
 from sana_kit.training.config import parse_args
-from sana_kit.training.state import DECISIVE, IDENTITY, OF_LORA, differences, run_identity
+from sana_kit.training.state import DECISIVE, IDENTITY, OF_LORA, TrainState, differences, run_identity
 
 NEEDED = ["--pretrained_model_name_or_path=x", "--dataset_name=y"]
 
@@ -39,6 +40,21 @@ def test_a_setting_of_an_older_checkpoint_that_had_no_such_name_is_no_difference
     before = identity()
     del before["adam_beta1"]
     assert differences(before, identity("--adam_beta1=0.5")) == []
+
+
+def test_a_resumed_run_stands_where_its_checkpoint_stands():
+    old = TrainState(
+        3, {"rank": 4}, global_step=7, samples_seen=14, sequence=2, best_loss=0.5, best_step=4, since_best=1
+    )
+    old.advance(2, 6, 1e-3)
+    saved = json.loads(json.dumps(dataclasses.asdict(old)))
+    new = TrainState(3, {"rank": 8}, sequence=5)
+    new.go_on_from(saved)
+    assert new == dataclasses.replace(old, run={"rank": 8}, sequence=5)
+    del saved["best_loss"]  # of a kit that did not know it
+    other = TrainState(9, {})
+    other.go_on_from(saved)
+    assert (other.best_loss, other.best_step, other.seed, other.sequence) == (None, 4, 9, 2)
 
 
 def test_what_is_fixed_is_part_of_the_identity():
