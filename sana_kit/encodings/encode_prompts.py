@@ -13,6 +13,7 @@ from sana_kit.encodings.encoders import Encoders
 from sana_kit.encodings.peers import Peers
 from sana_kit.encodings.plan import EncodingPlan, ExtraPrompts
 from sana_kit.encodings.prompts import encode_prompts
+from sana_kit.encodings.settings import DTYPE_NAMES
 from sana_kit.encodings.store import ShardWriter
 from sana_kit.errors import Problem, UserError
 
@@ -76,7 +77,7 @@ def _check_finite(tensor: torch.Tensor, text: str, dtype: torch.dtype) -> None:
         Problem(
             "pretrained_model_name_or_path",
             None,
-            f"the text encoder gave NaN or infinite values in {dtype} for the caption {text[:80]!r}",
+            f"the text encoder gave NaN or infinite values in {DTYPE_NAMES[dtype]} for the caption {text[:80]!r}",
             "Check that the folder's text_encoder/ is whole, or fetch it again.",
         )
     )

@@ -45,7 +45,9 @@ def weight_files(folder: Path, stem: str, variant: str | None) -> list[Path]:
         return [folder / shard for shard in shards]
     if single.is_file():
         return [single]
-    raise ValueError(f"{folder} holds no {stem}.safetensors (nor its index); other formats are not loaded")
+    variants = sorted({path.name.split(".")[1].split("-")[0] for path in folder.glob(f"{stem}.*.safetensors")})
+    beside = f", but of variant {' and '.join(variants)}, which has to be named" if variants else ""
+    raise ValueError(f"{folder} holds no {stem}.safetensors (nor its index){beside}; other formats are not loaded")
 
 
 def has_variant(folder: Path, stem: str, variant: str | None) -> str | None:

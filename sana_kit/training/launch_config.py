@@ -179,7 +179,7 @@ def settle(
     said = launch.deepspeed and (launch.mixed_precision != "no" or launch.file is not None)
     if settings.mixed_precision is not None and said and precision != launch.mixed_precision:
         problems.append(_contradiction("mixed_precision", precision, "mixed_precision", launch.mixed_precision))
-    if precision not in ("no", "fp16", "bf16"):
+    if settings.mixed_precision is None and precision not in ("no", "fp16", "bf16"):  # the flag has its choices
         reason = "the kit trains in bf16, fp16 or float32 (no)"
         problems.append(Problem("mixed_precision", precision, reason, "Use one of them."))
     if precision == "fp16" and device_type == "cpu":

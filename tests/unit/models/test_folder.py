@@ -186,7 +186,9 @@ def test_a_variant_that_only_some_parts_have_falls_back_part_by_part(tiny_model,
     half = SanaTransformer2DModel.from_pretrained(mixed / "transformer").to(torch.float16)
     half.save_pretrained(mixed / "transformer", variant="fp16")
     (mixed / "transformer/diffusion_pytorch_model.safetensors").unlink()
-    assert "no diffusion_pytorch_model" in problems_of(mixed)
+    assert "no diffusion_pytorch_model" in problems_of(mixed) and "but of variant fp16, which has" in problems_of(
+        mixed
+    )
     model, problems = find_model(str(mixed), variant="fp16")
     assert problems == []
     where = {"pretrained_model_name_or_path": str(mixed), "revision": None, "variant": "fp16", "cache_dir": None}

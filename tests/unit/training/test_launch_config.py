@@ -38,6 +38,8 @@ def test_fp16_of_the_accelerate_config_is_checked_as_the_flag_is():
     assert told(environment, device="cuda") == ""
     assert told(environment, device="cpu", mixed_precision="bf16", given=["mixed_precision"]) == ""
     assert "fp8" in told({"ACCELERATE_MIXED_PRECISION": "fp8"})
+    # what is wrong with the flag itself is told with its choices, once
+    assert told({}, device="cpu", mixed_precision="fp32", given=["mixed_precision"]) == ""
 
 
 def test_the_effective_precision_is_the_flags_else_the_configs():
