@@ -19,8 +19,6 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from sana_kit.runlog import RunLog
-
 SIDE = 32  # of a small copy, pixels
 COPY = 0.5  # below this ratio a generated image is told as a copy
 
@@ -110,12 +108,23 @@ def nearest_images(generated: np.ndarray, trained: np.ndarray, image_of: Sequenc
     return found
 
 
-def copies_told(run: RunLog) -> str | None:
-    """A sentence on a run whose last validation images were found to be copies of training images, else None."""
-    found = run.memorisation or {}
-    if not found.get("copies"):
-        return None
-    return (
-        f"{found['copies']} of {found.get('images')} validation images are copies of training images: the run has"
-        " learnt them by heart. Below they stand side by side."
-    )
+def copies_told(copies: int, expected: int, images: int) -> str:
+    """Sentences on the copies of training images among validation images; one line.
+
+    Args:
+        copies: of the `images`, those that are copies, at least 1.
+        expected: of the copies, those whose prompt is the caption of one training image alone: they show that the
+            run has learnt this image, not that it draws nothing else.
+    """
+    verb = "is a copy" if copies == 1 else "are copies"
+    told = f"{copies} of {images} validation images {verb} of training images. "
+    if expected == copies:
+        prompt = "Its prompt is the caption" if copies == 1 else "Their prompts are captions"
+        each = "" if copies == 1 else " each"
+        return f"{told}{prompt} of one training image{each}, so this is expected"
+    if expected:
+        told += f"{expected} of them {'is' if expected == 1 else 'are'} expected, the prompt being the caption of one"
+        told += " training image; the rest shows that"
+    else:
+        told += "So"
+    return f"{told} the run has learnt images by heart. Fewer updates, a lower rank or more images help"

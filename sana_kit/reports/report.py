@@ -210,8 +210,9 @@ def _alerts(run: RunLog, unreadable: list[Path]) -> list[dict]:
         alerts.append({"kind": "", "text": text})
     if (text := over_fitting(run)) is not None:
         alerts.append({"kind": "", "text": text})
-    if (text := copies_told(run)) is not None:
-        alerts.append({"kind": "", "text": text})
+    copies, expected, told = _copies(run)
+    if copies > expected:
+        alerts.append({"kind": "", "text": f"{told}. Below they stand side by side."})
     if run.damaged_lines:
         alerts.append({"kind": "", "text": f"{run.damaged_lines} line(s) of the log cannot be read and are left out."})
     return alerts + unreadable_alert(unreadable)
@@ -279,6 +280,13 @@ def _images(output_dir: Path, run: RunLog, before: Path | None, after: Path | No
     return {**context, "samples": shown_samples, "likes": shown_likes, "masked": masked}, thumbnails.unreadable
 
 
+def _copies(run: RunLog) -> tuple[int, int, str]:
+    """(copies of training images among the last validation images, those that are expected, both in words)."""
+    found = run.memorisation or {}
+    copies, expected = found.get("copies") or 0, found.get("expected_copies") or 0
+    return copies, expected, copies_told(copies, expected, found.get("images") or 0) if copies else ""
+
+
 def _nearest_pairs(output_dir: Path, run: RunLog) -> list[dict]:
     """The last validation images beside their nearest training images, as the run compared them; nearest first."""
     found = []
@@ -286,7 +294,7 @@ def _nearest_pairs(output_dir: Path, run: RunLog) -> list[dict]:
         path, nearest = output_dir / str(row.get("file")), output_dir / str(row.get("nearest"))
         ratio = finite_number(row.get("ratio"))
         if row.get("nearest") and ratio is not None and path.is_file() and nearest.is_file():
-            found.append({**row, "ratio": f"{ratio:.2f}", "path": path, "nearest_path": nearest})
+            found.append({"expected": False, **row, "ratio": f"{ratio:.2f}", "path": path, "nearest_path": nearest})
     return found
 
 
@@ -328,6 +336,7 @@ def write_report(
         compared=False,
         buckets=run.buckets,
         memorisation=run.memorisation,
+        copies_told=_copies(run)[2],
         **images,
         **_charts(run),
     )

@@ -17,7 +17,7 @@ from sana_kit.distributed import Ranks, StopSignal
 from sana_kit.encodings.dataset import EncodedDataset
 from sana_kit.errors import ImageError
 from sana_kit.files import remove_tree, write_atomic
-from sana_kit.reports.memorisation import COPY, SIDE, nearest_images, small_copy
+from sana_kit.reports.memorisation import COPY, SIDE, copies_told, nearest_images, small_copy
 from sana_kit.reports.pages import spread
 
 T = TypeVar("T")
@@ -35,8 +35,9 @@ class Memorisation:
     Attributes:
         looked_at: crops of training images that were compared.
         spread: whether these were some of more, evenly spread.
-        rows: of each generated image, nearest first: file, prompt, seed, ratio, copy, mirrored, training_image (its
-            name), caption, nearest (file below the output folder, None beyond the first ones).
+        rows: of each generated image, nearest first: file, prompt, seed, ratio, copy, expected (a copy whose prompt is
+            the caption of one training image alone), mirrored, training_image (its name), caption, nearest (file below
+            the output folder, None beyond the first ones), prompt_in_set (training images with this caption).
     """
 
     looked_at: int
@@ -48,13 +49,19 @@ class Memorisation:
         """The rows that an eye would take for their training image."""
         return [row for row in self.rows if row["copy"]]
 
+    @property
+    def unexpected(self) -> list[dict[str, Any]]:
+        """The copies that nobody asked for by a training image's own caption."""
+        return [row for row in self.copies if not row["expected"]]
+
     def figures(self) -> dict[str, Any]:
         """For log and summary."""
-        counts = {"copies": len(self.copies), "images": len(self.rows), "training_crops": self.looked_at}
+        counts = {"copies": len(self.copies), "expected_copies": len(self.copies) - len(self.unexpected)}
+        counts |= {"images": len(self.rows), "training_crops": self.looked_at}
         return {**counts, "only_some_of_them": self.spread, "copy_below": COPY, "rows": self.rows}
 
     def told(self) -> str:
-        """One sentence."""
+        """What a log tells, on one line."""
         of = f"{self.looked_at} crops of training images{', evenly spread among more' if self.spread else ''}"
         if not self.copies:
             nearest = self.rows[0]
@@ -63,11 +70,11 @@ class Memorisation:
                 f" {nearest['file']}, {nearest['ratio']:.2f} of the distance among training images from"
                 f" {nearest['training_image']}"
             )
-        worst = self.copies[0]
+        worst = (self.unexpected or self.copies)[0]
+        told = copies_told(len(self.copies), len(self.copies) - len(self.unexpected), len(self.rows))
         return (
-            f"memorisation: {len(self.copies)} of {len(self.rows)} validation images are copies of training images"
-            f" (held against {of}), such as {worst['file']} of {worst['training_image']}; the report shows them side"
-            " by side. Fewer updates, a lower rank or more images help"
+            f"memorisation: {told}. Held against {of}; such as {worst['file']} of {worst['training_image']};"
+            " the report shows them side by side"
         )
 
 
@@ -152,12 +159,16 @@ def _compare(
         with Image.open(output_dir / entry["file"]) as image:
             generated.append(small_copy(image))
     _, image_of = np.unique(encoded.images.source_digests()[samples], axis=0, return_inverse=True)
-    found = nearest_images(np.stack(generated), trained, image_of.reshape(-1))
+    image_of = image_of.reshape(-1)
+    found = nearest_images(np.stack(generated), trained, image_of)
+    described = _images_by_caption(encoded, samples, image_of, {_plain(entry["prompt"]) for entry in drawn})
     rows = []
     remove_tree(output_dir / FOLDER)
     for place, number in enumerate(sorted(range(len(drawn)), key=lambda number: found[number].ratio)):
         nearest, sample = found[number], samples[found[number].index]
+        named = described[_plain(drawn[number]["prompt"])]
         row = {**drawn[number], "ratio": round(nearest.ratio, 4), "copy": nearest.is_copy}
+        row |= {"expected": nearest.is_copy and len(named) == 1, "prompt_in_set": len(named)}
         row |= {"mirrored": nearest.mirrored, "training_image": encoded.images.name(sample)}
         row |= {"caption": encoded.images.captions[sample], "nearest": None}
         if place < SHOWN:
@@ -165,6 +176,24 @@ def _compare(
             _write(encoded, sample, nearest.mirrored, output_dir / row["nearest"])
         rows.append(row)
     return rows
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def _images_by_caption(
+    encoded: EncodedDataset, samples: Sequence[int], image_of: np.ndarray, prompts: set[str]
+) -> dict[str, set[int]]:
+    """For each prompt the images, as numbered in `image_of`, that have it as a caption."""
+    described: dict[str, set[int]] = {prompt: set() for prompt in prompts}
+    images = encoded.images
+    for sample, image in zip(samples, image_of.tolist(), strict=True):
+        first, last = (sample, sample + 1) if images.choices is None else images.choices.starts[sample : sample + 2]
+        for number in range(int(first), int(last)):
+            if (plain := _plain(images.all_captions[number])) in described:
+                described[plain].add(image)
+    return described
 
 
 def _write(encoded: EncodedDataset, sample: int, mirrored: bool, path: Path) -> None:

@@ -328,7 +328,7 @@ class Recorder:
         self.memorisation = found.figures()
         self._log.write("memorisation", step=step, **self.memorisation)
         # not `warn`: the log has a line of its own of it, which the report shows
-        logger.log(logging.WARNING if found.copies else logging.INFO, found.told())
+        logger.log(logging.WARNING if found.unexpected else logging.INFO, found.told())
 
     def refresh_page(self) -> None:
         """Write report.html anew."""

@@ -9,7 +9,7 @@ import pytest
 from helpers import KIT
 from PIL import Image, ImageEnhance, ImageFilter
 
-from sana_kit.reports.memorisation import COPY, nearest_images, small_copy
+from sana_kit.reports.memorisation import COPY, copies_told, nearest_images, small_copy
 from sana_kit.reports.report import write_report
 
 
@@ -120,7 +120,22 @@ def test_the_page_shows_each_image_beside_its_training_image_and_marks_copies(tm
     assert shown.count('<figure class="card copy">') == 1 and shown.count('<figure class="card">') == 1
     assert "<strong>0.25 copy</strong> &lt;prompt 0&gt;" in shown and "<strong>0.75</strong> &lt;prompt 1&gt;" in shown
     assert "cat1.jpg, mirrored: a cat" in shown and "out of 7 crops." in shown
-    assert "1 of 3 validation images are copies of training images" in page.split("<h2>")[0]
+    assert "1 of 3 validation images is a copy of training images. So the run has" in page.split("<h2>")[0]
+    rows[0]["expected"] = True
+    lines[-1] |= {"expected_copies": 1, "rows": rows}
+    (tmp_path / "train_log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    page = write_report(tmp_path).read_text()
+    shown = page.split("<h2>Nearest training images</h2>")[1].split("<h2>")[0]
+    assert '<figure class="card copy">' not in shown and "0.25 copy, expected" in shown
+    assert "so this is expected" in shown and "is a copy" not in page.split("<h2>")[0]
     with open(tmp_path / "train_log.jsonl", "a") as log:  # a resumed run has not been compared yet
         log.write("\n" + json.dumps({"event": "resume", "step": 1}))
     assert "Nearest training images" not in write_report(tmp_path).read_text()
+
+
+@pytest.mark.parametrize("copies, expected", [(1, 0), (3, 0), (1, 1), (2, 2), (3, 1), (3, 2)])
+def test_copies_are_told_in_whole_sentences(copies, expected):
+    told = copies_told(copies, expected, 4)
+    assert told.startswith(f"{copies} of 4 validation images {'is a copy' if copies == 1 else 'are copies'} of")
+    assert ("by heart" in told) == (copies > expected)
+    assert ("expected" in told) == (expected > 0)

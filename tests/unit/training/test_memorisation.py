@@ -71,6 +71,24 @@ def test_a_copy_of_what_is_trained_on_is_found_and_other_images_are_not(encoded,
     assert [path.name for path in (tmp_path / memorisation.FOLDER).iterdir()] == ["00.png"]  # the older ones are gone
 
 
+def test_a_copy_that_was_asked_for_by_its_own_caption_is_expected(encoded, tmp_path):
+    """One image's own caption as the prompt brings it back: learnt, as asked. A caption of all images is none of one."""
+    encoded.images.captions = [f"field {sample // 2}" for sample in range(10)]
+    entries = drawn(tmp_path, as_trained(encoded, 2), as_trained(encoded, 4))
+    entries[0]["prompt"] = "  Field 1 "
+    asked = compare_with_training_images(encoded, 8, entries[:1], tmp_path, ALONE, NoStop())
+    assert asked.copies and not asked.unexpected and asked.rows[0]["prompt_in_set"] == 1
+    assert "1 of 1 validation images is a copy" in asked.told() and "so this is expected" in asked.told()
+    assert "by heart" not in asked.told() and asked.figures()["expected_copies"] == 1
+    both = compare_with_training_images(encoded, 8, entries, tmp_path, ALONE, NoStop())
+    assert [row["prompt"] for row in both.unexpected] == ["prompt 1"]
+    assert "learnt images by heart" in both.told() and "1 of them is expected" in both.told()
+    assert both.told().count("validation/1.png of 2.png") == 1  # the one that nobody asked for
+    encoded.images.captions = ["field 1"] * 10
+    shared = compare_with_training_images(encoded, 8, entries[:1], tmp_path, ALONE, NoStop())
+    assert shared.unexpected and shared.rows[0]["prompt_in_set"] == 4
+
+
 def test_many_samples_are_looked_at_in_part_and_said_so(encoded, tmp_path, monkeypatch):
     monkeypatch.setattr(memorisation, "MOST", 3)
     entries = drawn(tmp_path, as_trained(encoded, 0))
