@@ -116,6 +116,41 @@ for name in batch_size max_train_steps resolution gradient_accumulation_steps nu
 done
 [ -f "$config_file" ] || { echo "error: --config_file=$config_file: no such file" >&2; exit 2; }
 
+# --------------------------------------------------------------------------------------------------------- signals
+caught=""
+children=()
+stop_as=""   # the signal that children get; empty: the one that came
+early=""     # whether the run was ended before it could say so itself
+# What bash starts in the background ignores Ctrl-C until it says otherwise.
+deaf() {
+  local mask
+  mask=$(sed -n 's/^SigIgn:[[:space:]]*//p' "/proc/$1/status" 2>/dev/null) && [ $((0x${mask:-0} & 2)) -ne 0 ]
+}
+forward() {
+  caught=$1
+  local pid
+  for pid in ${children[@]+"${children[@]}"}; do
+    if [ "$1" = INT ] && deaf "$pid"; then early=yes; kill -s TERM "$pid" 2>/dev/null
+    else kill -s "${stop_as:-$1}" "$pid" 2>/dev/null; fi
+  done
+}
+trap 'forward TERM' TERM
+trap 'forward INT' INT
+trap 'forward TERM' HUP   # the terminal was closed: the run ends as by SIGTERM
+await() {  # the exit code of a process: a signal ends `wait` early, so it waits on until the process has ended
+  local code
+  while :; do
+    wait "$1"; code=$?
+    kill -0 "$1" 2>/dev/null || return $code
+  done
+}
+before_the_run() {  # after each thing that is done before it
+  [ -n "$caught" ] || return 0
+  [ "$caught" = INT ] || exit 143
+  echo "stopped by Ctrl-C before the run began" >&2
+  exit 130
+}
+
 # ------------------------------------------------------------------------------------------------------- environment
 # What another launcher left in this shell would be believed by every process that is started below. Settings such as
 # ACCELERATE_LOG_LEVEL are no such thing and stay.
@@ -174,7 +209,6 @@ for ((i = 0; i < ${#extra[@]}; i++)); do
     --config) names_data "${extra[i + 1]-}" && other_data=yes ;;
   esac
 done
-quickstart_item() { "$python" -m sana_kit.quickstart --print "$@"; }
 own=()
 [ -n "$instance_data_dir" ] || [ "$other_data" != no ] || is_given dataset_name || is_given instance_prompt ||
   instance_prompt="a pokemon"
@@ -184,17 +218,20 @@ if [ "$quickstart" = yes ]; then
     own=("--instance_data_dir=$instance_data_dir" "--instance_prompt=$instance_prompt" ${skip[@]+"${skip[@]}"})
   fi
   is_given output_dir || output_dir="./quickstart_output"
-  is_given model_name || model_name=$(quickstart_item model_path) || exit 1
-  [ -n "$instance_data_dir" ] || is_given dataset_name || dataset_name=$(quickstart_item dataset_path) || exit 1
   # before training: images of one's own may be bad
-  quickstart_flags=$(quickstart_item training_flags ${own[@]+"${own[@]}"}) || exit 1
-  prompts=$(quickstart_item prompts ${own[@]+"${own[@]}"}) || exit 1
+  found=$(trap '' INT; "$python" -m sana_kit.quickstart --shell ${own[@]+"${own[@]}"}) || { before_the_run; exit 1; }
+  before_the_run
+  quickstart_model_path="" quickstart_dataset_path=""
+  quickstart_training_flags=() quickstart_prompts=() quickstart_inference_flags=()
+  eval "$found"   # quickstart_model_path=..., quickstart_prompts=(...), each value quoted by shlex
+  is_given model_name || model_name=$quickstart_model_path
+  [ -n "$instance_data_dir" ] || is_given dataset_name || dataset_name=$quickstart_dataset_path
 fi
 
 # --------------------------------------------------------------------------------------------------------------- train
 trainer=(--pretrained_model_name_or_path "$model_name" --output_dir "$output_dir")
 if [ "$quickstart" = yes ]; then
-  while IFS= read -r flag; do trainer+=("$flag"); done <<<"$quickstart_flags"
+  trainer+=("${quickstart_training_flags[@]}")
   # What was given on this command line comes after the quick start's own flags and so counts.
   is_given mixed_precision && trainer+=(--mixed_precision "$mixed_precision")
   is_given resolution && trainer+=(--resolution "$resolution")
@@ -237,22 +274,14 @@ launch=("--config_file=$config_file")
 # torch's launcher kills ranks this long after a signal (30 s by its own default): an update and a checkpoint take longer
 # on large models. Newer torch reads it (2.13 does, 2.7 does not); older ones keep their 30 s.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-1800}
-caught=""
-child=""
-forward() { caught=$1; [ -n "$child" ] && kill -s "$1" "$child" 2>/dev/null; }
-trap 'forward TERM' TERM
-trap 'forward INT' INT
-trap 'forward TERM' HUP   # the terminal was closed: the run ends as by SIGTERM
+export SANA_LAST_WORDS=later   # what the run made is told below, last
 # It checks everything, starts the processes, and says last how they ended. In a session of its own, so that Ctrl-C
 # reaches the run once, through this script, and not once more from the terminal. Killed outright (SIGKILL), this script
 # takes the run with it: the kernel then sends SIGTERM to that process.
 setsid "$python" -m sana_kit.launch $$ "${launch[@]}" -- "${trainer[@]}" &
-child=$!
-status=0
-while :; do
-  wait "$child"; status=$?
-  kill -0 "$child" 2>/dev/null || break   # a signal ends `wait` early: wait on until the run has ended
-done
+children=($!)
+await $!; status=$?
+[ -z "$early" ] || before_the_run
 if [ -n "$caught" ]; then
   [ $status -ne 0 ] || { [ "$caught" = TERM ] && status=143 || status=130; }
   exit $status
@@ -262,24 +291,59 @@ case " ${extra[*]-} " in *" --dry_run "*) exit 0 ;; esac
 
 # -------------------------------------------------------------------------------------------------------------- result
 [ -f "$output_dir/summary.json" ] || exit 0   # with folders of their own, the first of several machines alone has it
-"$python" -m sana_kit.reports --result-block "$output_dir" || exit $?
-if [ "$quickstart" = yes ]; then
-  # The same prompts and seeds without and with the LoRA, by the kit's own inference scripts.
-  printf '\ndrawing without and with the LoRA\n'
-  # What an earlier quick start drew into this folder is not compared again.
-  rm -f "$output_dir/before/manifest.jsonl" "$output_dir/after/manifest.jsonl"
-  drawing=()
-  while IFS= read -r prompt; do drawing+=("--prompt=$prompt"); done <<<"$prompts"
-  while IFS= read -r flag; do drawing+=("$flag"); done <<<"$(quickstart_item inference_flags)"
-  "$python" "$here/infer_sana_text2img_bf16.py" --model_path "$model_name" --output_path "$output_dir/before" \
-    --overwrite "${drawing[@]}" || exit $?
-  "$python" "$here/infer_sana_text2img_lora_bf16.py" --model_path "$model_name" --output_path "$output_dir/after" \
-    --lora_weights "$output_dir" --overwrite "${drawing[@]}" || exit $?
-  "$python" -m sana_kit.quickstart --compare "$output_dir/before" "$output_dir/after" "$output_dir/before_after.png" \
-    ${own[@]+"${own[@]}"} --json "$output_dir/before_after.json" || exit $?
-  "$python" -m sana_kit.reports "$output_dir" || exit $?
-  "$python" -m sana_kit.reports "$output_dir/after" --gallery --base "$output_dir/before" || exit $?
+# Whatever follows can be had again from what is saved: a signal ends it at once, and one line says so.
+stop_as=TERM
+ended() {  # CODE: of what ran last
+  if [ -n "$caught" ]; then
+    [ "$caught" = INT ] && word="Ctrl-C" || word="a signal"
+    echo "stopped by $word after the training, whose result is in $output_dir" >&2
+    [ "$caught" = INT ] && exit 130
+    exit 143
+  fi
+  [ "$1" -eq 0 ] || exit "$1"
+}
+finish() {
+  setsid "$@" &
+  children=($!)
+  await $!
+  ended $?
+}
+if [ "$quickstart" = no ]; then
+  finish "$python" -m sana_kit.reports --result-block "$output_dir"
+  exit 0
 fi
+finish "$python" -m sana_kit.reports --result-block --block-only "$output_dir"
+# The same prompts and seeds without and with the LoRA, by the kit's own inference scripts.
+printf '\ndrawing without and with the LoRA\n'
+# What an earlier quick start drew into this folder is not compared again.
+rm -f "$output_dir/before/manifest.jsonl" "$output_dir/after/manifest.jsonl"
+drawing=("--model_path=$model_name" --overwrite "${quickstart_prompts[@]/#/--prompt=}" "${quickstart_inference_flags[@]}")
+before=("$python" "$here/infer_sana_text2img_bf16.py" "${drawing[@]}" --output_path "$output_dir/before")
+after=("$python" "$here/infer_sana_text2img_lora_bf16.py" "${drawing[@]}" --output_path "$output_dir/after"
+  --lora_weights "$output_dir")
+if is_given model_name; then
+  finish "${before[@]}"
+  finish "${after[@]}"
+else
+  # The shipped model is small: both sides are drawn at once, each on half of a host's cores (threads that wait for one
+  # another spinning take several times as long where others use the cores, too). What the first says is shown if it fails.
+  cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores < 4 ? 1 : cores < 16 ? cores / 2 : 8))}
+  export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+  said=$(mktemp) || exit 1
+  setsid "${before[@]}" >"$said" 2>&1 &
+  first=$!
+  setsid "${after[@]}" &
+  children=("$first" $!)
+  await $!; status=$?
+  [ $status -eq 0 ] || kill "$first" 2>/dev/null
+  await "$first"; first=$?
+  [ $status -ne 0 ] || [ $first -eq 0 ] || { cat "$said" >&2; status=$first; }
+  rm -f "$said"
+  ended $status
+fi
+finish "$python" -m sana_kit.quickstart --compare "$output_dir/before" "$output_dir/after" "$output_dir/before_after.png" \
+  ${own[@]+"${own[@]}"} --json "$output_dir/before_after.json" --run "$output_dir"
 exit 0
 }
 main "$@"

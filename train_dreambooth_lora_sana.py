@@ -16,19 +16,26 @@ loader with noise -> transformer -> loss -> engine -> checkpoint-N -> pytorch_lo
 from __future__ import annotations
 
 import gc
+import os
+import signal
 import sys
 import time
 
 PROCESS_STARTED = time.perf_counter()
 
+if __name__ == "__main__" and "LOCAL_RANK" in os.environ:  # a launcher stops its ranks, and says so
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+from sana_kit.quiet import leave_on_signals
 from sana_kit.training.config import TrainConfig, parse_args
 
 if __name__ == "__main__":  # --help and a misspelt flag answer before the imports that take seconds
     CONFIG = parse_args()
+    if "LOCAL_RANK" not in os.environ:
+        leave_on_signals(" before the run began")
     gc.disable()  # looking for garbage would be a fifth of the imports' time; main() switches it on again
 
 import logging
-import os
 from collections.abc import Iterator
 
 import torch
@@ -56,7 +63,7 @@ from sana_kit.training.optim import build_optimizer, build_schedule
 from sana_kit.training.plan import Plan, describe, make_plan, print_plan
 from sana_kit.training.recipes import RECIPES, FlowMatching
 from sana_kit.training.recomputation import fit_to_device
-from sana_kit.training.recorder import Recorder, closing_lines, configure_logging
+from sana_kit.training.recorder import Recorder, configure_logging, made_lines, summary_line
 from sana_kit.training.samples import Samples, load_samples
 from sana_kit.training.state import TrainState, run_identity
 from sana_kit.training.stream import SampleStream, build_loader, caption_multiple
@@ -209,12 +216,14 @@ def leave(
         )
     elif engine.ranks.is_main:
         write_card(config, images)
-    summary = recorder.end(None if stop is None else stop.signal)
+    made = made_lines(config, final_weights(config)) if stop is None else []
+    summary = recorder.end(None if stop is None else stop.signal, made)
     if engine.ranks.is_main and stop is None:
         upload(config)
     engine.close()
     if engine.ranks.is_main:
-        print("\n".join(closing_lines(config, summary, final_weights(config))), flush=True)
+        later = os.environ.get("SANA_LAST_WORDS") == "later"  # the launcher shows them behind what it prints itself
+        print("\n".join([summary_line(summary), *([] if later else made)]), flush=True)
     return 0 if stop is None else stop.exit_code
 
 

@@ -19,21 +19,27 @@ import collections
 import dataclasses
 import io
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image
 
-from sana_kit.data.discover import load_images
 from sana_kit.errors import ImageError
 from sana_kit.files import file_sha256
 from sana_kit.reports.before_after import COLUMNS, Pair, before_after_sheet, read_images
+from sana_kit.reports.colours import SIDE as PIXELS
+from sana_kit.reports.colours import colour_distance, colour_quantiles, pixels_of, quantile_distance
+from sana_kit.reports.gallery import write_gallery
+from sana_kit.reports.report import write_report
+from sana_kit.reports.result_block import made_by
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from sana_kit.data.image_set import ImageSet
 
 ASSETS = Path(__file__).resolve().parent / "quickstart_assets"
@@ -41,7 +47,6 @@ SUMS = "SHA256SUMS"
 TRIGGER = "in midnight style"
 MAX_PROMPTS = 11  # pairs on the before/after sheet
 SEEDS = (8, 23)
-PIXELS = 64
 REMEDY = "Unpack the kit again, or run `git checkout -- sana_kit/quickstart_assets`."
 
 # For 2 CPU cores: ZeRO-2, 2 processes, bf16. The instruction that SanaPipeline puts before every prompt was written
@@ -142,6 +147,8 @@ def _own_images(images: str | Path, instance_prompt: str | None, skip_bad_images
     Raises:
         ValueError: as `dataset.load_images`.
     """
+    from sana_kit.data.discover import load_images  # with torch, which the shipped set does not need
+
     found = load_images(
         instance_data_dir=str(images), instance_prompt=instance_prompt, skip_bad_images=skip_bad_images
     )
@@ -272,41 +279,6 @@ def prepare(
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
-def _pixels(image: Image.Image) -> np.ndarray:
-    """RGB of the image at 64 x 64: float32 (4096, 3), 0 to 255."""
-    small = image.convert("RGB").resize((PIXELS, PIXELS), Image.Resampling.BOX)
-    return np.asarray(small, np.float32).reshape(-1, 3)
-
-
-def _colour_quantiles(images: list[np.ndarray]) -> np.ndarray:
-    """Quantiles of the pooled pixels along 64 fixed directions in RGB space: (64, 512), for `colour_distance`."""
-    # Evenly spread over the sphere (Fibonacci lattice), so that a shift counts the same whatever its direction.
-    height = 1 - (2 * np.arange(64) + 1) / 64
-    turn = np.arange(64) * np.pi * (3 - np.sqrt(5))
-    across = np.sqrt(1 - height**2)
-    directions = np.stack([across * np.cos(turn), across * np.sin(turn), height], axis=1).astype(np.float32)
-    projected = directions @ np.concatenate(images).T  # (64, pixels)
-    projected.sort(axis=1)
-    points = (np.arange(512) + 0.5) / 512 * projected.shape[1]
-    return projected[:, points.astype(int)].astype(np.float64)
-
-
-def colour_distance(images: list[np.ndarray], others: list[np.ndarray]) -> float:
-    """How far pixels have to move in RGB, on average, until the first images have the colours of the others.
-
-    Twice the sliced Wasserstein-1 distance of the pooled pixels, over 64 fixed directions: a shift of all pixels by d
-    gives d (the mean of |cos| over directions in space is 1/2). Unit: 8-bit levels; white and black are 442 apart.
-
-    Args:
-        images, others: float32 arrays (N, 3) of RGB values 0 to 255, one per image.
-    """
-    return _distance(_colour_quantiles(images), _colour_quantiles(others))
-
-
-def _distance(quantiles: np.ndarray, others: np.ndarray) -> float:
-    return float(2 * np.abs(quantiles - others).mean())
-
-
 def measure(before_dir: str | Path, after_dir: str | Path, rows: list[tuple] | None = None) -> dict:
     """What the fine-tuning did to the images, from the output folders of two inference runs.
 
@@ -334,27 +306,27 @@ def measure(before_dir: str | Path, after_dir: str | Path, rows: list[tuple] | N
         )
     rows = rows if rows is not None else _shipped_rows()
     captions = {caption for _, caption in rows}
-    style = [_pixels(shown) for shown, _ in rows]
+    style = [pixels_of(shown) for shown, _ in rows]
 
-    def pixels_of(paths: Mapping[tuple, Path]) -> dict[tuple, np.ndarray]:
+    def by_key(paths: Mapping[tuple, Path]) -> dict[tuple, np.ndarray]:
         pixels = {}
         for key, path in paths.items():
             with Image.open(path) as image:
-                pixels[key] = _pixels(image)
+                pixels[key] = pixels_of(image)
         return pixels
 
-    sides = {"before": pixels_of(before), "after": pixels_of(after)}
+    sides = {"before": by_key(before), "after": by_key(after)}
     seeds = sorted({seed for _, seed in before})
-    target = _colour_quantiles(style)
+    target = colour_quantiles(style)
 
     def figures(keys: list[tuple]) -> dict | None:
         if not keys:
             return None
         result = {}
         for side, pixels in sides.items():
-            result[f"distance_{side}"] = _distance(_colour_quantiles([pixels[key] for key in keys]), target)
+            result[f"distance_{side}"] = quantile_distance(colour_quantiles([pixels[key] for key in keys]), target)
             groups = [[pixels[key] for key in keys if key[1] == seed] for seed in seeds]
-            by_seed = [_distance(_colour_quantiles(group), target) for group in groups if group]
+            by_seed = [quantile_distance(colour_quantiles(group), target) for group in groups if group]
             result[f"noise_{side}"] = (max(by_seed) - min(by_seed)) / 2 if len(by_seed) > 1 else None
         result["factor"] = result["distance_before"] / max(result["distance_after"], 1e-6)
         return result
@@ -434,6 +406,33 @@ def write_sheet(
 PRINTABLE = tuple(field.name for field in dataclasses.fields(QuickStart))
 
 
+def as_shell(found: QuickStart) -> str:
+    """Everything that was found as bash assignments, quickstart_NAME=..., texts and arrays; for `eval`."""
+    lines = []
+    for name in PRINTABLE:
+        value = getattr(found, name)
+        quoted = shlex.quote(value) if isinstance(value, str) else f"({shlex.join(map(str, value))})"
+        lines.append(f"quickstart_{name}={quoted}")
+    return "\n".join(lines)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    """Sheet, figures, the pages of the run and its last lines."""
+    before, after, out = args.compare
+    own = args.instance_data_dir
+    rows = _own_rows(own, args.instance_prompt, args.skip_bad_images) if own else _shipped_rows()
+    result = measure(before, after, rows)
+    write_sheet(before, after, out, rows, max(1, args.columns))
+    print(describe(result))
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"before and after: {out}")
+    if args.run:
+        write_report(args.run)
+        print(f"gallery: {write_gallery(after, before)}")
+        print("\n".join(made_by(args.run)))
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m sana_kit.quickstart",
@@ -449,27 +448,26 @@ def main(arguments: list[str] | None = None) -> int:
         "--compare", nargs=3, metavar=("BEFORE_DIR", "AFTER_DIR", "OUT.png"), help="Sheet and figures."
     )
     parser.add_argument("--columns", type=int, default=COLUMNS, help="With --compare: pairs in a row of the sheet.")
+    parser.add_argument("--shell", action="store_true", help="Check the files and print all as bash assignments.")
+    parser.add_argument(
+        "--run", metavar="DIR", help="With --compare: also write report and gallery of this run, and say what it made."
+    )
     parser.add_argument("--json", help="With --compare: also write the figures there.")
     parser.add_argument("--instance_data_dir", help="Your own images, with .txt captions, instead of the shipped.")
     parser.add_argument("--instance_prompt", help="The caption of those of your images that have none.")
     parser.add_argument("--skip_bad_images", action="store_true", help="Leave out those that cannot be read.")
     args = parser.parse_args(arguments)
     own, how = args.instance_data_dir, (args.instance_prompt, args.skip_bad_images)
-    if not args.printed and not args.compare:
-        parser.error("nothing to do: give --print or --compare")
+    if not args.printed and not args.shell and not args.compare:
+        parser.error("nothing to do: give --print, --shell or --compare")
     try:
         if args.printed:
             value = getattr(prepare(args.folder, own, *how), args.printed)
             print("\n".join(map(str, (value,) if isinstance(value, str) else value)))
+        if args.shell:
+            print(as_shell(prepare(args.folder, own, *how)))
         if args.compare:
-            before, after, out = args.compare
-            rows = _own_rows(own, *how) if own else _shipped_rows()
-            result = measure(before, after, rows)
-            write_sheet(before, after, out, rows, max(1, args.columns))
-            print(describe(result))
-            print(f"Sheet: {out}")
-            if args.json:
-                Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            _compare(args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -11,7 +11,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import warnings
+from collections.abc import Sequence
+
+SIGNAL_NAMES: dict[int, str] = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
 # logger -> beginnings or parts of its notices, as read in the versions of constraints.txt
 NOTICES = {
@@ -55,3 +59,19 @@ def quiet_libraries() -> None:
         logger = logging.getLogger(name)
         if not any(isinstance(known, _Notices) for known in logger.filters):
             logger.addFilter(_Notices(texts))
+
+
+def leave(number: int, told: str) -> None:
+    """End this process at once: "stopped by Ctrl-C" and `told` on standard error, the exit code of signal `number`."""
+    os.write(2, f"\nstopped by {SIGNAL_NAMES.get(number, f'signal {number}')}{told}\n".encode())
+    os._exit(128 + number)
+
+
+def leave_on_signals(told: str, numbers: Sequence[int] = (signal.SIGINT, signal.SIGTERM)) -> None:
+    """Until somebody else handles these signals, they end this process by `leave`.
+
+    For the seconds of imports and checks, which leave nothing behind: an exception that is raised inside a library's
+    callback is swallowed there, so that a KeyboardInterrupt may be lost, and otherwise shows a traceback of its own.
+    """
+    for number in numbers:
+        signal.signal(number, lambda number, frame: leave(number, told))

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sana_kit.errors import Problem, UserError, show_error
-from sana_kit.quiet import quiet_libraries
+from sana_kit.quiet import SIGNAL_NAMES, leave_on_signals, quiet_libraries
 from sana_kit.training.config import TrainConfig, parse_args
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ KIT = Path(__file__).resolve().parent.parent.parent
 TRAINER = KIT / "train_dreambooth_lora_sana.py"
 # Settings that the launcher has under names of its own.
 LAUNCHER_NAMES = {"pretrained_model_name_or_path": "model_name", "train_batch_size": "batch_size"}
-NAMES: dict[int, str] = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 _PR_SET_PDEATHSIG = 1
 
 
@@ -126,21 +125,20 @@ def run(launch: Launch, config: TrainConfig) -> int:
 
     Only the first of several machines writes, so that only it can say what is saved.
     """
-    from sana_kit.launch.ranks import RunSummary, Stopped
+    from sana_kit.launch.ranks import NO_CHECKPOINT, RunSummary, pass_on
 
     summary = RunSummary(Path(config.output_dir))
     with tempfile.TemporaryDirectory(prefix="sana-") as folder:
         errors = Path(folder) / "error"
         os.environ["SANA_ERROR_FILE"] = str(errors)
-        try:
-            code, number = launch.run()
-        except Stopped as stop:
-            code, number = 128 + stop.number, stop.number
+        for caught in SIGNAL_NAMES:
+            signal.signal(caught, lambda number, frame: pass_on(number, folder))
+        code, number = launch.run()
         told = errors.read_text(encoding="utf-8").strip() if errors.is_file() else ""
     step = summary.stopped_at()
     if step is not None:  # asked to stop through this process, or each rank by itself (as SLURM does)
         number = number or code - 128
-        name = NAMES.get(number, f"signal {number}")
+        name = SIGNAL_NAMES.get(number, f"signal {number}")
         print(
             f"stopped by {name} after update {step}, which is saved: the same command with"
             " -- --resume_from_checkpoint=latest goes on from there",
@@ -151,8 +149,8 @@ def run(launch: Launch, config: TrainConfig) -> int:
         print(f"\n{told}", file=sys.stderr)
         return code if number is None else 1
     if number is not None:
-        saved = "" if launch.arguments.machine_rank else "; no checkpoint was written by this start"
-        print(f"stopped by {NAMES.get(number, number)}{saved}", file=sys.stderr)
+        saved = "" if launch.arguments.machine_rank else NO_CHECKPOINT
+        print(f"stopped by {SIGNAL_NAMES.get(number, number)}{saved}", file=sys.stderr)
     elif code:
         print(f"error: training ended with exit code {code}", file=sys.stderr)
     return code
@@ -173,20 +171,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, words = parser.parse_args(argv[:at]), argv[at + 1 :]
     tie(options.parent)
     quiet_libraries()
+    leave_on_signals(" before the run began")
     try:
         prepared = prepare(options, words)
     except UserError as error:
         show_error(str(error.as_flags(as_flag)))
         return 2 if {problem.field for problem in error.problems} & {"config_file", "num_processors"} else 1
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C before the run began", file=sys.stderr)
-        return 130
     if isinstance(prepared, int):
         return prepared
-    from sana_kit.launch.ranks import on_signal
-
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
     gc.enable()
     return run(*prepared)
 

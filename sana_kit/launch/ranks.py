@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -34,29 +35,28 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from sana_kit.errors import show_error
 from sana_kit.launchers import announced
+from sana_kit.quiet import leave
 
 # What says how processes start and end; nothing in it tells a user more than the trainer's own message.
 QUIET_LOGGERS = ("torch.distributed.elastic", "torch.distributed.run", "accelerate.commands.launch")
 MEETING_SECONDS = 900  # torch's own limit for the launchers of several machines (LaunchConfig, 2.1 to 2.13)
+NO_CHECKPOINT = "; no checkpoint was written by this start"
 REMEDIES = {
     signal.SIGKILL: "Often the host's memory is short: fewer --dataloader_num_workers or processes; see dmesg.",
     signal.SIGBUS: "Often shared memory is short: a larger /dev/shm (docker run --shm-size=16g).",
 }
 
 
-class Stopped(BaseException):
-    """A signal came while there were no processes yet."""
+def pass_on(number: int, folder: str) -> None:
+    """Pass a signal on to the run's processes; without any yet, end. torch's launcher brings handlers of its own.
 
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
-
-
-def on_signal(number: int, frame: object) -> None:
-    """Pass a signal on to the run's process. torch's launcher brings handlers of its own."""
+    Args:
+        folder: of this start, removed before it ends.
+    """
     children = psutil.Process().children()
     if not children:
-        raise Stopped(number)
+        shutil.rmtree(folder, ignore_errors=True)
+        leave(number, NO_CHECKPOINT)
     for child in children:
         with contextlib.suppress(psutil.NoSuchProcess):
             child.send_signal(number)

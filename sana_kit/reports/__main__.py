@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sana_kit.reports.result_block import write_result_block
+from sana_kit.reports.result_block import made_by, write_result_block
 
 
 def write_page(options: argparse.Namespace) -> Path:
@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("other_run", nargs="?", help="a second training run: the two are shown side by side")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--result-block", action="store_true", help="print and save the run's result block")
+    parser.add_argument("--block-only", action="store_true", help="with --result-block: not what the run made")
     what.add_argument("--gallery", action="store_true", help="write gallery.html of an inference script's images")
     parser.add_argument("--base", metavar="DIR", help="with --gallery: images made without the LoRA, shown beside")
     parser.add_argument("--before", metavar="DIR", help="images before the fine-tuning (default OUTPUT_DIR/before)")
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.result_block:
             write_result_block(options.output_dir)
+            if not options.block_only:
+                print("".join(f"{line}\n" for line in made_by(options.output_dir)), end="")
         else:
             print(write_page(options))
     except ValueError as error:

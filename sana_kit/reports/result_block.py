@@ -9,6 +9,8 @@ from pathlib import Path
 
 from sana_kit.files import write_atomic
 
+SUMMARY = "summary.json"
+
 
 def _result_line(value: float | None, digits: int, reason: str | None) -> str:
     if isinstance(value, (int, float)) and math.isfinite(value):
@@ -49,23 +51,36 @@ def format_result_block(summary: dict, case_name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _summary(output_dir: str | os.PathLike) -> dict:
+    path = Path(output_dir) / SUMMARY
+    if not path.is_file():
+        raise ValueError(f"{path}: not there. The trainer writes it at its end; the run did not get so far.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}).") from error
+
+
+def made_by(output_dir: str | os.PathLike) -> list[str]:
+    """The last lines of the run in `output_dir`: what it made, and how to draw with it; none from an older kit's run.
+
+    Raises:
+        ValueError: no summary.json, or none that can be read.
+    """
+    return list(_summary(output_dir).get("made") or [])
+
+
 def write_result_block(output_dir: str | os.PathLike) -> Path:
     """Print the result block of the run in `output_dir` and save it there as `{CaseName}.log`; returns that path.
 
     Raises:
         ValueError: no summary.json (the run did not end), or one that is not a run's.
     """
-    path = Path(output_dir) / "summary.json"
-    if not path.is_file():
-        raise ValueError(f"{path}: not there. The trainer writes it at its end; the run did not get so far.")
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}).") from error
+    summary = _summary(output_dir)
     try:
         name = case_name(summary)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{Path(output_dir) / SUMMARY}: {error}") from error
     block = format_result_block(summary, name)
     print(block, end="")
     return write_atomic(Path(output_dir) / f"{name}.log", lambda file: file.write(block.encode()))

@@ -339,8 +339,12 @@ class Recorder:
 
     # ------------------------------------------------------------------------------------------------------------- end
 
-    def end(self, stop_signal: int | None) -> dict:
-        """Close the bar, write summary.json and the log's last line; returns the summary."""
+    def end(self, stop_signal: int | None, made: list[str]) -> dict:
+        """Close the bar, write summary.json and the log's last line; returns the summary.
+
+        Args:
+            made: the last lines of the run, for who shows them later.
+        """
         self._bar.close()
         config, engine = self.config, self.engine
         summary = {
@@ -365,6 +369,7 @@ class Recorder:
             "skipped_updates": engine.guard.total,
             "memorisation": self.memorisation,
             "interrupted_by_signal": stop_signal,
+            "made": made,
         }
         if engine.ranks.is_main:
             text = json.dumps(summary, indent=1).encode()
@@ -382,11 +387,8 @@ def configure_logging(main: bool) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def closing_lines(config: TrainConfig, summary: dict, result: Path) -> list[str]:
-    """The last lines of a run: its figures, and if it was not stopped what it made and how to draw with it."""
-    lines = [summary_line(summary)]
-    if summary["interrupted_by_signal"] is not None:
-        return lines
+def made_lines(config: TrainConfig, result: Path) -> list[str]:
+    """The last lines of a run that was not stopped: what it made, and how to draw with it."""
     output_dir, mode = Path(config.output_dir), config.train_mode
     script = "infer_sana_text2img_lora_bf16.py" if mode == "lora" else "infer_sana_text2img_bf16.py"
     model = str(output_dir) if mode == "full" else config.pretrained_model_name_or_path
@@ -399,13 +401,12 @@ def closing_lines(config: TrainConfig, summary: dict, result: Path) -> list[str]
         if config.complex_human_instruction != "default":
             words += ["--complex_human_instruction", config.complex_human_instruction]
     words += ["--prompt", next(iter(config.validation.prompts), None) or config.instance_prompt or "YOUR PROMPT"]
-    lines += [
+    return [
         f"{ {'lora': config.adapter.kind, 'full': 'model', 'controlnet': 'ControlNet'}[mode] }: {result}",
         f"report: {output_dir / 'report.html'}",
         f"model card: {output_dir / 'README.md'}   settings: {output_dir / RUN_FILE}",
         f"draw with it: {shlex.join(words)}",
     ]
-    return lines
 
 
 def summary_line(summary: dict) -> str:

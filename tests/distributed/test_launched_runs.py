@@ -57,6 +57,8 @@ def test_the_launcher_trains_prints_the_result_block_and_tells_no_secret(tiny_mo
         assert [str(path) for path, content in told.items() if secret.encode() in content] == []
     for line in ("Average it/s", "Final Performance images/sec", "Final Train Loss", "E2E Training Duration"):
         assert line in done.stdout
+    last = done.stdout.rstrip().splitlines()[-1]  # told once, behind the block
+    assert last.startswith("draw with it: ") and done.stdout.count("draw with it: ") == 1
     assert len(list(output.glob("*.log"))) == 1
     assert adapter_weights(output)
     summary = json.loads((output / "summary.json").read_text())

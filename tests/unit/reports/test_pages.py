@@ -29,6 +29,16 @@ def test_result_block_of_a_run_too_short_or_unfinished(tmp_path, capsys):
     assert "lacks batch_size, world_size, device_type" in capsys.readouterr().err
 
 
+def test_what_a_run_made_stands_behind_its_result_block(tmp_path, capsys):
+    made = ["LoRA: out/pytorch_lora_weights.safetensors", "draw with it: python infer.py --prompt '猫'"]
+    for summary, last in (({**SUMMARY, "made": made}, made[-1]), (SUMMARY, "CaseName: Sana_lora_bs8_8p_npu")):
+        (tmp_path / "summary.json").write_text(json.dumps(summary))
+        assert main(["--result-block", str(tmp_path)]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == last
+        assert main(["--result-block", "--block-only", str(tmp_path)]) == 0
+        assert capsys.readouterr().out.splitlines()[-1].startswith("CaseName: ")
+
+
 def test_a_resumed_run_counts_where_steps_overlap(tmp_path):
     make_run(tmp_path, resume_at=40)
     run = load_run(tmp_path / "train_log.jsonl")

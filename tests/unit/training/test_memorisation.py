@@ -72,7 +72,7 @@ def test_a_copy_of_what_is_trained_on_is_found_and_other_images_are_not(encoded,
 
 
 def test_a_copy_that_was_asked_for_by_its_own_caption_is_expected(encoded, tmp_path):
-    """One image's own caption as the prompt brings it back: learnt, as asked. A caption of all images is none of one."""
+    """One image's own caption as the prompt brings it back: learnt, as asked. A caption of all images names none."""
     encoded.images.captions = [f"field {sample // 2}" for sample in range(10)]
     entries = drawn(tmp_path, as_trained(encoded, 2), as_trained(encoded, 4))
     entries[0]["prompt"] = "  Field 1 "
