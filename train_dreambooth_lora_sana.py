@@ -36,7 +36,6 @@ if __name__ == "__main__":  # --help and a misspelt flag answer before the impor
     gc.disable()  # looking for garbage would be a fifth of the imports' time; main() switches it on again
 
 import logging
-from collections.abc import Iterator
 
 import torch
 
@@ -45,6 +44,7 @@ from sana_kit.data.image_set import ImageSet
 from sana_kit.distributed import Ranks, StopSignal
 from sana_kit.errors import EncodingStopped, UserError, run_as_script
 from sana_kit.locks import lock_folder
+from sana_kit.models.folder import Model
 from sana_kit.throughput import PhaseClock
 from sana_kit.training import checkpoints
 from sana_kit.training.check import check, tell_all_ranks
@@ -55,8 +55,7 @@ from sana_kit.training.export import (
     final_weights,
     upload,
     write_card,
-    write_final_weights,
-    write_merged,
+    write_result,
 )
 from sana_kit.training.held_out import HeldOut
 from sana_kit.training.optim import build_optimizer, build_schedule
@@ -65,8 +64,8 @@ from sana_kit.training.recipes import RECIPES, FlowMatching
 from sana_kit.training.recomputation import fit_to_device
 from sana_kit.training.recorder import Recorder, configure_logging, made_lines, summary_line
 from sana_kit.training.samples import Samples, load_samples
-from sana_kit.training.state import TrainState, run_identity
-from sana_kit.training.stream import SampleStream, build_loader, caption_multiple
+from sana_kit.training.state import TrainState
+from sana_kit.training.stream import build_loader, build_stream
 from sana_kit.training.transformer import prepare_transformer
 from sana_kit.training.validation import Validator
 
@@ -116,7 +115,7 @@ def main(config: TrainConfig, process_started: float | None = None) -> int:
     return code
 
 
-def run(config: TrainConfig, base_model, engine: Engine, stop: StopSignal, recorder: Recorder) -> int:
+def run(config: TrainConfig, base_model: Model, engine: Engine, stop: StopSignal, recorder: Recorder) -> int:
     """The run itself, once the output folder is ours; see `main`."""
     ranks, phases = engine.ranks, recorder.phases
 
@@ -130,12 +129,10 @@ def run(config: TrainConfig, base_model, engine: Engine, stop: StopSignal, recor
     # 4. Data: encoded once; VAE and text encoder leave memory
     samples = load_samples(config, base_model, ranks, stop, recorder, resume)
     encoded = samples.encoded
-    micro_step, crops = config.train_batch_size * ranks.world_size, config.crops_per_image
-    order = samples.order(config, micro_step)
-    counts = samples.counts_of_sets(len(config.sets), crops)
+    order = samples.order(config, micro_step=config.train_batch_size * ranks.world_size)
+    counts = samples.counts_of_sets(len(config.sets), config.crops_per_image)
     config, plan = make_plan(config, counts, samples.num_class, ranks.world_size, order)
-    ended = (plan.steps, config.early_stopping, final_weights(config))
-    if ranks.agree(checkpoints.is_finished(config.resume_from_checkpoint, resume, *ended)):
+    if ranks.agree(checkpoints.is_finished(config, resume, plan.steps, final_weights(config))):
         logger.info("this run is finished: %s is there, and nothing is left to do", final_weights(config))
         engine.close()
         return 0
@@ -148,11 +145,9 @@ def run(config: TrainConfig, base_model, engine: Engine, stop: StopSignal, recor
     trainable = [(name, p) for name, p in transformer.named_parameters() if p.requires_grad]
     optimizer = build_optimizer(config, trainable, engine.device)
     schedule = build_schedule(config, optimizer, plan.steps)
-    digests = ranks.agree(samples.digests() if ranks.is_main else None)
-    state = TrainState(config.seed, run_identity(config, plan.num_instance, ranks.world_size, digests))
-    state.run_id = ranks.agree(state.run_id)
+    state = TrainState.begin(config, plan.num_instance, ranks, samples.digests)
     metadata = adapter_metadata(config, base_model, transformer, samples.instruction, encoded.images, state)
-    model, optimizer = engine.prepare(transformer, optimizer, metadata)
+    engine.prepare(transformer, optimizer, metadata)
     average = WeightAverage(engine, config.ema_decay)
 
     # 6. State: what a resumed run needs, by name
@@ -162,41 +157,42 @@ def run(config: TrainConfig, base_model, engine: Engine, stop: StopSignal, recor
 
     # 7. Train
     recipe = RECIPES[base_model.pipeline_class].of(config)
-    chances = {"caption_dropout": config.caption_dropout, "crops": crops}
-    chances["several_captions"] = encoded.several_captions
-    stream = SampleStream(encoded, order, plan.num_class, seed=config.seed, recipe=recipe, **chances)
+    stream = build_stream(config, encoded, order, plan.num_class, recipe)
     state.samples_seen = order.first_position(state.samples_seen)
-    workers, pad = config.dataloader_num_workers, caption_multiple(config)
-    pinned = engine.device.type != "cpu"
-    loader = build_loader(stream, plan, state, ranks, workers=workers, pin_memory=pinned, caption_multiple=pad)
+    loader = build_loader(config, stream, plan, state, ranks, engine.device)
     validator = Validator(config, plan, base_model, engine, encoded, samples.instruction, average, stop)
     held_out = HeldOut(config, plan, engine, encoded, samples.held_out, recipe, average)
     recorder.begin(config, plan, state, stream, encoded, describe(config, plan, base_model, engine.chip))
     phases.mark("engine, checkpoint")
-    if state.global_step == 0:
-        look_first(held_out, validator, state, recorder)
+    look_first(held_out, validator, state, recorder)
     recorder.start_clock()
-    parts = (plan, engine, model, recipe, schedule, samples, iter(loader))
-    stopped = train(*parts, state, average, saver, held_out, validator, recorder, stop)
+    stopped = train(
+        plan, engine, recipe, schedule, samples, loader, state, average, saver, held_out, validator, recorder, stop
+    )
 
     # 8. Leave
     if not stopped:
-        write_final_weights(config, engine, average)
-        if config.save_merged:
-            write_merged(config, base_model, engine)
-        if validator.jobs:
-            drawn = validate(validator, state, recorder)
-            recorder.compare(encoded, samples.num_instance, drawn, stop)
+        write_result(config, base_model, engine, average)
+        look_last(samples, validator, state, recorder, stop)
     return leave(config, engine, encoded.images, state, recorder, stop if stopped else None)
 
 
 def look_first(held_out: HeldOut, validator: Validator, state: TrainState, recorder: Recorder) -> None:
-    """What the model can do before it has learnt anything: the first row of the report."""
+    """What the model can do before it has learnt anything, the first row of the report; nothing of a resumed run."""
+    if state.global_step:
+        return
     if held_out.indices:
         measure(held_out, state, recorder)
     if validator.jobs:
         validate(validator, state, recorder)
     recorder.phases.mark("first validation")
+
+
+def look_last(samples: Samples, validator: Validator, state: TrainState, recorder: Recorder, stop: StopSignal) -> None:
+    """What it has learnt, the last row of the report, and whether that is more than copies of training images."""
+    if validator.jobs:
+        drawn = validate(validator, state, recorder)
+        recorder.compare(samples.encoded, samples.num_instance, drawn, stop)
 
 
 def leave(
@@ -242,11 +238,10 @@ def with_seeds(config: TrainConfig, resume: checkpoints.Resume | None, ranks: Ra
 def train(
     plan: Plan,
     engine: Engine,
-    model: torch.nn.Module,
     recipe: FlowMatching,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     samples: Samples,
-    batches: Iterator[dict[str, torch.Tensor]],
+    loader: torch.utils.data.DataLoader,
     state: TrainState,
     average: WeightAverage,
     saver: checkpoints.Checkpointer,
@@ -259,6 +254,7 @@ def train(
 
     Only the recorder waits for the device, where figures are due. Every part says itself when it is due.
     """
+    batches = iter(loader)
     while state.global_step < plan.steps:
         if not samples.ready(state, plan.samples_per_step, recorder.paused):
             if saver.last_step != state.global_step and state.global_step:
@@ -268,7 +264,7 @@ def train(
         for _ in range(plan.accumulation):
             batch = engine.on_device(next(batches))
             with engine.accumulate():
-                part = recipe.loss(model, batch, engine.compute_dtype)
+                part = recipe.loss(engine.model, batch, engine.compute_dtype)
                 loss += part.detach() / plan.accumulation
                 engine.backward(part)
                 engine.step()

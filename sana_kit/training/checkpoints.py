@@ -142,14 +142,13 @@ def _check_kind(settings: TrainConfig, folder: Path, state: dict) -> None:
         raise UserError(problems, f"{folder} does not fit this run:")
 
 
-def is_finished(
-    wanted: str | None, resume: Resume | None, steps: int, early_stopping: int | None, result: Path
-) -> bool:
+def is_finished(settings: TrainConfig, resume: Resume | None, steps: int, result: Path) -> bool:
     """Whether the run in `result`'s folder has made all its updates and written its result; asked on rank 0.
 
-    Its last checkpoint may be older than its end, or there may be none. Who names a checkpoint (`wanted` is not
-    "latest") goes back to it, unless it is the end itself.
+    Its last checkpoint may be older than its end, or there may be none. Who names a checkpoint instead of "latest"
+    goes back to it, unless it is the end itself.
     """
+    wanted, early_stopping = settings.resume_from_checkpoint, settings.early_stopping
     state = resume.state if resume is not None else {"global_step": 0}
     if early_stopping is not None and state.get("since_best", 0) >= early_stopping:
         steps = state["global_step"]

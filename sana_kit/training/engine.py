@@ -127,6 +127,7 @@ class Engine:
         weight_dtype: what its weights are loaded in: float32 where they are their own masters, else compute_dtype.
         guard: the updates that were left out, and the newest gradient norm.
         named_parameters: (name, parameter) of the trainable ones, after `prepare`.
+        model: what is called in a step, the transformer in the engine's wrappers; after `prepare`.
     """
 
     def __init__(self, accelerator: Accelerator, settings: TrainConfig, launch: LaunchConfig):
@@ -141,7 +142,7 @@ class Engine:
         self.guard = UpdateGuard()
         self.named_parameters: list[tuple[str, torch.nn.Parameter]] = []
         self._holds_result = False
-        self._model: torch.nn.Module | None = None
+        self.model: torch.nn.Module | None = None
         self._transformer: torch.nn.Module | None = None
         self._optimizer: AcceleratedOptimizer | None = None
         self._save_adapter: Callable[[list, list, str], None] | None = None
@@ -201,9 +202,9 @@ class Engine:
             odd = [name for name, p in transformer.named_parameters() if type(p) is not torch.nn.Parameter]
             if odd:  # DDP has no public setting for that (torch 2.1 to 2.13)
                 DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, odd)
-        self._model, self._optimizer = self.accelerator.prepare(transformer, optimizer)
+        self.model, self._optimizer = self.accelerator.prepare(transformer, optimizer)
         self._groups = GroupNumbers(self.base_optimizer)
-        return self._model, self._optimizer
+        return self.model, self._optimizer
 
     def unwrap(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model without the engine's wrappers."""
@@ -233,7 +234,7 @@ class Engine:
     @property
     def _zero(self) -> object:
         """The ZeRO optimizer, None for other engines."""
-        return self._model.optimizer if self.launch.deepspeed else None
+        return self.model.optimizer if self.launch.deepspeed else None
 
     # ------------------------------------------------------------------------------------------------------- the step
 
@@ -243,13 +244,13 @@ class Engine:
 
     def accumulate(self) -> contextlib.AbstractContextManager:
         """Context of one micro-step; gradients are shared between ranks in the last one of an update."""
-        return self.accelerator.accumulate(self._model)
+        return self.accelerator.accumulate(self.model)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of a micro-step's mean loss."""
         if self.launch.deepspeed:
-            self._model.set_gradient_accumulation_boundary(is_boundary=self.accelerator.sync_gradients)
-            self._model.backward(loss)
+            self.model.set_gradient_accumulation_boundary(is_boundary=self.accelerator.sync_gradients)
+            self.model.backward(loss)
         else:
             self.accelerator.backward(loss)
 
@@ -258,7 +259,7 @@ class Engine:
         if not self.accelerator.sync_gradients:
             return
         if self.launch.deepspeed:
-            self.guard.add(*zero.engine_step(self._model))
+            self.guard.add(*zero.engine_step(self.model))
             return
         self.accelerator.unscale_gradients()
         norm = gradient_norm([p for _, p in self.named_parameters], self.max_grad_norm)
@@ -342,12 +343,7 @@ class Engine:
             states = [(name, state_numbers(base.state[p])) for name, p in self.named_parameters if base.state.get(p)]
             numbers = states[0][1] if states else {}
             own = {name: found for name, found in states if found != numbers}
-        return {
-            "class": type(base).__name__,
-            "numbers": numbers,
-            "own_numbers": own,
-            "groups": self._groups.changed(),
-        }
+        return {"class": type(base).__name__, "numbers": numbers, "own_numbers": own, "groups": self._groups.changed()}
 
     def restore_optimizer(self, saved: dict, keys: Sequence[str], read: Callable[[str], torch.Tensor]) -> None:
         """Put masters, optimizer tensors and numbers back, whatever engine and world size wrote them.
@@ -443,11 +439,11 @@ class Engine:
 
     def write_adapter(self, folder: Path) -> None:
         """Write the LoRA adapter into `folder`; every rank calls it, the main one writes."""
-        self._save_adapter([self._model], [], str(folder))
+        self._save_adapter([self.model], [], str(folder))
 
     def check_adapter(self, folder: Path, same_weights: bool) -> None:
         """ValueError unless the adapter in `folder` belongs to this model, and holds the same weights if asked."""
-        check_adapter(str(folder), self.unwrap(self._model), same_weights=same_weights)
+        check_adapter(str(folder), self.unwrap(self.model), same_weights=same_weights)
 
     def nonfinite_weights(self) -> list[str]:
         """Names of trainable parameters that hold a value that is not finite, of those parts that this rank has."""

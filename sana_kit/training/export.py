@@ -80,14 +80,19 @@ def write_merged(config: TrainConfig, base_model: Model, engine: Engine) -> None
     engine.ranks.run_on_all(merge)
 
 
-def write_final_weights(config: TrainConfig, engine: Engine, average: WeightAverage) -> None:
-    """The result in the output folder; with an average that one, and the raw weights in raw/ beside it."""
+def write_result(config: TrainConfig, base_model: Model, engine: Engine, average: WeightAverage) -> None:
+    """The result in the output folder; with an average that one, and the raw weights in raw/ beside it.
+
+    Where it is asked for, transformer/ with the adapter merged into the weights, too.
+    """
     output_dir = Path(config.output_dir)
     engine.check_weights("the result")
     if average and not config.ema_only_final:
         write_weights(config, engine, output_dir / "raw")
     with average.in_model():
         write_weights(config, engine, output_dir)
+    if config.save_merged:
+        write_merged(config, base_model, engine)
 
 
 def write_weights(config: TrainConfig, engine: Engine, output_dir: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 import uuid
+from collections.abc import Callable
 
 import numpy as np
 
@@ -53,6 +54,16 @@ class TrainState:
     stream: dict | None = None
     epoch: float = 0.0
     learning_rate: float = 0.0
+
+    @classmethod
+    def begin(
+        cls, config: TrainConfig, num_images: int, ranks: Ranks, digests: Callable[[], dict[str, str]]
+    ) -> TrainState:
+        """The start of a run, the same on every rank; its images' `digests` are asked for on the main one."""
+        found = ranks.agree(digests() if ranks.is_main else None)
+        state = cls(config.seed, run_identity(config, num_images, ranks.world_size, found))
+        state.run_id = ranks.agree(state.run_id)
+        return state
 
     def advance(self, samples: int, epoch_samples: int, learning_rate: float) -> None:
         """One update of so many samples was made."""

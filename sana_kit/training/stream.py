@@ -112,35 +112,53 @@ class StreamBatchSampler(torch.utils.data.Sampler):
             yield list(range(first, first + self.batch_size))
 
 
+def build_stream(
+    config: TrainConfig,
+    encoded: EncodedDataset,
+    order: PermutationOrder | BucketOrder,
+    num_class: int,
+    recipe: FlowMatching,
+) -> SampleStream:
+    """The stream of a run; see `SampleStream`."""
+    return SampleStream(
+        encoded,
+        order,
+        num_class,
+        seed=config.seed,
+        recipe=recipe,
+        caption_dropout=config.caption_dropout,
+        crops=config.crops_per_image,
+        several_captions=encoded.several_captions,
+    )
+
+
 def build_loader(
+    config: TrainConfig,
     stream: SampleStream,
     plan: Plan,
     state: TrainState,
     ranks: Ranks,
-    *,
-    workers: int,
-    pin_memory: bool,
-    caption_multiple: int,
+    device: torch.device,
 ) -> torch.utils.data.DataLoader:
     """This rank's micro-batches (see `collate`) from where the run stands to its end.
 
     Args:
         plan: steps, batch_size and accumulation of the run (`plan.Plan`).
         state: global_step and samples_seen (`state.TrainState`).
-        workers: processes that make batches ahead; 0: this process does.
-        caption_multiple: of tokens, which captions are padded to.
+        device: that they go to.
     """
+    workers = config.dataloader_num_workers
     steps_left = max(plan.steps - state.global_step, 0)
     return torch.utils.data.DataLoader(
         stream,
         batch_sampler=StreamBatchSampler(
             state.samples_seen, steps_left, plan.batch_size, plan.accumulation, ranks.rank, ranks.world_size
         ),
-        collate_fn=functools.partial(collate, multiple=caption_multiple),
+        collate_fn=functools.partial(collate, multiple=caption_multiple(config)),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         persistent_workers=workers > 0,
-        pin_memory=pin_memory,
+        pin_memory=device.type != "cpu",
         worker_init_fn=prepare_worker,
         # The loader's own draw must not move the state that dropout continues from.
         generator=torch.Generator(),

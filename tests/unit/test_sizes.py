@@ -20,7 +20,6 @@ LONG_FUNCTIONS = {
     "sana_kit/make_quickstart_model.py": ["train_transformer"],  # the script that made the model
     "sana_kit/model_card.py": ["write_model_card"],  # half of it is signature and docstring
     "sana_kit/models/loading.py": ["load_pipeline"],  # half of it is signature and docstring
-    "train_dreambooth_lora_sana.py": ["run"],  # the run from top to bottom
 }
 SOURCES = sorted([*KIT.glob("*.py"), *(KIT / "sana_kit").rglob("*.py")])
 
