@@ -437,8 +437,7 @@ def create_save_model_hook(
 def create_load_model_hook(
     accelerator: Any, unwrap_model: Callable, transformer: torch.nn.Module, args: Any
 ) -> Callable[[list, str], None]:
-    """The hook for `accelerator.register_load_state_pre_hook`: restores the LoRA adapter, or checks it under
-    DeepSpeed.
+    """The hook for `accelerator.register_load_state_pre_hook`: restores the LoRA adapter; under DeepSpeed checks it.
 
     Create it after `transformer.add_adapter(...)` and before `accelerator.prepare(...)`. Of `args` only
     `mixed_precision` is read.
@@ -491,8 +490,9 @@ def create_load_model_hook(
 
 
 def check_adapter(folder: str | os.PathLike, transformer: torch.nn.Module, same_weights: bool) -> None:
-    """Raise one ValueError with every reason why the adapter in `folder` is not that of `transformer`, changing
-    nothing.
+    """Raise one ValueError with every reason why the adapter in `folder` is not that of `transformer`.
+
+    Nothing is changed.
 
     For trainers that keep optimizer and masters in files of their own, as this kit's does: it calls this before they
     are read (`same_weights` False: base model, rank, alpha, keys, shapes) and after (True: the weights too, compared

@@ -1,8 +1,9 @@
 """Which accelerator there is (Ascend NPU, CUDA GPU, CPU) and everything that differs between them, in one place.
 
 Each kind is one entry of `KINDS`: how it is found and prepared, its torch module, the chips with their peaks and
-memory bandwidths, and what of torch works on it. A new kind is one more entry. `python -m sana_kit.doctor` prints what
-was found.
+memory bandwidths, and what of torch works on it. A new kind is one more entry. What there is on a host:
+
+    python -m sana_kit.doctor
 """
 
 from __future__ import annotations

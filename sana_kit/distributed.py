@@ -88,8 +88,7 @@ def check_world_size(num_processes: int) -> None:
     if num_processes != promised:
         raise RuntimeError(
             f"The launcher started {promised} processes, but this process sees a group of {num_processes}: each rank"
-            f" would"
-            " believe that it is alone. Check that every process sees its device (ASCEND_RT_VISIBLE_DEVICES,"
+            " would believe that it is alone. Check that every process sees its device (ASCEND_RT_VISIBLE_DEVICES,"
             " CUDA_VISIBLE_DEVICES); on a host without accelerator start with `accelerate launch --multi_gpu"
             " --num_processes N`, or with the DeepSpeed config."
         )

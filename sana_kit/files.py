@@ -1,7 +1,7 @@
 """Files that are never half-written: atomic writes, hashes, permissions, removal, folder checks, safetensors headers.
 
-Folder locks are in sana_kit/locks.py. Temporary names hold a random part: containers on one file system have equal
-process ids.
+Folder locks are in sana_kit/locks.py. Temporary names hold a random part, since containers that share a file system
+have equal process ids.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 import sys
 import types
 import typing
@@ -38,6 +39,7 @@ T = TypeVar("T")
 
 REQUIRED: Any = dataclasses.MISSING
 Resume = typing.Literal["told", "fixed"]
+_SECRET = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|access_?key)$", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,6 +342,11 @@ def settings_of(config: Any) -> dict[str, Any]:
         for field in dataclasses.fields(part)
         if "flag" in field.metadata
     }
+
+
+def is_secret(name: str) -> bool:
+    """Whether a setting of this name must reach no log, page, card, tracker or settings file."""
+    return _SECRET.search(name) is not None
 
 
 def names_where(config_class: type, wanted: Callable[[Flag], bool]) -> tuple[str, ...]:

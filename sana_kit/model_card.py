@@ -25,20 +25,20 @@ import yaml
 from huggingface_hub import HfApi, ModelCardData
 from PIL import Image
 
+from patch_sana import ADAPTER_FILE
 from sana_kit.card_snippet import snippet
 from sana_kit.data.sets import data_sets, several
 from sana_kit.files import write_atomic
+from sana_kit.flags import is_secret
 from sana_kit.runlog import load_run
 
 MARK = "<!-- Written by sana_kit.model_card. Delete this line to keep your own text: the card is then left alone. -->"
 LICENSE_MARK = "CHOOSE A LICENCE BEFORE PUBLISHING"
 IMAGE_FOLDER = "model_card"
-WEIGHTS = "pytorch_lora_weights.safetensors"
 PLACEHOLDER = "USER/REPOSITORY"  # until the upload knows the name
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 _PACKAGES = ("torch", "torch_npu", "diffusers", "transformers", "accelerate", "deepspeed", "peft", "safetensors")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
-_SECRET_FLAG = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|access_?key)$", re.IGNORECASE)
 _SECRET_TEXT = re.compile(r"hf_[A-Za-z0-9]{16,}|(?<=://)[^/@\s:]+:[^/@\s]+(?=@)")
 REMOVED = "REMOVED"
 # What a run of each mode makes, and how the hub calls its relation to the base model.
@@ -87,7 +87,7 @@ def redact_command(command: str | Sequence[str]) -> str:
             result.append(REMOVED)
             continue
         name, equals, _ = word.partition("=")
-        secret = bool(_SECRET_FLAG.search(name.lstrip("-").replace("-", "_")))
+        secret = is_secret(name.lstrip("-").replace("-", "_"))
         hide_next = secret and word.startswith("--") and not equals
         result.append(f"{name}={REMOVED}" if secret and equals else _SECRET_TEXT.sub(REMOVED, word))
     return shlex.join(result)
@@ -375,8 +375,10 @@ def push(
     if not (output_dir / "README.md").is_file():
         problems.append(f"{output_dir}/README.md: no model card there. `python -m sana_kit.model_card` writes it.")
     folders = [output_dir / part / "config.json" for part in ("transformer", "controlnet")]
-    if not any(path.is_file() for path in (output_dir / WEIGHTS, *folders)):
-        problems.append(f"{output_dir}: neither {WEIGHTS} nor transformer/ nor controlnet/ is there; did the run end?")
+    if not any(path.is_file() for path in (output_dir / ADAPTER_FILE, *folders)):
+        problems.append(
+            f"{output_dir}: neither {ADAPTER_FILE} nor transformer/ nor controlnet/ is there; did the run end?"
+        )
     if problems:
         raise ValueError(" ".join(problems))
     if not _front_matter((output_dir / "README.md").read_text(encoding="utf-8")).get("license"):
@@ -393,7 +395,7 @@ def push(
             repo_id=repo_id,
             folder_path=output_dir,
             commit_message=commit_message,
-            allow_patterns=["README.md", WEIGHTS, f"{IMAGE_FOLDER}/*.png", "transformer/*", "controlnet/*"],
+            allow_patterns=["README.md", ADAPTER_FILE, f"{IMAGE_FOLDER}/*.png", "transformer/*", "controlnet/*"],
         )
     except Exception as error:  # of huggingface_hub, its HTTP client or the network, by version
         again = f"python -m sana_kit.model_card {shlex.quote(str(output_dir))} --push_to_hub {repo_id}"

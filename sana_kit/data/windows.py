@@ -3,8 +3,7 @@
 Epoch after epoch all shards stand in an order drawn from the run's seed; one behind the other the epochs are an
 endless sequence of shards. A few of them are open at once, the lanes. Every window takes the same number of rows of
 each lane; a lane that ends its shard goes on with the next one of the sequence. So each shard is read once an epoch,
-and which rows a window holds depends on seed and shards alone, never on the number of processes or on how far ahead
-anything is.
+and which rows a window holds depends on seed and shards alone, never on the number of processes or on their speed.
 
 Process r of R reads the lanes r, r + R, ...; with fewer lanes than processes some read none. What was read lies in a
 file of each process until it is encoded, which any process may do.
@@ -220,7 +219,7 @@ class WindowReader:
     def _no_room(self, room: int) -> UserError:
         reason = f"{self.size} images of {self.shards.wanted.name} need more than the {room / 1e9:.3g} GB"
         reason += " that are left for a process beside the encodings"
-        return UserError(Problem("encodings_disk_gb", None, reason, "Raise it, or lower --stream_window."))
+        return UserError(Problem("encodings_disk_gb", None, reason, "Raise it, or lower stream_window."))
 
     def _assembled(self, facts: list[_Fact], folder: Path) -> ImageSet:
         """The image set of a window's rows."""

@@ -136,6 +136,6 @@ def decode_latents(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
 def to_pil(image: torch.Tensor) -> Image.Image:
     """(3, H, W) float in [-1, 1] -> 8-bit RGB PIL.Image, rounded to nearest. FloatingPointError on NaN or inf."""
     if not bool(torch.isfinite(image).all()):
-        raise FloatingPointError("the decoded image holds NaN or infinite values; try --dtype bf16 or fp32")
+        raise FloatingPointError("the decoded image holds NaN or infinite values; decode in bf16 or fp32")
     pixels = image.float().mul(0.5).add(0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())

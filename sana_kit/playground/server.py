@@ -57,10 +57,8 @@ class Page:
         # A page elsewhere can send a form here, but no JSON without being asked for leave first.
         if request.headers.get("content-type", "").split(";")[0] != "application/json":
             raise HTTPException(415, "application/json")
-        if (
-            not request.headers.get("content-length", "").isdecimal()
-            or int(request.headers["content-length"]) > _MOST_BYTES
-        ):
+        length = request.headers.get("content-length", "")
+        if not length.isdecimal() or int(length) > _MOST_BYTES:
             raise HTTPException(413)
         try:
             asked = json.loads(await request.body())

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from pathlib import Path
 
+from patch_sana import ADAPTER_FILE
 from sana_kit.data.sets import data_sets
 from sana_kit.files import write_atomic
+from sana_kit.flags import is_secret
 from sana_kit.reports.charts import chart_series, format_seconds, marks_and_events, over_fitting, shorten
 from sana_kit.reports.memorisation import copies_told
 from sana_kit.reports.pages import folder_images, render, spread, unreadable_alert
 from sana_kit.reports.thumbnails import Thumbnails
 from sana_kit.runlog import JsonLinesLog, RunLog, finite_number, load_run
 
-_SECRET = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|access_?key)$", re.IGNORECASE)
 _ROWS, _STEPS, _PAIRS, _SAMPLES = 16, 12, 12, 12  # most prompts, steps of each, pairs and training images shown
 # What the page links to, where it is there: (file, what it is).
 _LINKS = (
-    ("pytorch_lora_weights.safetensors", "LoRA weights"),
+    (ADAPTER_FILE, "LoRA weights"),
     ("transformer", "transformer weights"),
     ("controlnet", "ControlNet weights"),
     ("README.md", "model card"),
@@ -121,7 +121,7 @@ def config_items(configs: list[dict]) -> tuple[list[dict], list[dict]]:
     """
 
     def shown(name: str, value: object) -> str:
-        if _SECRET.search(name) and value not in (None, ""):
+        if is_secret(name) and value not in (None, ""):
             return "(removed)"
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 

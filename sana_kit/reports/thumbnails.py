@@ -48,8 +48,7 @@ class Thumbnails:
     def embed(self, paths: Sequence[Path]) -> dict[Path, dict]:
         """{path: {"src": data URI, "width", "height"}}, as large as fits the page's budget together.
 
-        Images that cannot be read are left out and listed in `unreadable`; {} when even the smallest size is
-        too much.
+        Images that cannot be read are left out and listed in `unreadable`; {} when the smallest size is too much.
         """
         paths, budget = list(dict.fromkeys(paths)), _IMAGE_BUDGET_BYTES
         for rung in _LADDER:

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from patch_sana import ADAPTER_FILE
 from sana_kit.errors import CheckpointError, Problem, UserError
 from sana_kit.files import apply_umask, file_sha256, remove_leftovers, remove_tree, sync_path
 
@@ -36,7 +37,7 @@ RUN_FILES = (
     ".report_cache",
     "README.md",
     "README.generated.md",
-    "pytorch_lora_weights.safetensors",
+    ADAPTER_FILE,
     "transformer",
     "controlnet",
     "sana_kit_base.json",

@@ -72,7 +72,6 @@ __all__ = ["Checkpointer", "Resume", "find_damage", "list_checkpoints", "start_o
 
 logger = logging.getLogger("sana")
 
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 AVERAGE_STEM = "ema"
 # Of a run that trains no adapter: folder and stem of the weights' files.
 MODEL_FOLDERS = {"full": "transformer", "controlnet": "controlnet"}
@@ -324,8 +323,8 @@ class Checkpointer:
     def load(self, resume: Resume | None) -> list[str]:
         """Go on from `resume`, or begin: weights, optimizer, schedule, loss scale, random states, and the state.
 
-        Later checkpoints of the folder are set aside. Returns what differs from the run that wrote the checkpoint,
-        as sentences.
+        Later checkpoints of the folder are set aside. Returns a sentence for each thing that differs from the run
+        that wrote the checkpoint.
 
         Raises:
             CheckpointError: the checkpoint does not fit this model or optimizer.

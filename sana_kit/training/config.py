@@ -15,7 +15,7 @@ import yaml
 
 from sana_kit.data.sets import absolute
 from sana_kit.files import write_atomic
-from sana_kit.flags import Flag, Sections, parse, section, settings_of
+from sana_kit.flags import Flag, Sections, is_secret, parse, section, settings_of
 from sana_kit.training.settings import (
     AdapterConfig,
     CheckpointConfig,
@@ -34,7 +34,6 @@ from sana_kit.training.settings import (
 )
 
 RUN_FILE = "run.yaml"
-SECRETS = ("hub_token",)
 # What belongs to one start of a run and not to the run.
 _OF_ONE_START: tuple[str, ...] = ("config", "dry_run", "dry_run_processes", "local_rank", "resume_from_checkpoint")
 _OF_ONE_START += ("overwrite_output_dir",)
@@ -66,7 +65,7 @@ class TrainConfig(Sections):
 
     def public(self) -> dict[str, object]:
         """All settings by name without secrets: for logs, trackers, the report and the model card."""
-        return {name: value for name, value in settings_of(self).items() if name not in SECRETS}
+        return {name: value for name, value in settings_of(self).items() if not is_secret(name)}
 
     def save(self, folder: Path) -> Path:
         """Write run.yaml, which `--config` starts the same run from, into `folder`; paths in it are absolute."""
@@ -80,7 +79,7 @@ class TrainConfig(Sections):
             part, values = getattr(self, field.name), {}
             for setting in dataclasses.fields(part):
                 value = getattr(part, setting.name)
-                if setting.name in (*SECRETS, *_OF_ONE_START) or value is None:
+                if is_secret(setting.name) or setting.name in _OF_ONE_START or value is None:
                     continue
                 values[setting.name] = _as_written(value, setting.metadata["flag"])
             if values:

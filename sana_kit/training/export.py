@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from patch_sana import base_model_fingerprint
+from patch_sana import ADAPTER_FILE, base_model_fingerprint
 from sana_kit import model_card
 from sana_kit.data.image_set import ImageSet
 from sana_kit.errors import CheckpointError, UserError
@@ -40,7 +40,7 @@ def write_model(engine: Engine, config: TrainConfig, folder: Path) -> None:
 
 def upcast_adapter(folder: Path, masters: dict) -> None:
     """Rewrite the adapter file with float32 masters, for --upcast_before_saving under an engine with bf16 weights."""
-    path = folder / checkpoints.ADAPTER_FILE
+    path = folder / ADAPTER_FILE
     with safe_open(path, framework="pt") as handle:
         metadata, keys = handle.metadata(), list(handle.keys())
         tensors = {}
@@ -138,7 +138,7 @@ def _trigger(config: TrainConfig, images: ImageSet) -> str | None:
 
 def final_weights(config: TrainConfig) -> Path:
     """Where the result of a finished run lies."""
-    return Path(config.output_dir, checkpoints.MODEL_FOLDERS.get(config.train_mode, checkpoints.ADAPTER_FILE))
+    return Path(config.output_dir, checkpoints.MODEL_FOLDERS.get(config.train_mode, ADAPTER_FILE))
 
 
 def adapter_metadata(

@@ -39,7 +39,7 @@ def make_run_folder(tmp_path):
                 (folder / file).parent.mkdir(parents=True, exist_ok=True)
                 Image.new("RGB", (1600, 800), "red" if step else "gray").save(folder / file)
             log.write("validation", step=step, files=files, prompts=prompts, seeds=[8, 8])
-    (folder / model_card.WEIGHTS).write_bytes(b"weights" * 1000)
+    (folder / model_card.ADAPTER_FILE).write_bytes(b"weights" * 1000)
     (folder / "checkpoint-500").mkdir()
     (folder / "checkpoint-500" / "optimizer.bin").write_bytes(b"state")
     (folder / "encodings").mkdir()

@@ -174,7 +174,7 @@ def test_push_uploads_card_images_and_weights_and_nothing_else(run_folder, tmp_p
     assert model_card.LICENSE_MARK in done.stderr  # told, not decided
     assert set(hub.files) == {
         "README.md",
-        model_card.WEIGHTS,
+        model_card.ADAPTER_FILE,
         *(f"model_card/{name}_0{number}.png" for name in ("before", "image") for number in (0, 1)),
     }
     for name, content in hub.files.items():
@@ -192,11 +192,11 @@ def test_push_refused_by_the_hub_names_the_remedy(run_folder, tmp_path, hub):
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "tester/my-lora could not be uploaded" in done.stderr and "hf auth login" in done.stderr
     assert "--push_to_hub tester/my-lora" in done.stderr
-    assert (run_folder / "README.md").is_file() and (run_folder / model_card.WEIGHTS).is_file()
+    assert (run_folder / "README.md").is_file() and (run_folder / model_card.ADAPTER_FILE).is_file()
 
 
 def test_push_checks_before_it_asks_the_hub(tmp_path):
     with pytest.raises(ValueError) as error:
         model_card.push(tmp_path, "not a name", token=TOKEN)
-    for part in ("--hub_model_id=not a name", "no model card", model_card.WEIGHTS):
+    for part in ("--hub_model_id=not a name", "no model card", model_card.ADAPTER_FILE):
         assert part in str(error.value)
