@@ -10,6 +10,7 @@ The text is in model_card_template.md.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import yaml
@@ -182,7 +184,7 @@ def _copy_images(output_dir: Path, images: Sequence[dict], prefix: str, limit: i
             copy = opened.convert("RGB")
         copy.thumbnail((1024, 1024), Image.Resampling.LANCZOS)
         path = folder / f"{prefix}_{number:02d}.png"
-        write_atomic(path, lambda file, copy=copy: copy.save(file, "PNG", optimize=True))
+        write_atomic(path, functools.partial(copy.save, format="PNG", optimize=True))
         copies.append({**entry, "url": f"{IMAGE_FOLDER}/{path.name}"})
     for stale in folder.glob(f"{prefix}_*.png"):
         if not any(copy["url"].endswith(stale.name) for copy in copies):
@@ -324,21 +326,21 @@ def _where_to_write(output_dir: Path) -> tuple[Path, dict]:
     return (output_dir / "README.generated.md" if previous and MARK not in previous else path), kept
 
 
-def _card_data(base: object, data: object, mode: str, licence: dict, trigger: str | None, widget: list[dict]) -> str:
+def _card_data(base: str, data: list[str], mode: str, licence: dict, trigger: str | None, widget: list[dict]) -> str:
     """The front matter as YAML."""
     tags = ["text-to-image", "diffusers", "diffusers-training", "sana", "sana-diffusers"]
     tags += {"lora": ["lora", "template:sd-lora"], "controlnet": ["controlnet"]}.get(mode, [])
-    relation = {"base_model_relation": _TRAINED[mode][1]} if base else {}
+    more: dict[str, Any] = {"base_model_relation": _TRAINED[mode][1]} if base else {}
+    more |= licence
+    more |= {"instance_prompt": trigger} if trigger else {}
+    more |= {"widget": widget} if widget else {}
     card = ModelCardData(
         base_model=base,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=tags,
         datasets=data or None,
-        **relation,
-        **licence,
-        **({"instance_prompt": trigger} if trigger else {}),
-        **({"widget": widget} if widget else {}),
+        **more,
     )
     mark = "" if licence else f"# {LICENSE_MARK}: put e.g. `license: apache-2.0` in place of this line\n"
     return mark + card.to_yaml()

@@ -6,6 +6,7 @@ Printed by `python -m sana_kit.flops --step` and by tests/benchmarks/bench_roofl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -82,7 +83,7 @@ def count_steps(
     tokens: int,
 ) -> dict[str, roofline.StepCount]:
     """Title -> counted step, for every step and block."""
-    shape = {"latent_hw": latent_hw, "images": images, "tokens": tokens}
+    shape: dict[str, Any] = {"latent_hw": latent_hw, "images": images, "tokens": tokens}
     return {f"{step}, {block} block": count_step(config, step, block, **shape) for step in steps for block in blocks}
 
 

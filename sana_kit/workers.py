@@ -68,4 +68,4 @@ def prepare_worker(worker: int) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     tempfile.tempdir = socket_folder()
     # The hook that multiprocessing calls when its sending thread fails (Python 3.6 to 3.14); it only prints.
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]

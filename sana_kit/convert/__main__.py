@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sana_kit.errors import Problem, UserError, run_as_script
 from sana_kit.files import check_output_folder, expand, read_header
@@ -39,7 +40,7 @@ def is_adapter(source: Path) -> bool:
         raise UserError(Problem("in", source, f"cannot be used: {error}")) from None
 
 
-def convert(source: str, target: str, layout: str, **options: object) -> list[str]:
+def convert(source: str, target: str, layout: str, **options: Any) -> list[str]:
     """Convert `source` to `target` in `layout`; returns lines for the user.
 
     Args:

@@ -51,7 +51,7 @@ class Options:
     base: str | None = None
 
 
-def model_class(name: str) -> type:
+def model_class(name: str) -> type[Any]:
     """diffusers' class of a folder's config."""
     import diffusers
 
@@ -241,7 +241,9 @@ def _layers(state: Mapping[str, torch.Tensor], prefix: str) -> int:
     return max(numbers, default=-1) + 1
 
 
-def _sample_size(state, options: Options, given: dict | None, patch: int, problems: list[Problem]) -> int:
+def _sample_size(
+    state: Mapping[str, torch.Tensor], options: Options, given: dict | None, patch: int, problems: list[Problem]
+) -> int:
     """Latents of a side that the checkpoint was trained at."""
     asked = options.image_size // 32 if options.image_size else None
     asked = given["sample_size"] if given and asked is None else asked

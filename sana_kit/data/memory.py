@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -86,6 +86,18 @@ def file_identity(paths: list[str]) -> str | None:
     return json.dumps(found)
 
 
+@runtime_checkable
+class Identified(Protocol):
+    """A source that says what stands for all its rows; None where nothing does."""
+
+    def identity(self) -> str | None: ...
+
+
+def _are_files(source: ImageSource) -> TypeGuard[FileSource]:
+    """Whether each row is a file of its own."""
+    return hasattr(source, "names")
+
+
 class Memory:
     """A folder of remembered facts; None: nothing is remembered. A folder that cannot be written is no error."""
 
@@ -123,9 +135,9 @@ class Memory:
     def recall_headers(self, source: ImageSource) -> Headers:
         """What is known of a source's rows."""
         if self.folder is not None:
-            if hasattr(source, "names"):
+            if _are_files(source):
                 return self._recall_files(source)
-            identity = source.identity()
+            identity = source.identity() if isinstance(source, Identified) else None
             found = self._read(self._path("table", identity)) if identity else None
             if found is not None and len(found[0]["kind"]) == len(source):
                 return _headers(found[0])
@@ -144,14 +156,14 @@ class Memory:
             ),
             "kind": pa.array(headers.kinds),
         }
-        if hasattr(source, "names"):
+        if _are_files(source):
             bytes_, changed = stat_files(source)
             unsettled = time.time_ns() - changed < SETTLED_NS
             columns["kind"] = pa.array(np.where(unsettled, UNKNOWN, headers.kinds).astype(np.uint8))
             columns |= {"name": source.names.array, "bytes": pa.array(bytes_), "changed": pa.array(changed)}
             self._write(self._path(source.remembered_as, source.root), columns, {})
             return
-        identity = source.identity()
+        identity = source.identity() if isinstance(source, Identified) else None
         if identity:
             self._write(self._path("table", identity), columns, {})
 

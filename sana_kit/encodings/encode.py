@@ -81,8 +81,8 @@ def encode(
         identity = peers.run(lambda: Identity.of(base_model))
         claim = Claim(peers.store) if ranks.is_local_main else None
         try:
-            made_of = {"settings": settings, "identity": identity, "extra_prompts": list(extra_prompts), "seed": seed}
-            make_plan = partial(EncodingPlan, **made_of, tell=tell)
+            given = {"settings": settings, "identity": identity, "extra_prompts": list(extra_prompts)}
+            make_plan: Callable[[ImageSet], EncodingPlan] = partial(EncodingPlan, **given, seed=seed, tell=tell)  # type: ignore[arg-type]
             plan, work = _complete_plan(make_plan, images, encoders or Encoders(base_model), peers, tell)
         except BaseException:
             if claim is not None:

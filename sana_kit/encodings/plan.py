@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,7 +33,7 @@ PARTS = ("latents", "prompts")  # the store's folders of shards
 # Bytes of a prompt's key that are kept to find it again; 128 bits leave no room for two prompts with one name.
 SHORT_KEY = 16
 
-ExtraPrompts = list[tuple[str, list[str] | None]]
+ExtraPrompts = Sequence[tuple[str, list[str] | None]]
 
 
 def prompt_keys(settings: EncodingSettings, identity: Identity) -> PromptKeys:

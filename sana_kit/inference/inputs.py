@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from sana_kit.data.decode import inspect_image
 from sana_kit.errors import ImageError, Problem
@@ -78,7 +79,7 @@ def plan_inputs(
 
 def _of_prompt(prompt: Prompt, settings: InputSettings, model: Model, steps: int, reader: _Reader) -> Inputs:
     """The inputs of one prompt; what is wrong goes to the reader's problems."""
-    images = {}
+    images: dict[str, Any] = {}
     for field in ("init_image", "mask_image", "control_image"):
         own, flag = getattr(prompt, field), getattr(settings, field)
         if own or flag:
@@ -101,7 +102,7 @@ def _of_prompt(prompt: Prompt, settings: InputSettings, model: Model, steps: int
     if init and mask and (init.width, init.height) != (mask.width, mask.height):
         sizes = f"is {mask.width}x{mask.height} px, and the init image {init.width}x{init.height}"
         reader.problems.append(Problem("mask_image", mask.path, sizes, "Give a mask of the image's size."))
-    scales = {"control_scale": settings.control_scale} if "control_image" in images else {}
+    scales: dict[str, Any] = {"control_scale": settings.control_scale} if "control_image" in images else {}
     return Inputs(**images, **scales, strength=strength, pag_scale=settings.pag_scale)
 
 

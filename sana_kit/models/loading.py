@@ -237,8 +237,8 @@ def load_pipeline(
     model, lora = model_path, lora_weights
     problems: list[Problem] = []
     if not isinstance(model, Model):
-        where = {"base_model": base_model, "revision": revision, "variant": variant, "cache_dir": cache_dir}
-        model, problems = find_model(model, dtype=dtype, members=MEMBERS, **where)
+        where: dict[str, Any] = {"base_model": base_model, "revision": revision, "variant": variant}
+        model, problems = find_model(model, dtype=dtype, members=MEMBERS, cache_dir=cache_dir, **where)
     if model is not None:
         problems += check_scheduler(model, scheduler)
     if model is not None and isinstance(lora, str):

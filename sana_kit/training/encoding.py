@@ -38,5 +38,5 @@ def encoding_settings(config: TrainConfig, base_model: Model, instruction: Seque
 
 def extra_prompts(config: TrainConfig, instruction: list[str] | None) -> ExtraPrompts:
     """The prompts that are no captions: those of the validation, and the empty one where it is needed."""
-    prompts: ExtraPrompts = [(prompt, instruction) for prompt in config.validation.prompts]
+    prompts: list[tuple[str, list[str] | None]] = [(prompt, instruction) for prompt in config.validation.prompts]
     return prompts + ([("", None)] if prompts or config.caption_dropout else [])

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Mapping, Set
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sana_kit.errors import Problem
 
@@ -69,7 +69,7 @@ class LaunchConfig:
         foreign = next((name for variable, name in _FOREIGN_ENGINES if _true(env.get(variable))), None)
         deepspeed = _true(env.get("ACCELERATE_USE_DEEPSPEED"))
         steps, clip = env.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS"), env.get("ACCELERATE_GRADIENT_CLIPPING")
-        found = {
+        found: dict[str, Any] = {
             "deepspeed": deepspeed,
             "foreign": foreign,
             "mixed_precision": env.get("ACCELERATE_MIXED_PRECISION", "no"),
@@ -81,7 +81,7 @@ class LaunchConfig:
         found["zero_stage"] = int(env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))
         found["offload"] = _given(env.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"))
         file = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-        if _given(file):
+        if file is not None and _given(file):
             found.update(_read_file(file, found["mixed_precision"]))
         return cls(**found)
 
@@ -112,7 +112,8 @@ def _read_file(file: str, launched: str) -> dict:
     if len(on) == 2:
         problems.append(("both bf16 and fp16 are enabled in it", "Keep one of them."))
     zero = config.get("zero_optimization") or {}
-    found = {"file": file, "file_problems": tuple(problems), "mixed_precision": on[0] if len(on) == 1 else launched}
+    precision = on[0] if len(on) == 1 else launched
+    found: dict[str, Any] = {"file": file, "file_problems": tuple(problems), "mixed_precision": precision}
     if on and launched not in ("no", on[0]):
         reason = f"it enables {on[0]}, while the accelerate config says mixed_precision: {launched}"
         found["file_problems"] += ((reason, "Make both the same."),)

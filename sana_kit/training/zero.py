@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -60,7 +60,7 @@ def leave_out_muon_compilation() -> None:
         missing = True
     if missing or name in sys.modules:
         return
-    compiler = importlib.import_module("deepspeed.runtime.compiler")
+    compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
     compile_, compiler.compile = compiler.compile, lambda *args, **kwargs: lambda function: function
     try:
         importlib.import_module(name)

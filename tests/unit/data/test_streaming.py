@@ -139,7 +139,7 @@ def test_bad_images_end_the_run_by_name_or_are_left_out(tmp_path):
 
 def test_a_window_that_needs_more_room_than_is_left_is_refused(tmp_path):
     source = reader(find_shards(wanted(write_shards(tmp_path / "d", [8]))))
-    with pytest.raises(UserError, match="encodings_disk_gb.*lower --stream_window"):
+    with pytest.raises(UserError, match="encodings_disk_gb.*lower stream_window"):
         source.read(tmp_path / "spool", 200, lambda: False)
     assert sum(path.stat().st_size for path in (tmp_path / "spool").iterdir()) <= 200
 
