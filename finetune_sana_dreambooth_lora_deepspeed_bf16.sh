@@ -328,12 +328,12 @@ else
   # The shipped model is small: both sides are drawn at once, each on half of a host's cores (threads that wait for one
   # another spinning take several times as long where others use the cores, too). What the first says is shown if it fails.
   cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores < 4 ? 1 : cores < 16 ? cores / 2 : 8))}
-  export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+  half=(env "OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores < 4 ? 1 : cores < 16 ? cores / 2 : 8))}"
+    "OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}")
   said=$(mktemp) || exit 1
-  setsid "${before[@]}" >"$said" 2>&1 &
+  setsid "${half[@]}" "${before[@]}" >"$said" 2>&1 &
   first=$!
-  setsid "${after[@]}" &
+  setsid "${half[@]}" "${after[@]}" &
   children=("$first" $!)
   await $!; status=$?
   [ $status -eq 0 ] || kill "$first" 2>/dev/null

@@ -8,7 +8,6 @@ keeps a run from starting, 0 otherwise. Imports nothing heavy before it can say 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib.metadata
 import os
@@ -18,8 +17,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from sana_kit import devices
 from sana_kit.environment import SUPPORTED
+from sana_kit.flags import Parser, PlainHelp
 
 # First and last version that the suite ran on; others may work.
 TESTED = {
@@ -172,6 +171,8 @@ def _torch_imports(found: Findings, torch_npu: str | None) -> bool:
 def _examine_devices(found: Findings, ascend_host: bool) -> None:
     import torch
 
+    from sana_kit import devices  # with torch
+
     kind = found.kind = devices.accelerator_type()
     found.count = devices.device_count()
     if kind == "cpu":
@@ -211,9 +212,7 @@ def _examine_variables(found: Findings) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print what the host has; 1 if something keeps a run from starting, else 0."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sana_kit.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m sana_kit.doctor", description=__doc__, formatter_class=PlainHelp)
     parser.parse_args(arguments)
     found = examine()
     print("\n".join(found.lines))

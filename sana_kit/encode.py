@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         UserError: all problems with the flags, before a weight is loaded; images or captions that cannot be used.
     """
-    config = parse_args(argv)
+    config = parse_args(argv, "Encode a data set without training, for many runs; the flags are the trainer's.")
     if config.encodings_dir is None:
         raise UserError(Problem("encodings_dir", None, "needed: it says where the encodings go", "Name a folder."))
     if config.streaming:

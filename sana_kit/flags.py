@@ -24,6 +24,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import re
 import sys
 import types
@@ -59,6 +60,7 @@ class Flag:
     metavar: str | None
     convert: Callable[[str], Any] | None
     resume: Resume | None
+    heading: str | None
 
 
 def flag(
@@ -77,6 +79,7 @@ def flag(
     metavar: str | None = None,
     convert: Callable[[str], Any] | None = None,
     resume: Resume | None = None,
+    heading: str | None = None,
 ) -> Any:
     """A dataclass field that is a setting; its flag is `--` and the field's name, its type the field's annotation.
 
@@ -94,6 +97,7 @@ def flag(
         convert: makes the value from the text, instead of the annotation's type; ArgumentTypeError where it cannot.
         resume: of a run that goes on from a checkpoint with another value: "told" where it trains on differently,
             "fixed" where the checkpoint's tensors do not fit and it is refused; None where it may change freely.
+        heading: in `--help` this flag and those after it stand under a heading of their own, behind the section's.
     """
     settings = Flag(
         help,
@@ -109,6 +113,7 @@ def flag(
         metavar,
         convert,
         resume,
+        heading,
     )
     if default is REQUIRED:
         return dataclasses.field(metadata={"flag": settings}, kw_only=True)
@@ -120,11 +125,20 @@ def section(title: str) -> Any:
     return dataclasses.field(metadata={"title": title})
 
 
+def _program() -> str | None:
+    """`python -m sana_kit.playground` where that is what was typed; None: the script's name."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None or not spec.name.startswith("sana_kit.") or spec.origin != os.path.abspath(sys.argv[0]):
+        return None
+    return f"python -m {spec.name.removesuffix('.__main__')}"
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser without abbreviations, which names the nearest flag for a misspelt one."""
 
     def __init__(self, **kwargs: Any):
-        kwargs.setdefault("formatter_class", _Help)
+        kwargs.setdefault("formatter_class", Help)
+        kwargs.setdefault("prog", _program())
         super().__init__(allow_abbrev=False, **kwargs)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -143,16 +157,32 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n(--help lists all flags)\n")
 
 
-class _Help(argparse.HelpFormatter):
-    """Defaults behind the help of flags that have a value."""
+_TELLS_DEFAULT = re.compile(r"(?<!')\bdefault\b", re.IGNORECASE)  # 'default' in quotes is a value
+
+
+class Help(argparse.HelpFormatter):
+    """Each flag's default behind its help, where that does not tell it; a short word for its value."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        shown = action.default
-        if not action.help or action.const is not None or shown in (None, argparse.SUPPRESS, ()) or shown is False:
-            return action.help
-        if isinstance(shown, (tuple, list)):
+        shown, told = action.default, action.help or ""
+        if not told or not action.option_strings or shown == argparse.SUPPRESS or _TELLS_DEFAULT.search(told):
+            return told.replace("%", "%%")
+        if isinstance(shown, bool) and action.nargs == 0:  # a switch: not given
+            shown = "off"
+        elif isinstance(shown, (tuple, list)):
             shown = " ".join(map(str, shown))
-        return f"{action.help.rstrip('.')} (default: {shown})".replace("%", "%%")
+        behind = "required" if action.required else f"default: {'none' if shown in (None, '') else shown}"
+        told = told if told.endswith("...") else told.removesuffix(".")
+        return f"{told} ({behind})".replace("%", "%%")
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        if action.type in (int, float):
+            return "N" if action.type is int else "X"
+        return super()._get_default_metavar_for_optional(action).rpartition("_")[2]
+
+
+class PlainHelp(Help, argparse.RawDescriptionHelpFormatter):
+    """The same below a description that keeps its lines."""
 
 
 def _boolean(text: str) -> bool:
@@ -247,6 +277,8 @@ def make_parser(
         group, hints = parser.add_argument_group(title), typing.get_type_hints(section_class)
         for field in dataclasses.fields(section_class):
             if "flag" in field.metadata:
+                if heading := field.metadata["flag"].heading:
+                    group = parser.add_argument_group(f"{title}: {heading}")
                 _add(group, field, hints[field.name], defaults.get(field.name, field.default))
     return parser
 

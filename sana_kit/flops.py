@@ -30,7 +30,7 @@ from sana_kit.arithmetic import (
     vae_encode_ops,
     vae_halves,
 )
-from sana_kit.devices import chips, find_chip
+from sana_kit.flags import Parser
 
 
 def load_configs(name: str) -> tuple[Mapping, Mapping, Mapping, str]:
@@ -76,6 +76,8 @@ def _vae_factor(vae_config: Mapping) -> int:
 
 def _chip(options: argparse.Namespace) -> tuple[float | None, float | None]:
     """(peak in FLOP/s, memory bandwidth in bytes/s) by name or by flags; None where not given or not known."""
+    from sana_kit.devices import chips, find_chip  # with torch
+
     peak, bandwidth = options.peak_tflops, options.bandwidth_tbs
     known = find_chip(options.chip) if options.chip else None
     if options.chip and known is None and peak is None:
@@ -253,21 +255,21 @@ def print_steps(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sana_kit.flops", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m sana_kit.flops", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--config", default="1600M", help=f"{', '.join(TRANSFORMERS)}, or a model folder (default 1600M)")
-    add("--resolution", type=int, default=1024, help="pixels of a square image (default 1024)")
-    add("--caption_tokens", type=int, default=300, help="tokens per caption, padding included (default 300)")
-    add("--mode", choices=("lora", "full", "controlnet"), default="lora", help="what is trained (default lora)")
-    add("--rank", type=int, default=4, help="LoRA rank (default 4)")
+    add("--config", default="1600M", help=f"{', '.join(TRANSFORMERS)}, or a model folder")
+    add("--resolution", type=int, default=1024, help="pixels of a square image")
+    add("--caption_tokens", type=int, default=300, help="tokens per caption, padding included")
+    add("--mode", choices=("lora", "full", "controlnet"), default="lora", help="what is trained")
+    add("--rank", type=int, default=4, help="LoRA rank")
     add("--gradient_checkpointing", action="store_true", help="the run recomputes each block")
-    add("--batch_size", type=int, default=8, help="images per device and pass (default 8)")
-    add("--num_inference_steps", type=int, default=28, help="denoising steps (default 28)")
-    add("--guidance_scale", type=float, default=2.0, help="above 1 each denoising step runs twice (default 2)")
+    add("--batch_size", type=int, default=8, help="images per device and pass")
+    add("--num_inference_steps", type=int, default=28, help="denoising steps")
+    add("--guidance_scale", type=float, default=2.0, help="above 1 each denoising step runs twice")
     add("--chip", help="910B, 910B1 to 910B4, A100, H100, ...")
     add("--peak_tflops", type=float, help="dense bf16 peak in TFLOP/s of a chip that is not known by name")
     add("--bandwidth_tbs", type=float, help="its memory bandwidth in TB/s")
-    add("--devices", type=int, default=1, help="devices of the run (default 1)")
+    add("--devices", type=int, default=1, help="devices of the run")
     add("--images_per_second", type=float, help="measured training throughput of all devices together")
     add("--step", action="store_true", help="count a step's bytes, kernels and roofline time instead, op by op")
     add("--json", action="store_true", help="print the figures as JSON")

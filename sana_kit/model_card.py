@@ -9,7 +9,6 @@ The text is in model_card_template.md.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import os
@@ -31,7 +30,7 @@ from patch_sana import ADAPTER_FILE
 from sana_kit.card_snippet import snippet
 from sana_kit.data.sets import data_sets, several
 from sana_kit.files import write_atomic
-from sana_kit.flags import is_secret
+from sana_kit.flags import Parser, is_secret
 from sana_kit.runlog import load_run
 
 MARK = "<!-- Written by sana_kit.model_card. Delete this line to keep your own text: the card is then left alone. -->"
@@ -410,7 +409,7 @@ def push(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sana_kit.model_card", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m sana_kit.model_card", description=__doc__.splitlines()[0])
     parser.add_argument("output_dir", help="output folder of a training run")
     parser.add_argument("--license", help="licence id of the hub, such as apache-2.0")
     parser.add_argument("--push_to_hub", metavar="USER/NAME", help="upload card, images and weights there")

@@ -10,7 +10,6 @@ was changed in between is lost unseen. `cp -r KIT/* PATH/diffusers/examples/drea
 
 from __future__ import annotations
 
-import argparse
 import collections
 import json
 import os
@@ -21,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sana_kit.files import file_sha256, write_atomic
+from sana_kit.flags import Parser
 
 KIT = Path(__file__).resolve().parent.parent
 TARGET = Path("examples") / "dreambooth"
@@ -228,7 +228,7 @@ def _tidy(target: Path, record: dict) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sana_kit.overlay", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m sana_kit.overlay", description=__doc__.splitlines()[0])
     parser.add_argument("diffusers", help="a diffusers checkout")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
     parser.add_argument("--undo", action="store_true", help="restore what was there before")

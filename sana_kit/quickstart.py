@@ -30,6 +30,7 @@ from PIL import Image
 
 from sana_kit.errors import ImageError
 from sana_kit.files import file_sha256
+from sana_kit.flags import Parser, PlainHelp
 from sana_kit.reports.before_after import COLUMNS, Pair, before_after_sheet, read_images
 from sana_kit.reports.colours import SIDE as PIXELS
 from sana_kit.reports.colours import colour_distance, colour_quantiles, pixels_of, quantile_distance
@@ -434,12 +435,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m sana_kit.quickstart",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="python -m sana_kit.quickstart", description=__doc__, formatter_class=PlainHelp)
     parser.add_argument("--folder", help="Copy model and data set there first; default: use them where they are.")
     parser.add_argument(
         "--print", dest="printed", choices=PRINTABLE, help="Check the files and print this, one item a line."

@@ -12,13 +12,13 @@ are other control images; make them beforehand and name their folder.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from PIL import Image, ImageChops, ImageFilter, ImageOps
 
 from sana_kit.data.decode import decode_image
+from sana_kit.flags import Parser
 
 VERSION = 1  # raise it when the same image gives other outlines
 BLUR, GAIN = 1.0, 2.0
@@ -34,7 +34,7 @@ def outlines(image: Image.Image) -> Image.Image:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sana_kit.data.outlines", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m sana_kit.data.outlines", description=__doc__.splitlines()[0])
     parser.add_argument("image", help="image file")
     parser.add_argument("outlines", help="file to write")
     parser.add_argument("--width", type=int, help="of the outlines, in pixels; default the image's")

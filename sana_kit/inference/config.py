@@ -32,7 +32,12 @@ class ModelSettings:
     revision: str | None = flag(None, "revision of a hub model: branch, tag or commit")
     variant: str | None = flag(None, "variant of the weights files, such as fp16; parts without it take plain files")
     cache_dir: str | None = flag(None, "where hub models are kept; default: huggingface_hub's own", path=True)
-    dtype: str = flag("bf16", "of the transformer (fp16: not for bf16 weights)", choices=("bf16", "fp32", "fp16"))
+    dtype: str = flag(
+        "bf16",
+        "of the transformer (fp16: not for bf16 weights)",
+        choices=("bf16", "fp32", "fp16"),
+        heading="precision and speed",
+    )
     vae_dtype: str | None = flag(
         None, "of the VAE's decoder; default: bf16, and fp32 where --dtype is fp32", choices=("bf16", "fp32")
     )
@@ -71,7 +76,7 @@ class LoraSettings:
         (),
         "adapter: a safetensors file of any layout (diffusers, PEFT, kohya, ComfyUI, LyCORIS), or a folder that holds"
         " pytorch_lora_weights.safetensors; PATH:0.8 gives it a strength, and several are separated by blanks or"
-        " commas",
+        " commas; default: none, of the LoRA script ./output/pytorch_lora_weights.safetensors",
         repeat=True,
         many=True,
         path=True,
@@ -100,7 +105,9 @@ class ImageSettings:
         None, "for every prompt (SANA-Sprint takes none); default: the one in the prompts file, else the empty text"
     )
     seeds: tuple[int, ...] = flag(DEFAULT_SEEDS, "one image per prompt each", low=-(2**63), high=2**64 - 1)
-    num_inference_steps: int | None = flag(None, "denoising steps; default: 28, of SANA-Sprint 2", low=1)
+    num_inference_steps: int | None = flag(
+        None, "denoising steps; default: 28, of SANA-Sprint 2", low=1, heading="steps, sizes, texts"
+    )
     guidance_scale: float | None = flag(
         None,
         "classifier-free guidance, 1 and below: none; of SANA-Sprint an input of the model; default: 2.0, of"

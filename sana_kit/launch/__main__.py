@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sana_kit.errors import Problem, UserError, show_error
+from sana_kit.flags import Parser, PlainHelp
 from sana_kit.quiet import SIGNAL_NAMES, leave_on_signals, quiet_libraries
 from sana_kit.training.config import TrainConfig, parse_args
 
@@ -158,9 +159,7 @@ def run(launch: Launch, config: TrainConfig) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run it; see the head of this file."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sana_kit.launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m sana_kit.launch", description=__doc__, formatter_class=PlainHelp)
     parser.add_argument("parent", type=int, help="process with which the run ends")
     parser.add_argument("--config_file", required=True, help="accelerate config")
     parser.add_argument("--num_processors", type=int, help="processes; default: the devices found")

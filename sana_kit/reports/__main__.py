@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sana_kit.flags import Parser
 from sana_kit.reports.result_block import made_by, write_result_block
 
 
@@ -30,7 +31,7 @@ def write_page(options: argparse.Namespace) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sana_kit.reports", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m sana_kit.reports", description=__doc__.splitlines()[0])
     parser.add_argument("output_dir", help="output folder of a training run or of an inference script")
     parser.add_argument("other_run", nargs="?", help="a second training run: the two are shown side by side")
     what = parser.add_mutually_exclusive_group()

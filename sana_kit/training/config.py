@@ -100,11 +100,13 @@ def _as_written(value: object, settings: Flag) -> object:
     return os.path.abspath(str(value)) if settings.path and os.path.exists(str(value)) else value
 
 
-def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
+def parse_args(
+    argv: Sequence[str] | None = None, description: str = "Fine-tune SANA: LoRA, all weights, or a ControlNet."
+) -> TrainConfig:
     """The settings of the command line, and of the file that its --config names."""
     config, given = parse(
         TrainConfig,
-        "Fine-tune SANA (LoRA or full).",
+        description,
         argv,
         epilog="Start it with `accelerate launch`; the launcher finetune_sana_dreambooth_lora_deepspeed_bf16.sh does.",
         file_flag="config",

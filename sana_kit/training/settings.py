@@ -138,7 +138,7 @@ class DataConfig:
     stream_window: int = flag(
         4096, "Images of a window of --streaming: so many are shuffled among each other.", low=1, resume="told"
     )
-    image_column: str = flag("image", "Column of the images.")
+    image_column: str = flag("image", "Column of the images.", heading="columns and masks")
     caption_column: str | None = flag(
         None,
         "Column of the captions, or several, as a,b or weighted as a:3,b:1; a cell may list several captions. Each"
@@ -155,7 +155,9 @@ class DataConfig:
         high=1,
         resume="told",
     )
-    instance_prompt: str | None = flag(None, "Caption of images that have none, e.g. 'a photo of TOK dog'.")
+    instance_prompt: str | None = flag(
+        None, "Caption of images that have none, e.g. 'a photo of TOK dog'.", heading="captions"
+    )
     caption_prefix: str = flag("", "Put before every caption as it is, e.g. 'TOK style, '.")
     caption_suffix: str = flag("", "Put behind every caption as it is.")
     caption_dropout: float = flag(
@@ -165,7 +167,13 @@ class DataConfig:
         high=1,
         resume="told",
     )
-    repeats: int = flag(1, "Use each image this often per epoch, each time with its own crop.", low=1, resume="told")
+    repeats: int = flag(
+        1,
+        "Use each image this often per epoch, each time with its own crop.",
+        low=1,
+        resume="told",
+        heading="sizes and crops",
+    )
     crops_per_image: int = flag(
         1,
         "Random crops and flips encoded of each image; each time that it comes it takes one of them.",
@@ -197,7 +205,7 @@ class DataConfig:
         resume="told",
     )
     random_flip: bool = flag(False, "Flip images horizontally at random.", resume="told")
-    skip_bad_images: bool = flag(False, "Leave out images that cannot be read (named and counted).")
+    skip_bad_images: bool = flag(False, "Leave out images that cannot be read (named and counted).", heading="reading")
     max_sequence_length: int = flag(300, "Most caption tokens that reach the transformer.", low=2, resume="told")
     complex_human_instruction: str = flag(
         "default",
@@ -358,7 +366,11 @@ class OptimizerConfig:
         None, "piecewise_constant's factors and the updates that they end at, e.g. 1:500,0.1:1000,0.01.", resume="told"
     )
     lora_plus_ratio: float = flag(
-        1.0, "LoRA+: learning rate of lora_B in units of lora_A's; the paper's is 16.", above=0, resume="fixed"
+        1.0,
+        "LoRA+: learning rate of lora_B in units of lora_A's; the paper's is 16.",
+        above=0,
+        resume="fixed",
+        heading="betas and decay",
     )
     use_8bit_adam: bool = flag(False, "The same as --optimizer=adamw8bit.")
     adam_beta1: float = flag(0.9, "First beta.", low=0, below=1, resume="told")
@@ -373,7 +385,9 @@ class OptimizerConfig:
     prodigy_decouple: bool = flag(True, "Decoupled weight decay in Prodigy.", resume="told")
     prodigy_use_bias_correction: bool = flag(True, "Bias correction in Prodigy.", resume="told")
     prodigy_safeguard_warmup: bool = flag(True, "Prodigy's safeguard during warm-up.", resume="told")
-    max_grad_norm: float = flag(1.0, "Clip gradients to this norm; 0: do not clip.", low=0, resume="told")
+    max_grad_norm: float = flag(
+        1.0, "Clip gradients to this norm; 0: do not clip.", low=0, resume="told", heading="limits and averages"
+    )
     ema_decay: float | None = flag(
         None,
         "Average the trained weights with this decay, e.g. 0.999; the average is the result.",

@@ -6,11 +6,15 @@ python -m pytest tests/unit/test_flags.py
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
 from sana_kit.flags import REQUIRED, config_from, flag, make_parser, parse, range_problems, section, settings_of
+from sana_kit.inference.config import InferConfig
+from sana_kit.playground.config import PlaygroundConfig
+from sana_kit.training.config import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +117,19 @@ def test_help_shows_groups_and_defaults():
     text = make_parser(Config, "A test.", defaults={"folder": "./here"}).format_help()
     assert "lists and switches:" in text and "(default: 28)" in text and "(default: 8 23)" in text
     assert "100 %" in text and "(default: ./here)" in text and "None" not in text and "--no_fuse" in text
+    assert "Perhaps (default: none)" in text and "A switch (default: off)" in text and "Its name (required)" in text
+
+
+@pytest.mark.parametrize("config_class", [TrainConfig, InferConfig, PlaygroundConfig])
+def test_every_flag_of_the_scripts_tells_its_default_and_every_group_fits_a_screen(config_class, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = make_parser(config_class, "A test.").format_help()
+    _, *groups = text.split("\n\n")
+    for group in groups[2:]:
+        title, *flags = re.split(r"\n  (?=--)", group)
+        assert len(group.splitlines()) <= 40, title
+        silent = [flag.split()[0] for flag in flags if not re.search(r"[Dd]efault\b|required", flag)]
+        assert silent == [], title
 
 
 def test_settings_go_to_a_dictionary_and_back():
