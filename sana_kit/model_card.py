@@ -37,6 +37,7 @@ MARK = "<!-- Written by sana_kit.model_card. Delete this line to keep your own t
 LICENSE_MARK = "CHOOSE A LICENCE BEFORE PUBLISHING"
 IMAGE_FOLDER = "model_card"
 PLACEHOLDER = "USER/REPOSITORY"  # until the upload knows the name
+BASE_PLACEHOLDER = "PATH_OR_NAME_OF_THE_BASE_MODEL"
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 _PACKAGES = ("torch", "torch_npu", "diffusers", "transformers", "accelerate", "deepspeed", "peft", "safetensors")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
@@ -218,6 +219,12 @@ def _render(**context: object) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
 
+def _widget(shown: list[dict], prompts: Sequence[str]) -> list[dict]:
+    """The hub's gallery: the images with their prompts, prompts alone where there is no image."""
+    with_images = [{"text": item["prompt"] or " ", "output": {"url": item["url"]}} for item in shown]
+    return with_images or [{"text": prompt} for prompt in prompts]
+
+
 def write_model_card(
     output_dir: str | os.PathLike,
     *,
@@ -269,8 +276,7 @@ def write_model_card(
     chosen = _validation_images(output_dir, last=True) if images is None else list(images)
     shown = _copy_images(output_dir, chosen, "image", limit=8)
     before = _copy_images(output_dir, _validation_images(output_dir, last=False), "before", limit=8)
-    widget = [{"text": item["prompt"] or " ", "output": {"url": item["url"]}} for item in shown]
-    widget = widget or [{"text": prompt} for prompt in validation_prompts]
+    widget = _widget(shown, validation_prompts)
     prompts = [*(item["prompt"] for item in shown), *validation_prompts, trigger, "a photo of a red rose"]
     example = next(prompt for prompt in prompts if prompt).replace("\n", " ")
     told = versions if versions is not None else package_versions()
@@ -283,9 +289,7 @@ def write_model_card(
         base_link=_link(base),
         data_link=" and ".join(_link(name, "datasets/") for name in data) or None,
         trigger=trigger,
-        snippet=snippet(
-            base or "PATH_OR_NAME_OF_THE_BASE_MODEL", repo_id or PLACEHOLDER, settings, example, train_mode
-        ),
+        snippet=snippet(base or BASE_PLACEHOLDER, repo_id or PLACEHOLDER, settings, example, train_mode),
         pairs=_pairs(before, shown),
         rows=_setting_rows(base, rank if lora else None, lora_alpha, settings),
         command=without_local_paths(redact_command(command)) if command else None,

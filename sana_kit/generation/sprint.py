@@ -32,6 +32,16 @@ def set_times(scheduler: Any, num_inference_steps: int, device: torch.device) ->
 
 
 @torch.no_grad()
+def _begin(scheduler: Any, noise: torch.Tensor, source: Source | None) -> tuple[torch.Tensor, int]:
+    """(latents to begin with, number of the first step): the noise, or a source's latents turned towards it."""
+    if source is None:
+        return noise, 0
+    scheduler.set_begin_index(source.first_step)
+    begin = scheduler.timesteps[source.first_step]
+    kept = begin.cos() * source.latents * scheduler.config.sigma_data
+    return kept + begin.sin() * noise, source.first_step
+
+
 def denoise_sprint(
     transformer: torch.nn.Module,
     scheduler: Any,
@@ -62,12 +72,7 @@ def denoise_sprint(
     scheduler = copy.deepcopy(scheduler)
     set_times(scheduler, num_inference_steps, latents.device)
     sigma_data = scheduler.config.sigma_data
-    latents, first = latents * sigma_data, 0
-    if source is not None:
-        first = source.first_step
-        scheduler.set_begin_index(first)
-        begin = scheduler.timesteps[first]
-        latents = begin.cos() * source.latents * sigma_data + begin.sin() * latents
+    latents, first = _begin(scheduler, latents * sigma_data, source)
     # rounded as the pipeline rounds it
     guidance = torch.full((len(latents),), guidance_scale, device=latents.device).to(dtype)
     guidance = guidance * transformer.config.guidance_embeds_scale

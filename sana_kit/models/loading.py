@@ -198,6 +198,41 @@ def default_vae_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float32 else torch.bfloat16
 
 
+def _read_loras(
+    lora: str | Lora | Sequence[tuple[Lora, float]] | None, scale: float, model: Model | None
+) -> tuple[list[tuple[Lora, float]], list[Problem]]:
+    """(adapters with their strengths, problems) of what `load_pipeline` is given as adapters."""
+    problems: list[Problem] = []
+    if isinstance(lora, str):
+        if model is None:  # which is told
+            return [], []
+        lora, problems = read_lora(lora, model.transformer_config)
+    if isinstance(lora, Lora):
+        return [(lora, scale)], problems
+    return list(lora or ()), problems
+
+
+def _fit_problems(
+    model: Model | None, scheduler: str, attention: str, quantize: str | None, device: torch.device
+) -> list[Problem]:
+    """What a model, where there is one, or a device cannot do of what is asked."""
+    problems = [] if model is None else list(check_scheduler(model, scheduler))
+    try:
+        resolve_attention(attention, device)
+    except UserError as error:
+        problems += error.problems
+    if quantize is not None:
+        problems += quantize_problems(quantize, device, model.transformer_config if model is not None else None)
+    return problems
+
+
+def _pipeline_class(model: Model) -> type[Any]:
+    """The pipeline that a model is drawn with."""
+    import diffusers
+
+    return diffusers.SanaSprintPipeline if model.member.sprint else diffusers.SanaPipeline
+
+
 def load_pipeline(
     model_path: str | Model,
     *,
@@ -232,44 +267,26 @@ def load_pipeline(
     Raises:
         UserError: all problems with model, adapter and attention at once.
     """
-    import diffusers
-
-    model, lora = model_path, lora_weights
-    problems: list[Problem] = []
+    model, problems = model_path, []
     if not isinstance(model, Model):
         where: dict[str, Any] = {"base_model": base_model, "revision": revision, "variant": variant}
         model, problems = find_model(model, dtype=dtype, members=MEMBERS, cache_dir=cache_dir, **where)
-    if model is not None:
-        problems += check_scheduler(model, scheduler)
-    if model is not None and isinstance(lora, str):
-        lora, found = read_lora(lora, model.transformer_config)
-        problems += found
-    if isinstance(lora, Lora):
-        loras = [(lora, lora_scale)]
-    else:
-        loras = [] if lora is None or isinstance(lora, str) else list(lora)  # a text here was refused
-    problems += [problem for one, _ in loras for problem in check_fusing(one, fuse_lora)]
-    try:
-        resolve_attention(attention, device)
-    except UserError as error:
-        problems += error.problems
-    if quantize is not None:
-        problems += quantize_problems(quantize, device, model.transformer_config if model is not None else None)
+    loras, found = _read_loras(lora_weights, lora_scale, model)
+    problems += found + [problem for lora, _ in loras for problem in check_fusing(lora, fuse_lora)]
+    problems += _fit_problems(model, scheduler, attention, quantize, device)
     if problems:
         raise UserError(problems)
     tokenizer = encoder = None
     if text_encoder:
         tokenizer, encoder = load_text_encoder(model, device=device, dtype=text_dtype(dtype), quantize=quantize)
-    first = device if quantize is None else torch.device("cpu")
-    transformer = load_transformer(model, device=first, dtype=dtype)
+    transformer = load_transformer(model, device=device if quantize is None else torch.device("cpu"), dtype=dtype)
     if loras:
         apply_loras(transformer, loras, fuse=fuse_lora)
     if quantize is not None:
         quantize_weights(transformer.transformer_blocks, quantize, dtype)
         transformer.to(device)
     set_attention(transformer, attention, device)
-    pipeline_class = diffusers.SanaSprintPipeline if model.member.sprint else diffusers.SanaPipeline
-    return pipeline_class(
+    return _pipeline_class(model)(
         tokenizer=tokenizer,
         text_encoder=encoder,
         vae=load_vae(model, device=device, dtype=vae_dtype or default_vae_dtype(dtype)),

@@ -16,10 +16,8 @@ LONG_FUNCTIONS = {
     "sana_kit/arithmetic.py": ["transformer_ops"],  # one table of a transformer's operators, row by row
     "sana_kit/generation/denoise.py": ["denoise"],  # half of it is signature and docstring
     "sana_kit/generation/generate.py": ["generate"],  # half of it is signature and docstring
-    "sana_kit/generation/sprint.py": ["denoise_sprint"],  # half of it is signature and docstring
     "sana_kit/make_quickstart_model.py": ["train_transformer"],  # the script that made the model
     "sana_kit/model_card.py": ["write_model_card"],  # half of it is signature and docstring
-    "sana_kit/models/loading.py": ["load_pipeline"],  # half of it is signature and docstring
 }
 SOURCES = sorted([*KIT.glob("*.py"), *(KIT / "sana_kit").rglob("*.py")])
 
