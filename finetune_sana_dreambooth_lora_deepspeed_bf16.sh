@@ -211,7 +211,7 @@ for ((i = 0; i < ${#extra[@]}; i++)); do
 done
 own=()
 [ -n "$instance_data_dir" ] || [ "$other_data" != no ] || is_given dataset_name || is_given instance_prompt ||
-  instance_prompt="a pokemon"
+  [ "$quickstart" = yes ] || instance_prompt="a pokemon"
 if [ "$quickstart" = yes ]; then
   if [ -n "$instance_data_dir" ]; then
     is_given instance_prompt || instance_prompt="in my style"

@@ -16,6 +16,7 @@ class Bar(tqdm):
     """tqdm with images/s beside steps, and with whole lines instead of a redrawn one without a terminal."""
 
     images_per_unit: float | None = None
+    delay: float
 
     @property
     def format_dict(self) -> dict[str, Any]:
@@ -65,7 +66,7 @@ class Bar(tqdm):
             super().moveto(n)
 
     def close(self) -> None:
-        if not self.disable and not self.fp.isatty():
+        if not self.disable and not self.fp.isatty() and self._time() >= self.start_t + self.delay:
             self._ema_dt = lambda: None  # the last line tells the average of the whole phase, as tqdm's own does
             self.display()
             self.delay = math.inf  # tqdm then closes without moving the cursor
@@ -89,6 +90,7 @@ def console_bar(
     leave: bool = True,
     plain_interval: float = 10.0,
     file: TextIO | None = None,
+    after: float = 0.0,
 ) -> Bar:
     """A tqdm bar for one phase (encoding, training, validation, saving): `.update(n)`, `.set_postfix()`, `.close()`;
     `with bar.paused():` around what is no part of the phase.
@@ -101,6 +103,7 @@ def console_bar(
         unit: what is counted. With "image" the rate itself is in images/s; with steps give `images_per_unit`
             (images of one step over all processes) to see images/s and the time left as well.
         file: default standard error.
+        after: seconds before anything is shown; of a phase that has ended by then, nothing is.
     """
     file = sys.stderr if file is None else file
     plain = not file.isatty()
@@ -118,7 +121,7 @@ def console_bar(
         maxinterval=plain_interval if plain else 10.0,
         miniters=1,
         dynamic_ncols=not plain,
-        delay=1e-9 if plain else 0,  # a plain log needs no line "0 of N"
+        delay=max(after, 1e-9) if plain else after,  # a plain log needs no line "0 of N"
         bar_format=f"{count} {times}"
         if plain or total is None
         else "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} " + times,

@@ -20,10 +20,9 @@ from sana_kit.data.sources import JoinedSource
 from sana_kit.data.texts import Texts
 from sana_kit.data.transform import TransformPlan, apply_transform
 from sana_kit.errors import ImageError
+from sana_kit.progress import Bar, console_bar
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from sana_kit.data.sources import ImageSource
 
 _BLOCK = 8192  # samples that are hashed at a time
@@ -312,11 +311,10 @@ def default_workers() -> int:
     return max(1, min(16, cores // max(1, local)))
 
 
-def progress_bar(total: int, description: str, unit: str = "image") -> tqdm:
-    """A tqdm bar, on the first rank only."""
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, desc=description, unit=unit, disable=int(os.environ.get("RANK", "0") or 0) != 0)
+def progress_bar(total: int, description: str, unit: str = "image") -> Bar:
+    """A bar of this process's share, on the first rank only; nothing is shown of what takes less than two seconds."""
+    main = int(os.environ.get("RANK", "0") or 0) == 0
+    return console_bar(total, description, unit=unit, main_process=main, after=2.0)
 
 
 def check_images(

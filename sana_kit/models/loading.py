@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,10 @@ def open_text_encoder(model: dict[str, Any], dtype: torch.dtype, device: torch.d
         model: pretrained_model_name_or_path, revision, variant and cache_dir.
     """
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    if not sys.stderr.isatty():  # its redrawn bar would fill a log
+        disable_progress_bar()
 
     folder, variant = _place(model)
     tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")

@@ -116,8 +116,8 @@ def copies_told(copies: int, expected: int, images: int) -> str:
         expected: of the copies, those whose prompt is the caption of one training image alone: they show that the
             run has learnt this image, not that it draws nothing else.
     """
-    verb = "is a copy" if copies == 1 else "are copies"
-    told = f"{copies} of {images} validation images {verb} of training images. "
+    verb = "is a copy of a training image" if copies == 1 else "are copies of training images"
+    told = f"{copies} of {images} validation images {verb}. "
     if expected == copies:
         prompt = "Its prompt is the caption" if copies == 1 else "Their prompts are captions"
         each = "" if copies == 1 else " each"

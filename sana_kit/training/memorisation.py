@@ -73,8 +73,8 @@ class Memorisation:
         worst = (self.unexpected or self.copies)[0]
         told = copies_told(len(self.copies), len(self.copies) - len(self.unexpected), len(self.rows))
         return (
-            f"memorisation: {told}. Held against {of}; such as {worst['file']} of {worst['training_image']};"
-            " the report shows them side by side"
+            f"memorisation: {told}. Held against {of}; {worst['file']} of {worst['training_image']}, for example;"
+            " the report shows each beside its training image"
         )
 
 

@@ -71,3 +71,16 @@ def test_bar_redraws_on_a_terminal_and_is_silent_elsewhere():
             bar.update(2)
         bar.set_postfix(loss=1)
     assert other.getvalue() == ""
+
+
+def test_a_phase_that_is_over_before_its_time_leaves_no_line(monkeypatch):
+    now, shown = [100.0], {}
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    for seconds in (1.0, 3.0):
+        file = io.StringIO()
+        with console_bar(2, "Reading images", unit="image", file=file, after=2.0) as bar:
+            bar.update()
+            now[0] += seconds
+            bar.update()
+        shown[seconds] = file.getvalue()
+    assert shown[1.0] == "" and shown[3.0].startswith("Reading images: 2/2 images ")

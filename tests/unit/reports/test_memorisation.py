@@ -120,7 +120,7 @@ def test_the_page_shows_each_image_beside_its_training_image_and_marks_copies(tm
     assert shown.count('<figure class="card copy">') == 1 and shown.count('<figure class="card">') == 1
     assert "<strong>0.25 copy</strong> &lt;prompt 0&gt;" in shown and "<strong>0.75</strong> &lt;prompt 1&gt;" in shown
     assert "cat1.jpg, mirrored: a cat" in shown and "out of 7 crops." in shown
-    assert "1 of 3 validation images is a copy of training images. So the run has" in page.split("<h2>")[0]
+    assert "1 of 3 validation images is a copy of a training image. So the run has" in page.split("<h2>")[0]
     rows[0]["expected"] = True
     lines[-1] |= {"expected_copies": 1, "rows": rows}
     (tmp_path / "train_log.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -136,6 +136,7 @@ def test_the_page_shows_each_image_beside_its_training_image_and_marks_copies(tm
 @pytest.mark.parametrize("copies, expected", [(1, 0), (3, 0), (1, 1), (2, 2), (3, 1), (3, 2)])
 def test_copies_are_told_in_whole_sentences(copies, expected):
     told = copies_told(copies, expected, 4)
-    assert told.startswith(f"{copies} of 4 validation images {'is a copy' if copies == 1 else 'are copies'} of")
+    verb = "is a copy of a training image" if copies == 1 else "are copies of training images"
+    assert told.startswith(f"{copies} of 4 validation images {verb}. ")
     assert ("by heart" in told) == (copies > expected)
     assert ("expected" in told) == (expected > 0)
