@@ -8,7 +8,6 @@ Skipped with the reason where the host cannot be built; with ASCEND_EMULATION_RE
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import KIT, events, run_trainer, script_environment
+from helpers import KIT, events, free_port, run_trainer, script_environment
 from helpers.inferring import draw_here, member_runs
 from helpers.upstream import REFERENCE_COMMIT, TRAINER, upstream_source
 from PIL import Image
@@ -59,12 +58,6 @@ def run(command, environment, timeout=400):
     )
     assert result.returncode == 0, f"{command}\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
     return result
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def assert_all_true(found):

@@ -19,7 +19,6 @@ import itertools
 import json
 import os
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -142,10 +141,9 @@ def command_prefix(processes: int, engine: bool = False) -> list[str]:
     """Plain Python for one process, unless an engine is asked for; accelerate with the kit's ZeRO-2 config else."""
     if processes == 1 and not engine:
         return [sys.executable]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port)]
+    from helpers import free_port
+
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(free_port())]
     return [*launch, "--num_processes", str(processes), "--config_file", str(KIT / "bf16_accelerate_config.yaml")]
 
 

@@ -8,7 +8,6 @@ grew by more than 5 %, open files grew at all, or the speed fell by more than 15
 
 import argparse
 import json
-import socket
 import statistics
 import subprocess
 import sys
@@ -27,17 +26,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     options = parser.parse_args()
-    from helpers import script_environment, tiny
+    from helpers import free_port, script_environment, tiny
 
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         model = tiny.make_tiny_pipeline(work / "model")
         data = tiny.write_image_folder(work / "images")
         output = work / "out"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port)]
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(free_port())]
         command += [
             "--config_file",
             str(KIT / "bf16_accelerate_config.yaml"),

@@ -101,10 +101,10 @@ def test_only_what_is_copied_but_the_embeddings_and_what_begins_at_zero_is_train
 
 def test_the_drawing_script_and_diffusers_pipeline_draw_with_it(whole, tiny_model, control, tmp_path):
     """The command of the run's last lines; both draw what the other does, and not what the model alone does."""
-    picture = control / "image_00.png"
+    outlines = control / "image_00.png"
     same_image = ["--prompt", PROMPT, "--seeds", "5", "--num_inference_steps", "4", "--dtype", "fp32"]
     same_image += ["--height", "64", "--width", "64", "--complex_human_instruction", "none"]
-    with_it = [*same_image, "--controlnet", whole, "--control_image", picture]
+    with_it = [*same_image, "--controlnet", whole, "--control_image", outlines]
     assert infer(tiny_model, tmp_path / "with", *with_it) == 0
     assert infer(tiny_model, tmp_path / "without", *same_image) == 0
     files = [tmp_path / folder / name for folder in ("with", "without") for name in images(tmp_path / folder)]
@@ -115,7 +115,7 @@ def test_the_drawing_script_and_diffusers_pipeline_draw_with_it(whole, tiny_mode
     settings = {"guidance_scale": 2.0, "height": 64, "width": 64, "num_inference_steps": 4}
     theirs = pipeline(
         PROMPT,
-        control_image=Image.open(picture).convert("RGB").resize((64, 64), Image.Resampling.LANCZOS),
+        control_image=Image.open(outlines).convert("RGB").resize((64, 64), Image.Resampling.LANCZOS),
         generator=torch.Generator().manual_seed(5),
         complex_human_instruction=None,
         use_resolution_binning=False,

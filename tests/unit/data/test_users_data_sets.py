@@ -132,8 +132,8 @@ def test_conversations_are_named_as_such(tmp_path):
 def test_class_labels_become_their_names(tmp_path):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
-    pictures = [Image.new("RGB", (32, 32))] * 2
-    datasets.Dataset.from_dict({"image": pictures, "label": [1, 0]}, features=features).save_to_disk(tmp_path / "set")
+    images = [Image.new("RGB", (32, 32))] * 2
+    datasets.Dataset.from_dict({"image": images, "label": [1, 0]}, features=features).save_to_disk(tmp_path / "set")
     assert load_images(dataset_name=str(tmp_path / "set"), caption_column="label").captions == ["dog", "cat"]
 
 
