@@ -95,7 +95,9 @@ while [ $# -gt 0 ]; do
   esac
   case " $known " in
     *" $name "*) printf -v "$name" '%s' "$value"; given+=("$name") ;;
-    *) echo "error: unknown flag --$name. Known: $(printf -- '--%s ' ${known})--quickstart --help; flags of the trainer go after --" >&2
+    *) near=$("${PYTHON:-python3}" -c 'import difflib, sys; print(*difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1))' \
+         "$name" $known quickstart help 2>/dev/null)
+       echo "error: unknown flag --$name.${near:+ Did you mean --$near?} --help lists all; flags of the trainer go after a lone --" >&2
        exit 2 ;;
   esac
 done

@@ -29,6 +29,7 @@ from PIL import Image
 from patch_sana import ADAPTER_FILE
 from sana_kit.card_snippet import snippet
 from sana_kit.data.sets import data_sets, several
+from sana_kit.encodings.instruction import parse_instruction
 from sana_kit.files import write_atomic
 from sana_kit.flags import Parser, is_secret
 from sana_kit.runlog import load_run
@@ -308,10 +309,18 @@ def _trained(config: dict) -> str:
 
 
 def _logged_settings(output_dir: Path) -> dict:
-    """The configuration of the run's log; {} without one."""
+    """The configuration of the run's log, with the "instruction" that it names; {} without one.
+
+    Raises:
+        UserError: the instruction was a file, which is not there any more.
+    """
     log = output_dir / "train_log.jsonl"
     configs = load_run(log).configs if log.is_file() else []
-    return configs[-1] if configs else {}
+    settings = dict(configs[-1]) if configs else {}
+    named = settings.get("complex_human_instruction", "default")
+    if not isinstance(named, str) or named.strip().lower() != "default":
+        settings["instruction"] = parse_instruction(named)
+    return settings
 
 
 def _setting_rows(base: str | None, rank: int | None, lora_alpha: float | None, settings: dict) -> list[tuple]:

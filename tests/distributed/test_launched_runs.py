@@ -15,7 +15,7 @@ def run_launcher(*arguments, env=None, cwd=None):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--batchsize=3"], "unknown flag --batchsize. Known: --model_name --dataset_name"),
+        (["--batchsize=3"], "unknown flag --batchsize. Did you mean --batch_size?"),
         (["--batch_size=0"], "--batch_size=0: must be a whole number"),
         (["--max_train_steps", "many"], "--max_train_steps=many: must be a whole number"),
         (["--config_file=/no/file.yaml"], "--config_file=/no/file.yaml: no such file"),

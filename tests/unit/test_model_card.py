@@ -133,3 +133,19 @@ def test_text_cannot_break_out_of_the_card(tmp_path):
     text = write(tmp_path, trigger=prompt, command=["echo", "````\n## Heading"]).read_text()
     assert front_matter(text)["instance_prompt"] == prompt and "license" not in front_matter(text)
     assert "`````bash" in text
+
+
+@pytest.mark.parametrize(
+    ("named", "line"),
+    [
+        ("none", "    complex_human_instruction=None,\n"),
+        ('["Draw: "]', "    complex_human_instruction=['Draw: '],\n"),
+        ("default", None),
+    ],
+)
+def test_the_snippet_has_the_instruction_that_the_run_trained_with(tmp_path, named, line):
+    """SanaPipeline puts its own before the prompt of whoever names none."""
+    config = {"complex_human_instruction": named, "resolution": 64}
+    (tmp_path / "train_log.jsonl").write_text(json.dumps({"event": "start", "step": 0, "time": 0, "config": config}))
+    card = model_card.write_model_card(tmp_path, base_model="a/b", trigger="x", train_mode="lora").read_text()
+    assert line in card if line else "complex_human_instruction" not in card
