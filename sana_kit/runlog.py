@@ -137,6 +137,11 @@ class RunLog:
     damaged_lines: int
     repeated_steps: int  # logged steps that a resumed run made again
 
+    @property
+    def was_stopped(self) -> bool:
+        """Whether the run ended because a signal asked it to, before its last step."""
+        return ((self.end or {}).get("summary") or {}).get("interrupted_by_signal") is not None
+
 
 def load_run(path: str | os.PathLike) -> RunLog:
     """Read train_log.jsonl.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sana_kit.reports.report import figures
-from sana_kit.runlog import load_run
+from sana_kit.runlog import RunLog, load_run
 
 LOG = "train_log.jsonl"
 SILENT_SECONDS = 900.0  # a training that has logged nothing for so long is told as stopped
@@ -29,6 +29,12 @@ def find_runs(places: Sequence[str]) -> list[Path]:
     return sorted(found, key=lambda folder: (-found[folder], folder))
 
 
+def _state(run: RunLog, quiet: float) -> str:
+    if run.end is not None:
+        return "stopped" if run.was_stopped else "done"
+    return "running" if quiet < SILENT_SECONDS else "stopped"
+
+
 def describe_run(folder: Path) -> dict[str, Any]:
     """{"name", "state", "figures", "report", "problem"} of one training; `state` is running, done or stopped.
 
@@ -41,7 +47,7 @@ def describe_run(folder: Path) -> dict[str, Any]:
     quiet = time.time() - (folder / LOG).stat().st_mtime
     return {
         "name": folder.name,
-        "state": "done" if run.end is not None else "running" if quiet < SILENT_SECONDS else "stopped",
+        "state": _state(run, quiet),
         "figures": figures(run, run.configs[-1] if run.configs else {}),
         "report": (folder / "report.html").is_file(),
         "problem": "",

@@ -326,6 +326,7 @@ def write_report(
         title=f"Training report: {output_dir.resolve().name}",
         subtitle=" · ".join(parts),
         ended=run.end is not None,
+        stopped=run.was_stopped,
         figures=figures(run, config),
         alerts=_alerts(run, unreadable),
         circumstances=circumstances(config),

@@ -9,6 +9,7 @@ import pytest
 from helpers.report_runs import SUMMARY, make_images, make_run, page_data
 from PIL import Image
 
+from sana_kit.playground.runs import describe_run
 from sana_kit.reports.__main__ import main
 from sana_kit.reports.charts import smooth, thin
 from sana_kit.reports.gallery import write_gallery
@@ -301,3 +302,14 @@ def test_command_line_writes_pages_and_names_mistakes(tmp_path, capsys):
             main(wrong)
         assert stop.value.code == 2
     assert "--base=nowhere: no such folder" in capsys.readouterr().err
+
+
+def test_a_run_that_was_stopped_is_not_called_finished(tmp_path):
+    make_run(tmp_path)
+    assert '<span class="badge done">finished</span>' in write_report(tmp_path).read_text()
+    log = tmp_path / "train_log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines[-1].setdefault("summary", {})["interrupted_by_signal"] = 2
+    log.write_text("\n".join(map(json.dumps, lines)))
+    assert '<span class="badge running">stopped</span>' in write_report(tmp_path).read_text()
+    assert describe_run(tmp_path)["state"] == "stopped"
