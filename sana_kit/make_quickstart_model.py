@@ -11,7 +11,7 @@ the fine-tuning set and the SHA-256 list. The quick start itself never needs thi
 sana_kit/quickstart_assets. Where others use the cores too, OMP_WAIT_POLICY=PASSIVE makes it several times faster.
 
 The transformer sees colour drawings on white only, each in several poses, so that seeds differ. The fine-tuning set
-shows the same subjects in a style of its own, golden lines and violet fills on midnight blue. The autoencoder alone
+shows the same subjects in a style of its own, midnight-blue lines and teal fills on gold. The autoencoder alone
 has met drawings in other inks: any two to four colours, any line weight; and crops of five photographs. It never saw
 the style, nor the photographs that it is measured on.
 
@@ -45,11 +45,10 @@ LATENT_CHANNELS = 32  # as many as the real SANA has
 POSES = 8  # of each subject: the first one upright, the others turned, scaled, shifted, half of them mirrored
 # The style: what a drawing's lightness (black lines 0, white paper 1) becomes; linear in between.
 STYLE = (
-    (0.15, (255, 211, 92)),  # lines: gold
-    (0.34, (222, 98, 158)),  # dark fills: pink
-    (0.55, (132, 88, 200)),  # violet
-    (0.80, (66, 66, 164)),  # light fills: indigo
-    (0.97, (20, 24, 82)),  # paper: midnight blue
+    (0.10, (18, 22, 78)),  # lines: midnight blue
+    (0.50, (24, 140, 150)),  # dark fills: teal
+    (0.78, (130, 190, 130)),  # light fills: green
+    (0.97, (255, 214, 120)),  # paper: gold
 )
 
 # Unicode ranges whose characters are things that one can point at, and words in their names that say otherwise.
@@ -444,6 +443,11 @@ def colour_batch(drawings):
     return to_tensor(over(drawings["rgba"], (255, 255, 255)))
 
 
+def shrunk(image):
+    """A PIL image at 64 x 64 as the trainer makes it smaller: uint8 RGB array."""
+    return np.asarray(image.resize((PIXELS, PIXELS), Image.Resampling.BILINEAR))
+
+
 def to_tensor(images):
     """RGB uint8 (N, H, W, 3) -> (N, 3, H, W) float32 in [-1, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -472,8 +476,8 @@ def inks(light):
 
 
 class AutoencoderImages:
-    """Random images for the autoencoder, half of them mirrored: two fifths in colour on white, a fifth in colour on
-    any ground, a third in random inks, the rest photographs.
+    """Random images for the autoencoder, half of them mirrored: three tenths in colour on white, fewer in
+    colour on any ground, half in random inks, the rest photographs.
     """
 
     def __init__(self, drawings):
@@ -484,12 +488,12 @@ class AutoencoderImages:
         """(size, 3, 64, 64) float32 in [-1, 1]."""
         rgba = self.rgba[torch.randint(0, len(self.rgba), (size,))].permute(0, 3, 1, 2).float() / 255
         kind = torch.rand(size)[:, None, None, None]
-        ground = torch.where(kind < 0.4, torch.ones(size, 3, 1, 1), torch.rand(size, 3, 1, 1))
+        ground = torch.where(kind < 0.3, torch.ones(size, 3, 1, 1), torch.rand(size, 3, 1, 1))
         colour, alpha = rgba[:, :3], rgba[:, 3:]
         images = colour * alpha + ground * (1 - alpha)
         white = colour * alpha + (1 - alpha)
         light = (white * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
-        images = torch.where(kind > 0.6, inks(light), images)
+        images = torch.where(kind > 0.45, inks(light), images)
         photographs = self.photographs[torch.randint(0, len(self.photographs), (size,))].permute(0, 3, 1, 2) / 255
         images = torch.where(kind > 0.93, photographs, images)
         images = torch.where(torch.rand(size)[:, None, None, None] < 0.5, images.flip(3), images)
@@ -557,10 +561,13 @@ def measure(drawings, vae, work):
     """Peak signal-to-noise ratios in dB of what the autoencoder gives back: colour drawings on white, the style and
     photographs, of which it has seen neither. Writes work/autoencoder.png: each row and, below it, what came back.
     """
-    known = only_subjects(drawings)["rgba"][::POSES]
+    known = only_subjects(drawings)
+    codes = [str(code) for code in known["codes"]]
+    known = known["rgba"][::POSES]
+    style = [Image.fromarray(in_style(render(svg_of(code), STYLE_PIXELS))) for code in codes]
     shown = {
         "colour": to_tensor(over(known, (255, 255, 255))),
-        "style": to_tensor(in_style(known)),
+        "style": to_tensor(np.stack([shrunk(image) for image in style])),
         "photographs": to_tensor(drawings["photographs_apart"]),
     }
     rows, facts = [], {}
@@ -774,7 +781,7 @@ The images of `style_dataset/` and those that the model of `model/` was trained 
 Licence: [CC BY-SA 4.0]({license}), full text in `LICENSE-CC-BY-SA-4.0.txt`.
 
 Changes made: drawn at {pixels} x {pixels} px on white for the model, in several poses; for `style_dataset/`
-recoloured, golden lines and violet fills on midnight blue, at {style} x {style} px. Captions are the
+recoloured, midnight-blue lines and teal fills on gold paper, at {style} x {style} px. Captions are the
 characters' Unicode names, some of them shortened.
 
 The weights in `model/` and the data set are offered under the same licence, CC BY-SA 4.0.
@@ -818,7 +825,7 @@ def write_dataset(drawings, folder):
     dataset.to_parquet(str(path))
     info = {
         "default": {
-            "description": "OpenMoji in golden lines and violet fills on midnight blue",
+            "description": "OpenMoji in midnight-blue lines and teal fills on gold paper",
             "license": "CC BY-SA 4.0",
             "features": {"image": {"_type": "Image"}, "text": {"dtype": "string", "_type": "Value"}},
             "splits": {"train": {"name": "train", "num_bytes": path.stat().st_size, "num_examples": len(texts)}},
@@ -827,7 +834,7 @@ def write_dataset(drawings, folder):
     (folder / "dataset_infos.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     (folder / "README.MD").write_text(
         f"# OpenMoji in midnight style\n\n{len(texts)} drawings of {STYLE_PIXELS} x {STYLE_PIXELS} px with captions "
-        "(columns `image` and `text`):\nOpenMoji's drawings in golden lines and violet fills on midnight blue. All "
+        "(columns `image` and `text`):\nOpenMoji's drawings in midnight-blue lines and teal fills on gold paper. All "
         "emojis designed by\nOpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0; see "
         "ATTRIBUTION.md.\n",
         encoding="utf-8",

@@ -9,7 +9,7 @@ Used by finetune_sana_dreambooth_lora_deepspeed_bf16.sh --quickstart; by hand:
 
 What it ships is in sana_kit/quickstart_assets (OpenMoji drawings, CC BY-SA 4.0, see ATTRIBUTION.md there) and was made
 by sana_kit/make_quickstart_model.py. The model draws OpenMoji's coloured images at 64 px; the set shows a part of
-the same subjects in midnight-blue ink on gold paper, which the model has never drawn.
+the same subjects in midnight-blue lines and teal fills on gold paper, which the model has never drawn.
 """
 
 from __future__ import annotations
