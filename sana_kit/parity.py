@@ -37,7 +37,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Largest relative difference that rounding explains: matrix products in another order, over all layers.
 LIMITS = {"fp32": 2e-5, "bf16": 0.04}
 
-NVLABS_SCALING = 0.41407
+NVLABS_SCALING = 0.41407  # of its DC-AE, which has one latent of 32 channels for 32 x 32 pixels
 NVLABS_SHIFT = {128: 6.0}  # by sample_size; 3.0 for all others
 NVLABS_LOGIT = (0.0, 1.0)  # mean and standard deviation of its logit-normal time steps
 NVLABS_TOKENS = 300
@@ -180,11 +180,21 @@ def _latents(model: Model, dtypes: Sequence[str], device: torch.device) -> list[
         found[name] = relative(ours, theirs.cpu())
         del vae
         empty_cache(device)
-    same = scale is not None and math.isclose(scale, NVLABS_SCALING)
     return [
         Row("latents x scale", "diffusers", found, judge(found), f"relative; a random image of {side} px"),
-        Row("latents' scale", "NVlabs", {"": f"{scale}, {NVLABS_SCALING}"}, EQUAL if same else DIFFERS),
+        _scale(scale, model.vae_factor, model.vae_config.get("latent_channels")),
     ]
+
+
+def _scale(scale: float | None, factor: int, channels: int | None) -> Row:
+    """The latents' scale beside NVlabs', which is that of its own autoencoder."""
+    verdict, note = DIFFERS, ""
+    if scale is not None and math.isclose(scale, NVLABS_SCALING):
+        verdict = EQUAL
+    elif (factor, channels) != (32, 32):
+        verdict = PURPOSE
+        note = f"another autoencoder: {channels} channels for {factor} x {factor} pixels, there 32 for 32 x 32"
+    return Row("latents' scale", "NVlabs", {"": f"{scale}, {NVLABS_SCALING}"}, verdict, note)
 
 
 def _pipeline_texts(model: Model, tokenizer: Any, encoder: Any, lines: list[str], device: torch.device) -> list:

@@ -7,8 +7,8 @@ only beside others: it is given relative to how far the nearest training image l
 1 means as different as training images are from one another, 0 the same image.
 
 On 60 drawings of one style, each changed a little (shifted by 2 or 4 %, zoomed by 5 or 10 %, darker, paler, less
-contrast, blurred, noisy, a bad JPEG, mirrored), a ratio below 0.5 finds every changed copy, but 57 of the 60 paler ones; of
-the drawings themselves, each held against all others, it takes two: hearts that differ in their shade alone.
+contrast, blurred, noisy, a bad JPEG, mirrored), a ratio below 0.5 finds 57 of the 60 paler ones and all others; of the
+drawings themselves, each held against all others, it takes two: hearts that differ in their shade alone.
 """
 
 from __future__ import annotations

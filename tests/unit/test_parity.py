@@ -41,7 +41,7 @@ def test_sprint_and_norms_have_lines_of_their_own(tmp_path):
 
 
 def test_faults_are_found(tmp_path, tiny_model, monkeypatch):
-    """A wrong shift, scale and instruction, and an attention that is not diffusers': each is a line that DIFFERS."""
+    """A wrong shift, latents and instruction, and an attention that is not diffusers': each is a line that DIFFERS."""
     folder = tiny.make_tiny_pipeline(tmp_path / "odd")
     config = folder / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "flow_shift": 6.0}))
@@ -61,13 +61,12 @@ def test_faults_are_found(tmp_path, tiny_model, monkeypatch):
     wrong = {key for key, row in verdicts_of(said[1]).items() if row == DIFFERS}
     assert wrong == {
         ("flow shift", "NVlabs"),
-        ("latents' scale", "NVlabs"),
         ("latents x scale", "diffusers"),
         ("instruction", "diffusers"),
         ("instruction", "NVlabs"),
         ("transformer's forward", "diffusers"),
     }
-    assert said[-1].endswith("6 DIFFER")
+    assert said[-1].endswith("5 DIFFER")
 
 
 def verdicts_of(text):
@@ -81,3 +80,10 @@ def test_a_difference_is_relative_and_another_shape_is_infinite(ours, word):
     found = {"fp32": parity.relative(ours * 2, torch.ones(2) * 2)}
     assert word in table([parity.Row("a", "b", found, parity.judge(found))], ["fp32"])
     assert parity.judge(found) == (EQUAL if word == "0" else DIFFERS)
+
+
+def test_another_scale_is_a_fault_of_the_same_autoencoder_alone():
+    assert parity._scale(0.41407, 32, 32).verdict == parity._scale(0.41407, 8, 4).verdict == EQUAL
+    assert parity._scale(0.5, 32, 32).verdict == parity._scale(None, 32, 32).verdict == DIFFERS
+    other = parity._scale(0.5, 8, 32)
+    assert other.verdict == parity.PURPOSE and "32 channels for 8 x 8 pixels" in other.note
