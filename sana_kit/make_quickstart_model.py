@@ -366,6 +366,29 @@ def build_autoencoder():
     )
 
 
+def write_down(convolution, rows, shortcut=True):
+    """Outputs 0, 1, ... become `rows` of the 2 x 2 unshuffled inputs; what the shortcut adds is taken off."""
+    count, inputs = len(rows), convolution.in_channels
+    group = 4 * inputs // convolution.out_channels
+    wanted = torch.zeros(count, 4 * inputs)
+    wanted[:, : rows.shape[1]] = rows
+    if shortcut:
+        wanted -= torch.eye(count, 4 * inputs // group).repeat_interleave(group, dim=1) / group
+    convolution.weight[:count] = F.pad(wanted.view(count, inputs, 2, 2), (1, 0, 1, 0))
+    convolution.bias[:count] = 0
+
+
+def write_up(convolution, rows):
+    """Outputs 0, 1, ... before the shuffle become `rows` of the inputs; what the shortcut adds is taken off."""
+    count, inputs = rows.shape
+    repeats = convolution.out_channels // convolution.in_channels
+    convolution.weight[:count] = 0
+    convolution.weight[:count, :inputs, 1, 1] = rows
+    every = torch.arange(convolution.out_channels)
+    convolution.weight[every, every // repeats, 1, 1] -= 1
+    convolution.bias[:count] = 0
+
+
 @torch.no_grad()
 def start_linear(vae, images):
     """Write the best linear autoencoder of `images` (N, 3, 64, 64) into the convolutions of `vae`.
@@ -384,27 +407,6 @@ def start_linear(vae, images):
     scale = variances.flip(0)[:LATENT_CHANNELS] ** -0.25
     scale /= (scale.pow(4).reciprocal() * scale.pow(2)).mean().sqrt()  # the latents' deviation is 1 on average
     first = torch.arange(LATENT_CHANNELS)
-
-    def write_down(convolution, rows, shortcut=True):
-        """Outputs 0, 1, ... become `rows` of the 2 x 2 unshuffled inputs; what the shortcut adds is taken off."""
-        count, inputs = len(rows), convolution.in_channels
-        group = 4 * inputs // convolution.out_channels
-        wanted = torch.zeros(count, 4 * inputs)
-        wanted[:, : rows.shape[1]] = rows
-        if shortcut:
-            wanted -= torch.eye(count, 4 * inputs // group).repeat_interleave(group, dim=1) / group
-        convolution.weight[:count] = F.pad(wanted.view(count, inputs, 2, 2), (1, 0, 1, 0))
-        convolution.bias[:count] = 0
-
-    def write_up(convolution, rows):
-        """Outputs 0, 1, ... before the shuffle become `rows` of the inputs; what the shortcut adds is taken off."""
-        count, inputs = rows.shape
-        repeats = convolution.out_channels // convolution.in_channels
-        convolution.weight[:count] = 0
-        convolution.weight[:count, :inputs, 1, 1] = rows
-        every = torch.arange(convolution.out_channels)
-        convolution.weight[every, every // repeats, 1, 1] -= 1
-        convolution.bias[:count] = 0
 
     encoder, decoder = vae.encoder, vae.decoder
     write_down(encoder.conv_in.conv, torch.eye(12), shortcut=False)
