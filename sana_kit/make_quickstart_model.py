@@ -20,7 +20,6 @@ convolutions, all other blocks at nothing) and learns from there: half an hour b
 start. A run gives a model like the shipped one, not the same bytes; quickstart_assets/training.json has its figures.
 """
 
-import argparse
 import importlib.util
 import io
 import json
@@ -37,6 +36,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sana_kit.files import file_sha256
+from sana_kit.flags import Parser
 
 PIXELS = 64  # the model's image size
 STYLE_PIXELS = 128  # the fine-tuning set's, larger so that the trainer's own resize is used
@@ -904,17 +904,15 @@ def write_assets(images, vae, tokenizer, text_encoder, transformer, facts, folde
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m sana_kit.make_quickstart_model", description=__doc__.splitlines()[0])
     parser.add_argument("--work_folder", type=Path, required=True, help="images and training state, kept to go on")
     parser.add_argument("--output_folder", type=Path, required=True, help="new folder for the model and the data set")
-    parser.add_argument("--autoencoder_seconds", type=float, default=2100)
-    parser.add_argument("--transformer_seconds", type=float, default=10400)
-    parser.add_argument("--autoencoder_steps", type=int, help="instead of the seconds; makes the run repeatable")
-    parser.add_argument("--transformer_steps", type=int, help="instead of the seconds; makes the run repeatable")
-    parser.add_argument("--decoder_seconds", type=float, default=900)
-    parser.add_argument("--decoder_steps", type=int, help="instead of the seconds; makes the run repeatable")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
+    for stage, seconds in (("autoencoder", 2100), ("transformer", 9800), ("decoder", 900)):
+        parser.add_argument(f"--{stage}_seconds", type=float, default=seconds, help=f"how long the {stage} is trained")
+        again = "instead of the seconds: makes the run repeatable"
+        parser.add_argument(f"--{stage}_steps", type=int, help=again)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, noise and order")
     args = parser.parse_args()
     if args.output_folder.exists():
         parser.error(f"--output_folder {args.output_folder} exists; give a new one")

@@ -50,6 +50,8 @@ RUN_FILES = (
     "best",
     "raw",
 )
+# Those that a run is made for: a LoRA, a transformer, a ControlNet.
+RESULTS = (ADAPTER_FILE, "transformer", "controlnet")
 # What FORMAT 1 restored of an optimizer's groups.
 _FORMAT_1_GROUPS = ("d", "k", "d0", "d_max", "d_numerator")
 
@@ -274,27 +276,27 @@ def find_checkpoint(output_dir: Path, name: str, set_aside: bool = True) -> tupl
 
 
 def folder_problems(output_dir: Path, resume: str | None, overwrite: bool) -> list[Problem]:
-    """Why a run may not begin in this output folder: a fresh start where checkpoints of another run lie."""
+    """Why a run may not begin in this output folder: a fresh start where checkpoints or results of another run lie."""
     there = all_checkpoints(output_dir)
+    results = [name for name in RESULTS if (output_dir / name).exists()]
     if resume is not None and overwrite:
         reason = "it sets the old run aside, and resume_from_checkpoint goes on from it"
         return [Problem("overwrite_output_dir", None, reason, "Give one of them.")]
     elsewhere = resume not in (None, "latest") and Path(resume).is_dir()
     if elsewhere and Path(resume).resolve().parent == output_dir.resolve():
         elsewhere = False
-    if not there or overwrite or (resume is not None and not elsewhere):
+    if overwrite or not (there or results) or (there and resume is not None and not elsewhere):
         return []
-    names = ", ".join(checkpoint.folder.name for checkpoint in there[-4:])
     start = f"{resume} lies elsewhere, and the folder" if elsewhere else "this is a fresh start, and the folder"
-    return [
-        Problem(
-            "output_dir",
-            output_dir,
-            f"{start} holds {len(there)} checkpoint(s) of an earlier run ({names})",
-            "Go on from them with --resume_from_checkpoint=latest, choose another --output_dir, or set them aside in a"
-            " subfolder with --overwrite_output_dir.",
-        )
-    ]
+    aside = "choose another --output_dir, or set them aside in a subfolder with --overwrite_output_dir."
+    if there:
+        names = ", ".join(checkpoint.folder.name for checkpoint in there[-4:])
+        reason = f"{start} holds {len(there)} checkpoint(s) of an earlier run ({names})"
+        remedy = f"Go on from them with --resume_from_checkpoint=latest, {aside}"
+    else:
+        reason = f"{start} holds results of an earlier run ({', '.join(results)}) and no checkpoint to go on from"
+        remedy = aside[0].upper() + aside[1:]
+    return [Problem("output_dir", output_dir, reason, remedy)]
 
 
 def _free_name(path: Path) -> Path:
