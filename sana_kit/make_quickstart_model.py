@@ -18,6 +18,7 @@ the style, nor the photographs that it is measured on.
 The autoencoder starts as the best linear one (the principal components of 8 x 8 patches, written into its
 convolutions, all other blocks at nothing) and learns from there: half an hour brings what took days from a random
 start. A run gives a model like the shipped one, not the same bytes; quickstart_assets/training.json has its figures.
+(The shipped transformer was trained in several sittings with more time each, so its learning rate rose again twice.)
 """
 
 import importlib.util
