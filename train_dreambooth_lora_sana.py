@@ -132,7 +132,7 @@ def run(config: TrainConfig, base_model: Model, engine: Engine, stop: StopSignal
     order = samples.order(config, micro_step=config.train_batch_size * ranks.world_size)
     counts = samples.counts_of_sets(len(config.sets), config.crops_per_image)
     config, plan = make_plan(config, counts, samples.num_class, ranks.world_size, order)
-    if ranks.agree(checkpoints.is_finished(config, resume, plan.steps, final_weights(config))):
+    if checkpoints.is_finished(config, resume, plan.steps, final_weights(config), ranks):
         logger.info("this run is finished: %s is there, and nothing is left to do", final_weights(config))
         engine.close()
         return 0

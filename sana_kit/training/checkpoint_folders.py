@@ -285,8 +285,8 @@ def folder_problems(output_dir: Path, resume: str | None, overwrite: bool) -> li
     elsewhere = resume not in (None, "latest") and Path(resume).is_dir()
     if elsewhere and Path(resume).resolve().parent == output_dir.resolve():
         elsewhere = False
-    if overwrite or not (there or results) or (there and resume is not None and not elsewhere):
-        return []
+    if overwrite or not (there or results) or (resume is not None and not elsewhere):
+        return []  # "latest" where only results are: is_finished tells, once the run's length is known
     start = f"{resume} lies elsewhere, and the folder" if elsewhere else "this is a fresh start, and the folder"
     aside = "choose another --output_dir, or set them aside in a subfolder with --overwrite_output_dir."
     if there:

@@ -141,12 +141,19 @@ def _check_kind(settings: TrainConfig, folder: Path, state: dict) -> None:
         raise UserError(problems, f"{folder} does not fit this run:")
 
 
-def is_finished(settings: TrainConfig, resume: Resume | None, steps: int, result: Path) -> bool:
-    """Whether the run in `result`'s folder has made all its updates and written its result; asked on rank 0.
+def is_finished(settings: TrainConfig, resume: Resume | None, steps: int, result: Path, ranks: Ranks) -> bool:
+    """Whether the run in `result`'s folder has made all its updates and written its result: rank 0 looks.
 
     Its last checkpoint may be older than its end, or there may be none. Who names a checkpoint instead of "latest"
     goes back to it, unless it is the end itself.
+
+    Raises:
+        UserError: a longer run is to go on from the "latest" checkpoint; of the shorter one only the result is left.
     """
+    return ranks.agree(ranks.run_on_all(lambda: ranks.is_main and _is_finished(settings, resume, steps, result)))
+
+
+def _is_finished(settings: TrainConfig, resume: Resume | None, steps: int, result: Path) -> bool:
     wanted, early_stopping = settings.resume_from_checkpoint, settings.early_stopping
     state = resume.state if resume is not None else {"global_step": 0}
     if early_stopping is not None and state.get("since_best", 0) >= early_stopping:
@@ -156,6 +163,10 @@ def is_finished(settings: TrainConfig, resume: Resume | None, steps: int, result
         end, interrupted = int(summary["global_step"]), summary["interrupted_by_signal"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
+    if resume is None and wanted == "latest" and result.exists() and end < steps:
+        reason = f"{result.parent} holds {result.name}, after {end} updates, and no checkpoint to go on from"
+        remedy = "Choose another --output_dir, or set it aside with --overwrite_output_dir instead."
+        raise UserError(Problem("resume_from_checkpoint", wanted, reason, remedy))
     if interrupted is not None or not result.exists() or end < steps:
         return False
     return end == state["global_step"] or (wanted == "latest" and end > state["global_step"])

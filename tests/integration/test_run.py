@@ -62,6 +62,10 @@ def test_a_finished_run_without_a_checkpoint_at_its_end_is_left_as_it_is_too(fla
         before = contents(output)
         assert run_trainer(*run, f"--checkpointing_steps={every}", "--resume_from_checkpoint=latest") == 0
         assert contents(output) == before and "this run is finished" in capsys.readouterr().err
+        if every == "9":
+            with pytest.raises(UserError, match="after 3 updates, and no checkpoint to go on from"):
+                run_trainer(*run, "--max_train_steps=4", "--resume_from_checkpoint=latest")
+            assert adapter_weights(output)
         if every == "2":
             assert run_trainer(*run, "--checkpointing_steps=2", "--resume_from_checkpoint=checkpoint-2") == 0
             assert contents(output) != before and "this run is finished" not in capsys.readouterr().err
