@@ -29,6 +29,10 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 # What a write that was cut off leaves: `partial` is the new one, `replaced` the one of the same step before it,
 # `removed` an old one that was being deleted.
 _HIDDEN = re.compile(r"\.(checkpoint-\d+)\.(partial|replaced|removed)-[0-9a-f]+")
+# Of a run that trains no adapter: the folder of its weights.
+MODEL_FOLDERS = {"full": "transformer", "controlnet": "controlnet"}
+# What a run is made for: a LoRA, a transformer, a ControlNet.
+RESULTS = (ADAPTER_FILE, *MODEL_FOLDERS.values())
 # What a run writes into its output folder, beside checkpoints; encodings stay, since they belong to the images.
 RUN_FILES = (
     "train_log.jsonl",
@@ -37,9 +41,7 @@ RUN_FILES = (
     ".report_cache",
     "README.md",
     "README.generated.md",
-    ADAPTER_FILE,
-    "transformer",
-    "controlnet",
+    *RESULTS,
     "sana_kit_base.json",
     "validation",
     "training_images",
@@ -50,8 +52,6 @@ RUN_FILES = (
     "best",
     "raw",
 )
-# Those that a run is made for: a LoRA, a transformer, a ControlNet.
-RESULTS = (ADAPTER_FILE, "transformer", "controlnet")
 # What FORMAT 1 restored of an optimizer's groups.
 _FORMAT_1_GROUPS = ("d", "k", "d0", "d_max", "d_numerator")
 

@@ -37,6 +37,7 @@ from sana_kit.errors import CheckpointError, Problem, UserError
 from sana_kit.files import expand, remove_tree
 from sana_kit.training.checkpoint_folders import (
     FORMAT,
+    MODEL_FOLDERS,
     STATE_FILE,
     all_checkpoints,
     find_checkpoint,
@@ -73,8 +74,6 @@ __all__ = ["Checkpointer", "Resume", "find_damage", "list_checkpoints", "start_o
 logger = logging.getLogger("sana")
 
 AVERAGE_STEM = "ema"
-# Of a run that trains no adapter: folder and stem of the weights' files.
-MODEL_FOLDERS = {"full": "transformer", "controlnet": "controlnet"}
 MODEL_STEM = "diffusion_pytorch_model"
 # Below this one rank writes alone: agreeing on the shares would take longer.
 SHARED_BYTES = 64 << 20

@@ -21,6 +21,7 @@ from sana_kit.models.adapter import apply_lora, read_lora
 from sana_kit.models.folder import Model
 from sana_kit.models.loading import load_transformer
 from sana_kit.training import checkpoints
+from sana_kit.training.checkpoint_folders import MODEL_FOLDERS
 from sana_kit.training.config import TrainConfig
 from sana_kit.training.ema import WeightAverage
 from sana_kit.training.engine import Engine
@@ -138,7 +139,7 @@ def _trigger(config: TrainConfig, images: ImageSet) -> str | None:
 
 def final_weights(config: TrainConfig) -> Path:
     """Where the result of a finished run lies."""
-    return Path(config.output_dir, checkpoints.MODEL_FOLDERS.get(config.train_mode, ADAPTER_FILE))
+    return Path(config.output_dir, MODEL_FOLDERS.get(config.train_mode, ADAPTER_FILE))
 
 
 def adapter_metadata(
