@@ -2,7 +2,7 @@
 
 `fuse_blocks` is the one place that decides which transformers get it; the others keep diffusers' block. Parameters,
 their names and the state dict stay as they are, LoRA layers of peft included, so that adapters, checkpoints and
-engines see no difference. tests/unit/test_fused.py holds it against diffusers' block.
+engines see no difference. tests/unit/models/test_fused.py holds it against diffusers' block.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Workers of a data loader, real processes: what goes wrong in one ends the loop with an error."""
 
 import errno
+import multiprocessing
 import multiprocessing.queues
 import os
 import socket
@@ -10,9 +11,11 @@ import tempfile
 import pytest
 import torch
 from helpers import KIT, run
+from helpers.stores import all_of, encode_alone
 from torch.utils.data import DataLoader, Dataset
 
 from sana_kit import workers
+from sana_kit.data.discover import load_images
 from sana_kit.workers import LONGEST_SOCKET_FOLDER, prepare_worker, socket_folder
 
 
@@ -79,3 +82,14 @@ def test_a_busy_worker_does_not_hold_up_the_end_of_a_trainer_that_failed():
     script = KIT / "tests" / "distributed" / "workers" / "stuck_loader.py"
     done = run([sys.executable, script])
     assert done.returncode == 1 and "the update failed" in done.stderr
+
+
+def test_encodings_are_readable_from_forked_and_spawned_workers(tiny_model, image_folder, tmp_path):
+    encoded = encode_alone(load_images(instance_data_dir=str(image_folder)), tiny_model, tmp_path / "store")
+    here = all_of(encoded)
+    loader = torch.utils.data.DataLoader(encoded, batch_size=None, num_workers=2, multiprocessing_context="fork")
+    for sample, (latents, embeds) in zip(loader, here, strict=True):
+        assert torch.equal(sample["latents"], latents) and torch.equal(sample["prompt_embeds"], embeds)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        again = pool.map(encoded.__getitem__, range(6))
+    assert all(torch.equal(a["latents"], b) for a, (b, _) in zip(again, here, strict=True))

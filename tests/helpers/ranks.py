@@ -9,8 +9,12 @@ import traceback
 from collections.abc import Callable
 
 import psutil
+import torch
 
 from helpers import free_port
+from sana_kit.distributed import Ranks
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def _work(job: Callable, rank: int, world_size: int, port: int, results) -> None:
@@ -22,10 +26,7 @@ def _work(job: Callable, rank: int, world_size: int, port: int, results) -> None
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    import torch
     from accelerate.state import AcceleratorState
-
-    from sana_kit.distributed import Ranks
 
     AcceleratorState._reset_state(reset_partial_state=True)  # of a run that an earlier test did in the parent
     torch.set_num_threads(1)

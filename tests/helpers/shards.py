@@ -1,4 +1,4 @@
-"""Tiny shards for the tests of streaming: tar and parquet files; the caption of an image says which it is."""
+"""Tiny shards for the tests of streaming: tar and parquet files, and readers; an image's caption says which it is."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+
+from helpers.ranks import ALONE
+from sana_kit.data.assemble import Asked
+from sana_kit.data.tables import Wanted
+from sana_kit.data.windows import WindowReader
 
 
 def image_bytes(number: int, side: int = 40) -> bytes:
@@ -47,3 +52,18 @@ def write_shards(folder: Path, counts, kind: str = "tar") -> Path:
         write(folder / f"train-{number:04d}.{kind}", range(first, first + count))
         first += count
     return folder
+
+
+def wanted(name, caption="txt", **more) -> Wanted:
+    """What a run asks of a data set; tar shards keep their captions in txt, parquet ones in text."""
+    settings = {"config": None, "image_column": "image", "split": None, "cache_dir": None, **more}
+    return Wanted(name=str(name), caption_column=caption, **settings)
+
+
+def reader(shards, size=8, seed=3, ranks=ALONE, **asked) -> WindowReader:
+    return WindowReader(shards, Asked(None, **asked), size=size, seed=seed, ranks=ranks)
+
+
+def windows(source: WindowReader, folder: Path, count: int, room: int = 10**9) -> list[list[str]]:
+    """The captions of `count` windows, in order."""
+    return [list(source.read(folder, room, lambda: False).captions) for _ in range(count)]

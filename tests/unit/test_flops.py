@@ -1,6 +1,6 @@
 """The closed forms of sana_kit/flops.py against torch's FLOP counter on meta tensors, and its command line.
 
-Run: pytest tests/test_flops.py
+Run: python -m pytest tests/unit/test_flops.py
 """
 
 import json

@@ -3,33 +3,13 @@
 import json
 
 import pytest
-import torch
-from helpers.ranks import run_ranks
-from helpers.shards import write_parquet, write_shards, write_tar
+from helpers.shards import reader, wanted, windows, write_parquet, write_shards, write_tar
 
-from sana_kit.data.assemble import Asked
 from sana_kit.data.streaming import HubShards, find_shards
-from sana_kit.data.tables import Wanted
-from sana_kit.data.windows import LANES, WindowReader
-from sana_kit.distributed import Ranks
+from sana_kit.data.windows import LANES
 from sana_kit.errors import EncodingStopped, UserError
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
 COLUMN = {"tar": "txt", "parquet": "text"}
-
-
-def wanted(name, caption="txt", **more):
-    settings = {"config": None, "image_column": "image", "split": None, "cache_dir": None, **more}
-    return Wanted(name=str(name), caption_column=caption, **settings)
-
-
-def reader(shards, size=8, seed=3, ranks=ALONE, **asked):
-    return WindowReader(shards, Asked(None, **asked), size=size, seed=seed, ranks=ranks)
-
-
-def windows(source, folder, count, room=10**9):
-    """The captions of `count` windows, in order."""
-    return [list(source.read(folder, room, lambda: False).captions) for _ in range(count)]
 
 
 def problem(name, **more):
@@ -89,29 +69,6 @@ def test_a_stop_leaves_the_reader_where_it_stood(tmp_path):
     assert source.place() == before
     fresh = reader(source.shards)
     assert windows(source, tmp_path / "spool", 3) == windows(fresh, tmp_path / "other", 3)
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_any_number_of_processes_reads_the_same_windows_each_its_own_shards(world_size, tmp_path):
-    """With two shards and three processes, one reads nothing."""
-    shards = find_shards(wanted(write_shards(tmp_path / "d", [5, 9])))
-
-    def job(ranks):
-        source = reader(shards, ranks=ranks)
-        read = []
-        way = shards.read
-        shards.read = lambda number, first=0: read.append(number) or way(number, first)
-        return windows(source, tmp_path / f"spool-{world_size}", 4), read, reader(shards, ranks=ranks).split()
-
-    found = run_ranks(job, world_size)
-    alone = windows(reader(shards), tmp_path / "spool", 4)
-    assert all(ok and value[0] == alone for ok, value in found), found
-    told = found[0][1][2]
-    if world_size == 2:
-        assert {found[0][1][1][0], found[1][1][1][0]} == {0, 1}
-        assert sum("begins with train-" in line for line in told) == 2
-    else:
-        assert found[2][1][1] == [] and "processes 2 to 2 read none" in told[-1]
 
 
 def test_so_many_shards_are_open_at_once_and_no_more(tmp_path):

@@ -4,11 +4,7 @@ import contextlib
 
 import pytest
 import torch
-
-from sana_kit.distributed import Ranks
-from sana_kit.encodings.encode import encode
-from sana_kit.encodings.settings import EncodingSettings
-from sana_kit.models.folder import find_model
+from helpers.stores import encode_alone
 
 
 @pytest.fixture(scope="session")
@@ -25,13 +21,7 @@ def run(tmp_path, tiny_model):
     """A function that encodes images on one process; settings, `model` (a folder or a Model) and words of `encode`."""
 
     def call(images, model=tiny_model, **changes):
-        words = {name: changes.pop(name) for name in ("extra_prompts", "stop", "log", "seed") if name in changes}
-        defaults = {"encodings_dir": str(tmp_path / "store"), "resolution": 64, "num_workers": 2}
-        if not hasattr(model, "base"):
-            model, problems = find_model(str(model))
-            assert not problems
-        ranks = Ranks(0, 1, torch.device("cpu"))
-        return encode(images, model, EncodingSettings(**{**defaults, **changes}), ranks=ranks, **words)
+        return encode_alone(images, model, tmp_path / "store", **changes)
 
     return call
 

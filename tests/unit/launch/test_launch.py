@@ -3,11 +3,11 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 from functools import partial
 
+import psutil
 import pytest
 from helpers import KIT
 from torch.distributed import DistStoreError
@@ -224,9 +224,9 @@ def test_machines_that_do_not_meet_are_told_of_in_words(launched, tmp_path, capf
         assert told.wait(60)
         raise DistStoreError("Timed out after 901 seconds waiting for clients. 1/2 clients joined.\nframe #0: ...")
 
-    with subprocess.Popen(["sleep", "60"]) as other:  # a child that is none of the run's processes
-        assert launched(run=alone, options=("--config_file", str(path)))[0] == 1
-        other.kill()
+    # This process has a child that is none of the run's.
+    monkeypatch.setattr(psutil.Process, "children", lambda self: [psutil.Process(1)])
+    assert launched(run=alone, options=("--config_file", str(path)))[0] == 1
     assert lines[0].startswith("machine 0 of num_machines=2 waits for the others at 10.0.0.7:6123")
     said = capfd.readouterr().err
     assert "the machines did not meet" in said and "1/2 clients joined" in said

@@ -1,57 +1,20 @@
-"""The end of a run: its validation images held against what it was trained on, on one process and several."""
-
-import types
+"""The end of a run: its validation images held against what it was trained on, on one process."""
 
 import numpy as np
 import pytest
 import tiny
-import torch
-from helpers.ranks import run_ranks
+from helpers.memorised import NoStop, as_trained, drawn, fields
+from helpers.ranks import ALONE
 from PIL import Image
 
-from sana_kit.data.discover import load_images
-from sana_kit.data.transform import apply_transform
-from sana_kit.distributed import Ranks
-from sana_kit.encodings.settings import EncodingSettings, Transform
 from sana_kit.errors import ImageError
 from sana_kit.training import memorisation
 from sana_kit.training.memorisation import compare_with_training_images
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
-
-
-class NoStop:
-    requested = False
-
-    def agreed(self):
-        return self.requested
-
 
 @pytest.fixture
 def encoded(tmp_path):
-    """What the comparison asks of an EncodedDataset: five wide images twice, the last held out."""
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for number in range(5):
-        pixels = np.random.default_rng(number).integers(0, 256, (6, 9, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((150, 100), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
-    images = load_images(instance_data_dir=str(folder), instance_prompt="a field", repeats=2)
-    settings = EncodingSettings("", 64, random_flip=True)
-    return types.SimpleNamespace(images=images, transform=Transform(images, settings))
-
-
-def drawn(output, *images):
-    """Files as the validator leaves them."""
-    (output / "validation").mkdir(parents=True, exist_ok=True)
-    entries = []
-    for number, image in enumerate(images):
-        Image.fromarray(np.asarray(image)).save(output / f"validation/{number}.png")
-        entries.append({"file": f"validation/{number}.png", "prompt": f"prompt {number}", "seed": number})
-    return entries
-
-
-def as_trained(encoded, sample):
-    return apply_transform(encoded.images.load(sample), encoded.transform(sample))
+    return fields(tmp_path / "images")
 
 
 def test_a_copy_of_what_is_trained_on_is_found_and_other_images_are_not(encoded, tmp_path):
@@ -111,15 +74,3 @@ def test_an_image_that_changed_meanwhile_is_told(encoded, tmp_path):
     Image.new("RGB", (150, 100)).save(tmp_path / "images/1.png")
     with pytest.raises(ImageError, match=r"1\.png: the image changed"):
         compare_with_training_images(encoded, 8, entries, tmp_path, ALONE, NoStop())
-
-
-def test_two_ranks_find_what_one_finds(encoded, tmp_path):
-    entries = drawn(tmp_path, as_trained(encoded, 5), tiny.make_images(1)[0][0])
-    alone = compare_with_training_images(encoded, 8, entries, tmp_path, ALONE, NoStop())
-
-    def job(ranks):
-        found = compare_with_training_images(encoded, 8, entries, tmp_path, ranks, NoStop())
-        return None if found is None else found.figures()
-
-    (_, first), (_, second) = run_ranks(job)
-    assert first == alone.figures() and second is None
