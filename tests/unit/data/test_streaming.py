@@ -1,10 +1,12 @@
 """Shards that are read without listing rows, and the windows that a run takes of them."""
 
 import json
+import socket
 
 import pytest
 from helpers.shards import reader, wanted, windows, write_parquet, write_shards, write_tar
 
+from sana_kit.data.discover import load_images
 from sana_kit.data.streaming import HubShards, find_shards
 from sana_kit.data.windows import LANES
 from sana_kit.errors import EncodingStopped, UserError
@@ -59,6 +61,20 @@ def test_a_reader_goes_on_exactly_from_a_place_that_went_through_json(kind, tmp_
         again = reader(shards)
         again.go_to(place)
         assert windows(again, tmp_path / "other", 5 - k) == found[k:]
+
+
+def test_shards_of_a_folder_ask_nothing_of_the_network(kind, tmp_path, monkeypatch):
+    """A request for each shard that is opened waits five seconds where no name server answers."""
+    import datasets
+
+    asked = []
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setattr(datasets.config, name, False, raising=False)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **__: asked.append(host) or [])
+    folder = write_shards(tmp_path / "d", [2, 2], kind)
+    windows(reader(find_shards(wanted(folder, COLUMN[kind]))), tmp_path / "spool", 2)
+    assert len(load_images(dataset_name=str(folder), caption_column=COLUMN[kind])) == 4
+    assert asked == []
 
 
 def test_a_stop_leaves_the_reader_where_it_stood(tmp_path):
