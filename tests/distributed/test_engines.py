@@ -3,6 +3,7 @@
 Real processes, real engines, a tiny model. `-m "not slow"` leaves out ZeRO-3 and offloading.
 """
 
+import importlib
 import json
 import shutil
 import sys
@@ -12,6 +13,8 @@ import torch
 from helpers import KIT, TRAINER, adapter_weights, events, launch, run, same
 from helpers.runs import as_it_was_at, config_with, farthest, train
 from safetensors.torch import load_file
+
+from sana_kit.training import zero
 
 
 def test_zero2_resumes_to_the_bit(zero2, flags, tmp_path):
@@ -146,3 +149,16 @@ def test_bytes_of_weights_and_optimizer_are_those_computed(mode):
         assert abs(allocated[part] / computed[part] - 1) < 0.01, (part, figures)
     # The few activations and what gloo copies come on top of what is passing: here 3 MB.
     assert 0 <= allocated["passing"] - computed["passing"] < 4e6, figures
+
+
+def test_the_shared_memory_operator_is_not_compiled(monkeypatch):
+    """DeepSpeed asks its table of operators before it compiles one; for the table it looks for a C compiler."""
+    import deepspeed.ops
+
+    table = dict(deepspeed.ops.__compatible_ops__)
+    assert "deepspeed_shm_comm" in table
+    monkeypatch.setattr(deepspeed.ops, "__compatible_ops__", table, raising=False)
+    zero.leave_out_shm_operator()
+    assert (
+        table["deepspeed_shm_comm"] is False and importlib.import_module("deepspeed.comm.torch").build_shm_op() is None
+    )

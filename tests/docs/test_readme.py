@@ -21,7 +21,7 @@ NOT_HERE = {
     "pip install torch==2.13.0 torch_npu==2.13.0": "breaks torch where CANN is missing",
     "bash tests/run.sh": "is this run",
     "python -m sana_kit.playground --model_path=Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers "
-    "--lora_weights=output": "runs until it is ended; tests/unit/playground has its tests",
+    "--lora_weights=output": "runs until it is ended; tests/integration/test_playground.py has its tests",
     "bash finetune_sana_dreambooth_lora_deepspeed_bf16.sh --quickstart": "has a test of its own below",
 }
 

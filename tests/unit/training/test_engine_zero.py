@@ -98,18 +98,3 @@ def test_settings_reach_the_deepspeed_config():
     assert config["train_batch_size"] == 12 and config["data_types"]["grad_accum_dtype"] == "fp32"
     zero.fit_buckets(config, 1000)
     assert config["zero_optimization"]["reduce_bucket_size"] >= 1000
-
-
-def test_the_shared_memory_operator_is_not_compiled(monkeypatch):
-    """DeepSpeed asks its table of operators before it compiles one."""
-    import deepspeed.ops
-
-    from sana_kit.training import zero
-
-    table = dict(deepspeed.ops.__compatible_ops__)
-    assert "deepspeed_shm_comm" in table
-    monkeypatch.setattr(deepspeed.ops, "__compatible_ops__", table, raising=False)
-    zero.leave_out_shm_operator()
-    assert (
-        table["deepspeed_shm_comm"] is False and importlib.import_module("deepspeed.comm.torch").build_shm_op() is None
-    )
