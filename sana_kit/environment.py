@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -72,6 +73,40 @@ def unmet(requirements: list[str], version_of: Callable[[str], str] = importlib.
 def requirement_files(tests: bool) -> list[Path]:
     """requirements_sana.txt, with `tests` also what the tests need."""
     return [KIT / "requirements_sana.txt"] + ([KIT / "tests" / "requirements.txt"] if tests else [])
+
+
+def python_word() -> str:
+    """What the user types to start this Python: `python` or `python3` where PATH finds this very one, else its path.
+
+    The path is short where it lies beneath the working folder, as .venv often does.
+    """
+    here = Path(sys.executable)
+    for word in ("python", "python3"):
+        found = shutil.which(word)
+        # the folder decides, not the file alone: every venv's python is a link to the same one
+        if found and Path(found).parent == here.parent and os.path.samefile(found, here):
+            return word
+    return short_path(here)
+
+
+def short_path(path: Path) -> str:
+    """A path as it is typed from the working folder: relative where it lies beneath it, else whole."""
+    try:
+        return str(path.absolute().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path.absolute())
+
+
+def missing_package(error: ModuleNotFoundError) -> str | None:
+    """What to do about a package that this Python lacks altogether; None where it is there and a part of it is not."""
+    package = (error.name or "").partition(".")[0]
+    if not package or package in sys.modules or importlib.util.find_spec(package) is not None:
+        return None
+    told = f"the package {package} is not installed for {sys.executable}."
+    if (KIT / ".venv" / "bin" / "activate").is_file() and Path(sys.prefix) != KIT / ".venv":
+        return f"{told} The launcher has made an environment: source {short_path(KIT / '.venv' / 'bin' / 'activate')}"
+    needed = f"-r {short_path(KIT / 'requirements_sana.txt')} -c {short_path(CONSTRAINTS)}"
+    return f"{told} The launcher installs what is needed into .venv by itself; by hand: python -m pip install {needed}"
 
 
 def lacking_here(tests: bool) -> list[str]:

@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 
+from sana_kit.environment import missing_package
 from sana_kit.launchers import local_rank, settle_launcher
 from sana_kit.quiet import quiet_libraries
 
@@ -172,7 +173,8 @@ def run_as_script(
 ) -> int:
     """Run a script's `main` and return its exit code, 0 or what it returned; use as `sys.exit(run_as_script(main))`.
 
-    A KitError is shown by its message, fields written as flags: exit code 1. Any other exception keeps its traceback:
+    A KitError is shown by its message, fields written as flags: exit code 1; so is a package that is not installed,
+    with what to do. Any other exception keeps its traceback:
     exit code 1. Ctrl-C is one line: exit code 130. Before all that, variables that a launcher left in the shell are
     taken out, and notices of libraries silenced. With several ranks the first of every machine shows the error, any
     other only what it alone met; the rest learn of it within seconds.
@@ -191,6 +193,9 @@ def run_as_script(
         return EXIT_INTERRUPTED_BY_KEYBOARD
     except Exception as error:
         failure = error.as_flags(name) if isinstance(error, UserError) else error
+        if isinstance(error, ModuleNotFoundError) and (remedy := missing_package(error)):
+            failure = KitError(remedy)
+            failure.shared = True
         told = isinstance(failure, (KitError, *expected))
         message = str(failure) if told else f"{type(failure).__name__}: {failure}"
         if not isinstance(failure, RankFailed):

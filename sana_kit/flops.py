@@ -30,6 +30,7 @@ from sana_kit.arithmetic import (
     vae_encode_ops,
     vae_halves,
 )
+from sana_kit.errors import run_as_script
 from sana_kit.flags import Parser
 
 
@@ -300,4 +301,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_as_script(main))

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sana_kit.errors import run_as_script
 from sana_kit.flags import Parser
 from sana_kit.reports.result_block import made_by, write_result_block
 
@@ -65,4 +66,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_as_script(main))

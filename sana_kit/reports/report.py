@@ -17,6 +17,7 @@ from sana_kit.reports.pages import folder_images, render, spread, unreadable_ale
 from sana_kit.reports.thumbnails import Thumbnails
 from sana_kit.runlog import JsonLinesLog, RunLog, finite_number, load_run
 
+DRAW_WITH_IT = "draw with it: "  # before the command, among the last lines of a run
 _ROWS, _STEPS, _PAIRS, _SAMPLES = 16, 12, 12, 12  # most prompts, steps of each, pairs and training images shown
 # What the page links to, where it is there: (file, what it is).
 _LINKS = (
@@ -230,6 +231,12 @@ def _row_notes(run: RunLog, rows: dict) -> tuple[str, str]:
     return "", "No validation images: the run made none" + ("." if run.end is not None else " so far.")
 
 
+def _draw(run: RunLog) -> str:
+    """The command that draws with what the run made, as its last line says it; '' where it made nothing yet."""
+    made = ((run.end or {}).get("summary") or {}).get("made") or []
+    return next((line.removeprefix(DRAW_WITH_IT) for line in made if line.startswith(DRAW_WITH_IT)), "")
+
+
 def _charts(run: RunLog) -> dict:
     """The chart part of the page's context."""
     headings, charts, notes = chart_series(run)
@@ -333,6 +340,7 @@ def write_report(
         config=chosen,
         config_defaults=defaults,
         unset=", ".join(sorted(name for name, value in config.items() if value is None)),
+        draw=_draw(run),
         links=[{"href": file, "text": text} for file, text in _LINKS if (output_dir / file).exists()],
         compared=False,
         buckets=run.buckets,

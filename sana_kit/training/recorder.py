@@ -22,11 +22,12 @@ import torch
 from sana_kit import devices
 from sana_kit.distributed import StopSignal
 from sana_kit.encodings.dataset import EncodedDataset
+from sana_kit.environment import KIT, python_word, short_path
 from sana_kit.errors import ImageError
 from sana_kit.files import write_atomic
 from sana_kit.model_card import package_versions, this_command
 from sana_kit.progress import console_bar
-from sana_kit.reports.report import PagePace, refresh_report
+from sana_kit.reports.report import DRAW_WITH_IT, PagePace, refresh_report
 from sana_kit.reports.training_images import CroppedImages, write_training_images
 from sana_kit.runlog import JsonLinesLog
 from sana_kit.throughput import PhaseClock, ThroughputMeter
@@ -392,7 +393,8 @@ def made_lines(config: TrainConfig, result: Path) -> list[str]:
     output_dir, mode = Path(config.output_dir), config.train_mode
     script = "infer_sana_text2img_lora_bf16.py" if mode == "lora" else "infer_sana_text2img_bf16.py"
     model = str(output_dir) if mode == "full" else config.pretrained_model_name_or_path
-    words = ["python", script, "--model_path", model, *(["--lora_weights", str(output_dir)] if mode == "lora" else [])]
+    words = [python_word(), short_path(KIT / script), "--model_path", model]
+    words += ["--lora_weights", str(output_dir)] if mode == "lora" else []
     if mode == "controlnet":
         words += ["--controlnet", str(output_dir), "--control_image"]
         words += [next(iter(config.validation_control_image), "CONTROL_IMAGE.png")]
@@ -405,7 +407,7 @@ def made_lines(config: TrainConfig, result: Path) -> list[str]:
         f"{ {'lora': config.adapter.kind, 'full': 'model', 'controlnet': 'ControlNet'}[mode] }: {result}",
         f"report: {output_dir / 'report.html'}",
         f"model card: {output_dir / 'README.md'}   settings: {output_dir / RUN_FILE}",
-        f"draw with it: {shlex.join(words)}",
+        f"{DRAW_WITH_IT}{shlex.join(words)}",
     ]
 
 

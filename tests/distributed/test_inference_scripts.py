@@ -114,3 +114,12 @@ def test_help_is_there_without_torch(script):
     """What makes it quick: nothing heavy is imported before the command line is read."""
     done = run([sys.executable, WITHOUT_TORCH, KIT / f"infer_sana_text2img_{script}.py", "--help"], fresh=True)
     assert done.returncode == 0 and "--lora_weights" in done.stdout, done.stderr
+
+
+MODULES = ("convert", "doctor", "encode", "encodings", "flops", "launch", "overlay", "parity", "playground", "reports")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_help_of_a_module_is_there_without_torch(module):
+    done = run([sys.executable, WITHOUT_TORCH, f"sana_kit.{module}", "--help"], fresh=True)
+    assert done.returncode == 0 and done.stdout.startswith("usage: "), done.stderr

@@ -193,3 +193,35 @@ def test_the_constraints_are_for_every_python_that_is_accepted():
         python = {"python_version": f"{major}.{minor}"}
         names = [c.name for c in constraints if c.marker is None or c.marker.evaluate(python)]
         assert sorted(names) == sorted({c.name for c in constraints}), python
+
+
+@pytest.mark.parametrize(("first_on_path", "typed"), [("same", "python"), ("link", None), ("none", None)])
+def test_a_command_that_is_pasted_starts_the_same_python(first_on_path, typed, tmp_path, monkeypatch):
+    """A link elsewhere to the same file, as every venv's python is, is another environment."""
+    folder = tmp_path / ".venv" / "bin"
+    folder.mkdir(parents=True)
+    (folder / "python").symlink_to(sys.executable)
+    other = tmp_path / "bin"
+    other.mkdir()
+    (other / "python").symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    monkeypatch.setenv("PATH", {"same": f"{folder}:{other}", "link": str(other), "none": ""}[first_on_path])
+    monkeypatch.chdir(tmp_path)
+    assert environment.python_word() == (typed or ".venv/bin/python")
+    monkeypatch.chdir(other)
+    assert environment.python_word() == (typed or str(folder / "python"))
+
+
+def test_a_missing_package_is_named_with_the_environment_that_has_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "KIT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    gone = ModuleNotFoundError("No module named 'nowhere_to_be_found'", name="nowhere_to_be_found.part")
+    assert "launcher installs what is needed into .venv by itself" in environment.missing_package(gone)
+    assert environment.missing_package(ModuleNotFoundError("a part of one", name="json.nothing")) is None
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    told = environment.missing_package(gone)
+    assert told == (
+        f"the package nowhere_to_be_found is not installed for {sys.executable}."
+        " The launcher has made an environment: source .venv/bin/activate"
+    )

@@ -89,6 +89,14 @@ def test_report_in_a_browser(tmp_path, open_page, width, color_scheme):
     assert all(page.evaluate("[...document.images].filter(i => i.src).map(i => i.complete && i.naturalWidth > 0)"))
 
 
+def test_a_logarithmic_axis_ends_next_to_the_losses(tmp_path, open_page):
+    """From 1 down to 1/60: the axis is from 0.01 to 1, not to 10, and its ticks begin at a number of one digit."""
+    make_run(tmp_path)
+    page = open_page(write_report(tmp_path))
+    low, high = map(float, page.locator("#chart-loss").get_attribute("data-range").split(","))
+    assert (low, high) == (0.01, 1)
+
+
 def test_report_slider_shows_before_on_the_left_and_after_on_the_right(tmp_path, open_page):
     make_run(tmp_path)
     page = open_page(write_report(tmp_path))

@@ -1,6 +1,8 @@
 """A run as its user sees it: plan, settings in a file, what is told at the end, a start that has nothing to do."""
 
+import html
 import json
+import re
 import shutil
 
 import pytest
@@ -9,6 +11,7 @@ import yaml
 from helpers import adapter_weights, events, run_trainer, same
 from safetensors import safe_open
 
+from sana_kit.environment import KIT, python_word, short_path
 from sana_kit.errors import EncodingStopped, UserError
 from sana_kit.training.config import parse_args
 from sana_kit.training.prior import generate_class_images
@@ -86,10 +89,14 @@ def test_a_run_that_ended_before_its_result_was_written_writes_it(flags, finishe
 def test_the_end_tells_what_was_made_and_how_to_draw_with_it(flags, tmp_path, tiny_model, capsys):
     assert run_trainer(*flags, "--max_train_steps=1", f"--output_dir={tmp_path / 'o'}") == 0
     lines = capsys.readouterr().out.strip().splitlines()
+    page = html.unescape((tmp_path / "o" / "report.html").read_text())
+    command = lines[-1].removeprefix("draw with it: ")
+    assert f"Draw with it: {command}</p>" in re.sub("</?span>|</?code[^>]*>", "", page)
     assert lines[-5].startswith("steps 1, ")
     assert lines[-4].endswith("pytorch_lora_weights.safetensors") and "report.html" in lines[-3]
+    script = short_path(KIT / "infer_sana_text2img_lora_bf16.py")
     assert lines[-1] == (
-        f"draw with it: python infer_sana_text2img_lora_bf16.py --model_path {tiny_model}"
+        f"draw with it: {python_word()} {script} --model_path {tiny_model}"
         f" --lora_weights {tmp_path / 'o'} --prompt 'a drawing'"
     )
 

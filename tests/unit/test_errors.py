@@ -146,3 +146,11 @@ def test_a_wait_is_announced_with_its_reason(monkeypatch):
 def test_the_nearest_word_is_offered():
     assert did_you_mean("--resolutoin", ["--resolution", "--rank"]) == " Did you mean --resolution?"
     assert did_you_mean("--x", ["--resolution"]) == ""
+
+
+def test_a_package_that_is_not_installed_is_no_traceback(capsys):
+    assert run_as_script(fail(ModuleNotFoundError("No module named 'nowhere_x'", name="nowhere_x"))) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("\nerror: the package nowhere_x is not installed for ") and "Traceback" not in shown
+    assert run_as_script(fail(ModuleNotFoundError("No module named 'json.x'", name="json.x"))) == 1
+    assert "Traceback" in capsys.readouterr().err

@@ -9,8 +9,13 @@ import pytest
 import tiny
 import torch
 
-from sana_kit import parity
-from sana_kit.parity import DIFFERS, EQUAL, PURPOSE, main, table
+from sana_kit.parity import comparisons
+from sana_kit.parity.__main__ import DTYPES, main
+from sana_kit.parity.comparisons import DIFFERS, EQUAL, PURPOSE, table
+
+
+def test_the_command_offers_the_dtypes_that_are_compared():
+    assert tuple(comparisons.DTYPES) == DTYPES
 
 
 def verdicts(text):
@@ -47,15 +52,15 @@ def test_faults_are_found(tmp_path, tiny_model, monkeypatch):
     config.write_text(json.dumps({**json.loads(config.read_text()), "flow_shift": 6.0}))
     config = folder / "vae" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "scaling_factor": 0.5}))
-    monkeypatch.setattr(parity, "parse_instruction", lambda text: ["Draw: "])
-    monkeypatch.setattr(parity, "encode_pixels", lambda vae, pixels: vae.encode(pixels).latent)
+    monkeypatch.setattr(comparisons, "parse_instruction", lambda text: ["Draw: "])
+    monkeypatch.setattr(comparisons, "encode_pixels", lambda vae, pixels: vae.encode(pixels).latent)
 
     def drop_the_mask(transformer, attention, device):
         transformer.register_forward_pre_hook(
             lambda module, args, words: (args, {**words, "encoder_attention_mask": None}), with_kwargs=True
         )
 
-    monkeypatch.setattr(parity, "set_attention", drop_the_mask)
+    monkeypatch.setattr(comparisons, "set_attention", drop_the_mask)
     said = []
     assert main(["--model", str(folder), "--dtypes", "fp32", "--device", "cpu"], said.append) == 1
     wrong = {key for key, row in verdicts_of(said[1]).items() if row == DIFFERS}
@@ -77,13 +82,13 @@ def verdicts_of(text):
 
 @pytest.mark.parametrize(("ours", "word"), [(torch.ones(2), "0"), (torch.ones(3), "inf")])
 def test_a_difference_is_relative_and_another_shape_is_infinite(ours, word):
-    found = {"fp32": parity.relative(ours * 2, torch.ones(2) * 2)}
-    assert word in table([parity.Row("a", "b", found, parity.judge(found))], ["fp32"])
-    assert parity.judge(found) == (EQUAL if word == "0" else DIFFERS)
+    found = {"fp32": comparisons.relative(ours * 2, torch.ones(2) * 2)}
+    assert word in table([comparisons.Row("a", "b", found, comparisons.judge(found))], ["fp32"])
+    assert comparisons.judge(found) == (EQUAL if word == "0" else DIFFERS)
 
 
 def test_another_scale_is_a_fault_of_the_same_autoencoder_alone():
-    assert parity._scale(0.41407, 32, 32).verdict == parity._scale(0.41407, 8, 4).verdict == EQUAL
-    assert parity._scale(0.5, 32, 32).verdict == parity._scale(None, 32, 32).verdict == DIFFERS
-    other = parity._scale(0.5, 8, 32)
-    assert other.verdict == parity.PURPOSE and "32 channels for 8 x 8 pixels" in other.note
+    assert comparisons._scale(0.41407, 32, 32).verdict == comparisons._scale(0.41407, 8, 4).verdict == EQUAL
+    assert comparisons._scale(0.5, 32, 32).verdict == comparisons._scale(None, 32, 32).verdict == DIFFERS
+    other = comparisons._scale(0.5, 8, 32)
+    assert other.verdict == comparisons.PURPOSE and "32 channels for 8 x 8 pixels" in other.note

@@ -1,10 +1,5 @@
-"""Whether this kit computes what diffusers' pipeline and NVlabs' training compute, in numbers, for one checkpoint.
+"""The comparisons of `python -m sana_kit.parity`: each gives rows of its table.
 
-    python -m sana_kit.parity --model PATH                 # a diffusers folder or a hub name; fp32 and bf16
-    python -m sana_kit.parity --model PATH --dtypes bf16   # half the memory
-
-Each line names what is compared, with whom, the largest difference in each dtype (relative to the largest value where
-it says so), and one of three words: equal, "on purpose" (with the reason), or DIFFERS, which makes the exit code 1.
 What is held against NVlabs is its published configs and formulas, written here as numbers; no code of it runs.
 """
 
@@ -14,26 +9,22 @@ import dataclasses
 import hashlib
 import inspect
 import math
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from sana_kit.devices import empty_cache, pick_device
+from sana_kit.devices import empty_cache
 from sana_kit.encodings.encode_images import encode_pixels
 from sana_kit.encodings.prompts import collate_prompt_embeds, encode_prompts, parse_instruction, tokenize_prompts
-from sana_kit.errors import UserError, run_as_script
-from sana_kit.flags import Parser
 from sana_kit.models.attention import set_attention
-from sana_kit.models.folder import Model, ModelFields, find_model, read_flow_shift
+from sana_kit.models.folder import Model, read_flow_shift
 from sana_kit.models.loading import load_scheduler, load_text_encoder, load_transformer, load_vae
-from sana_kit.models.members import MEMBERS
 from sana_kit.training.recipes import NUM_TRAIN_TIMESTEPS, FlowMatching, add_noise, shifted_sigma
 from sana_kit.training.settings import FlowConfig
 
 EQUAL, PURPOSE, DIFFERS = "equal", "on purpose", "DIFFERS"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # the names of __main__'s DTYPES
 # Largest relative difference that rounding explains: matrix products in another order, over all layers.
 LIMITS = {"fp32": 2e-5, "bf16": 0.04}
 
@@ -333,7 +324,7 @@ def _noised(model: Model, dtypes: Sequence[str]) -> list[Row]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The command
+# The table
 
 
 def table(rows: Sequence[Row], dtypes: Sequence[str]) -> str:
@@ -350,29 +341,3 @@ def table(rows: Sequence[Row], dtypes: Sequence[str]) -> str:
         ]
         lines.append(f"| {row.what} | {row.other} | {' | '.join(cells)} | {row.verdict} | {row.note} |")
     return "\n".join(lines)
-
-
-def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) -> int:
-    """The command; 0 where nothing differs but on purpose."""
-    parser = Parser(prog="python -m sana_kit.parity", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="diffusers folder, hub name, or output of a full fine-tuning")
-    parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=list(DTYPES), help="default: both")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or npu")
-    parser.add_argument("--cache_dir", help="where hub models are kept")
-    given = parser.parse_args(argv)
-    fields = ModelFields(model="model", base=None)
-    model, problems = find_model(
-        given.model, cache_dir=given.cache_dir, dtype=torch.float32, members=MEMBERS, fields=fields
-    )
-    if model is None or problems:
-        raise UserError(problems)
-    rows = compare(model, given.dtypes, pick_device(given.device))
-    say(f"{given.model}: {model.pipeline_class}, {model.transformer_config['num_layers']} layers\n")
-    say(table(rows, given.dtypes))
-    wrong = [row for row in rows if row.verdict == DIFFERS]
-    say(f"\n{len(rows) - len(wrong)} of {len(rows)} as they should be" + (f", {len(wrong)} DIFFER" if wrong else ""))
-    return 1 if wrong else 0
-
-
-if __name__ == "__main__":
-    sys.exit(run_as_script(main))
