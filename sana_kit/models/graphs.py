@@ -1,7 +1,7 @@
 """CUDA graphs of a whole transformer, by torch's compiler: one launch for a pass of a thousand kernels.
 
 Nothing of it has run on a card yet; what is tested is that the whole forward and backward pass is one graph to the
-compiler, for every member of the family, with the numbers of the plain one (tests/unit/models/test_graphs.py).
+compiler, for every member of the family, with the numbers of the plain one (tests/integration/test_graphs.py).
 """
 
 from __future__ import annotations

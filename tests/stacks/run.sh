@@ -60,7 +60,8 @@ PY
 
 core=(
   tests/unit/training/test_recipes.py tests/unit/data tests/unit/encodings tests/integration/test_train.py
-  tests/test_generation.py tests/test_inference.py tests/test_patch_sana.py
+  tests/unit/generation tests/unit/inference tests/unit/test_patch_sana.py tests/integration/test_inference.py
+  tests/distributed/test_shared_work.py
   tests/distributed/test_engines.py::test_zero2_resumes_to_the_bit
   tests/distributed/test_engines.py::test_zero2_keeps_float32_masters_of_its_bf16_adapter
   tests/distributed/test_engines.py::test_a_zero2_checkpoint_resumes_on_other_processes_and_engines

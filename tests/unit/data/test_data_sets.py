@@ -1,4 +1,4 @@
-"""Finding, checking, decoding and transforming images; run with `python -m pytest tests/test_dataset.py`."""
+"""Finding, checking, decoding and transforming images; `python -m pytest tests/unit/data/test_data_sets.py`."""
 
 import hashlib
 import io

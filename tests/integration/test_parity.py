@@ -1,6 +1,6 @@
 """The parity command: what it finds equal, what it names as different on purpose, and that it can find a fault.
 
-python -m pytest tests/unit/test_parity.py
+python -m pytest tests/integration/test_parity.py
 """
 
 import json
