@@ -136,6 +136,10 @@ forward() {
     else kill -s "${stop_as:-$1}" "$pid" 2>/dev/null; fi
   done
 }
+watch() {  # PIDS: the processes that a signal goes to, also one that came while they were being started
+  children=("$@")
+  [ -z "$caught" ] || forward "$caught"
+}
 trap 'forward TERM' TERM
 trap 'forward INT' INT
 trap 'forward TERM' HUP   # the terminal was closed: the run ends as by SIGTERM
@@ -281,7 +285,7 @@ export SANA_LAST_WORDS=later   # what the run made is told below, last
 # reaches the run once, through this script, and not once more from the terminal. Killed outright (SIGKILL), this script
 # takes the run with it: the kernel then sends SIGTERM to that process.
 setsid "$python" -m sana_kit.launch $$ "${launch[@]}" -- "${trainer[@]}" &
-children=($!)
+watch $!
 await $!; status=$?
 [ -z "$early" ] || before_the_run
 if [ -n "$caught" ]; then
@@ -306,7 +310,7 @@ ended() {  # CODE: of what ran last
 }
 finish() {
   setsid "$@" &
-  children=($!)
+  watch $!
   await $!
   ended $?
 }
@@ -336,7 +340,7 @@ else
   setsid "${half[@]}" "${before[@]}" >"$said" 2>&1 &
   first=$!
   setsid "${half[@]}" "${after[@]}" &
-  children=("$first" $!)
+  watch "$first" $!
   await $!; status=$?
   [ $status -eq 0 ] || kill "$first" 2>/dev/null
   await "$first"; first=$?

@@ -29,6 +29,22 @@ elif words[:2] == ["-m", "sana_kit.launch"]:
 """
 
 
+# A Python whose training is done at once and whose drawing would take a minute.
+DRAWS_LONG = """#!{python}
+import os, sys, time
+words = sys.argv[1:]
+if words[0].endswith("environment.py"):
+    print(os.path.abspath(sys.argv[0]))
+elif words[:2] == ["-m", "sana_kit.launch"]:
+    os.makedirs("out")
+    open("out/summary.json", "w").close()
+elif "infer_" in words[0]:
+    time.sleep(60)
+"""
+# `rm` as the launcher finds it: Ctrl-C comes while it runs.
+INTERRUPTS = "#!/bin/sh\nkill -INT $PPID\nexec /bin/rm \"$@\"\n"
+
+
 @pytest.fixture
 def told(tmp_path):
     """told(*arguments, env=None, shell="bash"): (words of the run's command, environment, completed process)."""
@@ -141,3 +157,16 @@ def test_a_killed_launcher_or_a_closed_terminal_leaves_nobody(tiny_model, parque
     assert psutil.wait_procs(family, timeout=200)[1] == [], "ranks were left training"
     assert list(output.glob("checkpoint-*")), "the run did not save"
     assert code == (143 if number == signal.SIGHUP else -9)
+
+
+def test_ctrl_c_between_training_and_drawing_ends_at_once(tmp_path):
+    """It comes while no process is there that it could be passed on to."""
+    for name, text in (("python", DRAWS_LONG.format(python=sys.executable)), ("rm", INTERRUPTS)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environment = {**script_environment(), "PYTHON": str(tmp_path / "python")}
+    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    command = ["bash", str(LAUNCHER), "--quickstart", "--output_dir=out"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=50)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.endswith("stopped by Ctrl-C after the training, whose result is in out\n")
