@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from sana_kit.files import write_atomic
-from sana_kit.reports.contact_sheet import font_for, wrap_text
+from sana_kit.reports.lettering import lettering, wrap_text
 
 COLUMNS = 3
 CELL = 128  # pixels of one image's side
@@ -64,17 +64,17 @@ def read_images(folder: str | Path) -> dict[tuple[str, int], Path]:
 class _Sheet:
     """A page that is written from top to bottom, twice: without an image it only measures."""
 
-    def __init__(self, image: Image.Image | None, fonts: dict[int, object], width: int):
-        self.image, self.fonts, self.width, self.y = image, fonts, width, GAP
+    def __init__(self, image: Image.Image | None, width: int):
+        self.image, self.width, self.y = image, width, GAP
         self.draw = ImageDraw.Draw(image) if image is not None else None
 
     def text(self, text: str, size: int, fill: str, x: int = GAP, width: int | None = None, lines: int = 3) -> int:
         """Write at the current height without moving on; returns the height of what was written."""
-        font, step = self.fonts[size], round(size * 1.45)
-        wrapped = wrap_text(text, font, width or self.width - 2 * GAP, lines)
+        letters, step = lettering(size), round(size * 1.45)
+        wrapped = wrap_text(text, letters, width or self.width - 2 * GAP, lines)
         for number, line in enumerate(wrapped):
             if self.draw is not None:
-                self.draw.text((x, self.y + number * step), line, fill=fill, font=font)
+                letters.write(self.draw, x, self.y + number * step, line, fill)
         return step * len(wrapped)
 
     def row(self, pairs: Sequence[Pair], columns: int) -> None:
@@ -124,8 +124,6 @@ def before_after_sheet(
     """
     if not any(pairs for _, pairs in sections):
         raise ValueError("before_after_sheet: no pair was given.")
-    texts = [title, note, *(text for heading, pairs in sections for text in (heading, *(p.label for p in pairs)))]
-    fonts = {size: font_for(texts, size) for size in (LABEL, HEADING, TITLE)}
     width = GAP + columns * (2 * CELL + GAP)
 
     def write(sheet: _Sheet) -> int:
@@ -139,6 +137,6 @@ def before_after_sheet(
                 sheet.row(pairs[start : start + columns], columns)
         return sheet.y
 
-    image = Image.new("RGB", (width, write(_Sheet(None, fonts, width)) + GAP // 2), "white")
-    write(_Sheet(image, fonts, width))
+    image = Image.new("RGB", (width, write(_Sheet(None, width)) + GAP // 2), "white")
+    write(_Sheet(image, width))
     return write_atomic(Path(path), lambda file: image.save(file, "PNG"))

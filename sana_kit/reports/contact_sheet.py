@@ -6,89 +6,14 @@ import dataclasses
 import math
 import os
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import TypeAlias
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from sana_kit.files import write_atomic
+from sana_kit.reports.lettering import Lettering, lettering, wrap_text
 
-Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
-
-# The bundled font has Chinese, Japanese kana, Latin and Cyrillic letters (fonts/make_subset.py); for what it lacks,
-# fonts as distributions, macOS and Windows install them.
-_BUNDLED = Path(__file__).parent / "fonts" / "NotoSansCJK-subset.otf"
-_FONTS = (
-    str(_BUNDLED),
-    "NotoSansCJK-Regular.ttc",
-    "NotoSansCJKsc-Regular.otf",
-    "wqy-microhei.ttc",
-    "wqy-zenhei.ttc",
-    "DroidSansFallbackFull.ttf",
-    "PingFang.ttc",
-    "msyh.ttc",
-    "malgun.ttf",
-    "Arial Unicode.ttf",
-    "DejaVuSans.ttf",
-)
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-_NOWHERE = "\U0010fffe"  # in no font: what is drawn for it is drawn for every missing letter
-
-
-@lru_cache(maxsize=64)
-def _font(name: str, size: int) -> Font | None:
-    """A font by file name, None where it is not installed; "": Pillow's own."""
-    try:
-        return ImageFont.truetype(name, size) if name else ImageFont.load_default(size)
-    except OSError:
-        return None
-
-
-def _has(font: Font, letter: str) -> bool:
-    """Whether a font draws a letter, and not the box that stands for a missing one."""
-    return bytes(font.getmask(letter)) != bytes(font.getmask(_NOWHERE))
-
-
-def font_for(texts: Sequence[str], size: int) -> Font:
-    """The font that has the most of the letters of `texts`, the bundled one where several have all."""
-    letters = {letter for text in texts for letter in text if not letter.isspace() and letter.isprintable()}
-    best, most = None, -1
-    for name in (*_FONTS, ""):
-        font = _font(name, size)
-        if font is None:
-            continue
-        count = sum(_has(font, letter) for letter in letters)
-        if count > most:
-            best, most = font, count
-        if most == len(letters):
-            break
-    return best
-
-
-def wrap_text(text: str, font: Font, width: int, max_lines: int) -> list[str]:
-    """`text` in lines of at most `width` pixels, broken at spaces, else inside words; "…" where it was cut."""
-    lines, line = [], ""
-    for word in text.split():
-        candidate = f"{line} {word}" if line else word
-        if font.getlength(candidate) <= width:
-            line = candidate
-            continue
-        if line:
-            lines.append(line)
-        line = ""
-        for character in word:  # a word longer than a line, or a script without spaces
-            if line and font.getlength(line + character) > width:
-                lines.append(line)
-                line = ""
-            line += character
-    lines.append(line)
-    if len(lines) > max_lines:
-        last = lines[max_lines - 1]
-        while last and font.getlength(last + "…") > width:
-            last = last[:-1]
-        lines = lines[: max_lines - 1] + [last.rstrip() + "…"]
-    return lines
 
 
 def contact_sheet(
@@ -115,32 +40,32 @@ def contact_sheet(
     """
     _check(images, labels, path, columns, row_labels)
     grid = _Grid.of([_opened(image).size for image in images], min(columns, len(images)), cell_size)
-    font = font_for([*(labels or []), *(row_labels or [])], grid.text_size)
-    wrapped = [wrap_text(label, font, grid.cell_width, 3) for label in labels or []]
+    letters = lettering(grid.text_size)
+    wrapped = [wrap_text(label, letters, grid.cell_width, 3) for label in labels or []]
     side = max(140, grid.cell_width * 3 // 4) if row_labels is not None else 0
     row_heights = grid.row_heights(wrapped)
     width = grid.gap + (side + grid.gap if side else 0) + grid.columns * (grid.cell_width + grid.gap)
-    title_font = font_for([title or ""], round(grid.text_size * 1.5))
-    title_lines = wrap_text(title, title_font, width - 2 * grid.gap, 3) if title else []
+    title_letters = lettering(round(grid.text_size * 1.5))
+    title_lines = wrap_text(title, title_letters, width - 2 * grid.gap, 3) if title else []
     title_height = len(title_lines) * grid.title_line_height + (grid.gap if title_lines else 0)
 
     height = grid.gap + title_height + sum(row_heights) + grid.gap * len(row_heights)
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
-    _write_lines(draw, title_lines, grid.gap, grid.gap, grid.title_line_height, title_font, "#111")
+    _write_lines(draw, title_lines, grid.gap, grid.gap, grid.title_line_height, title_letters, "#111")
     y = grid.gap + title_height
     for row, row_height in enumerate(row_heights):
         x = grid.gap
         if side:
-            lines = wrap_text(row_labels[row], font, side, max(1, grid.cell_height // grid.line_height))
-            _write_lines(draw, lines, x, y, grid.line_height, font, "#111")
+            lines = wrap_text(row_labels[row], letters, side, max(1, grid.cell_height // grid.line_height))
+            _write_lines(draw, lines, x, y, grid.line_height, letters, "#111")
             x += side + grid.gap
         for index in range(row * grid.columns, min((row + 1) * grid.columns, len(images))):
             scaled = _scaled(images[index], grid.sizes[index])
             left, top = (grid.cell_width - scaled.width) // 2, (grid.cell_height - scaled.height) // 2
             sheet.paste(scaled, (x + left, y + top))
             lines = wrapped[index] if wrapped else []
-            _write_lines(draw, lines, x, y + grid.cell_height + grid.gap // 2, grid.line_height, font, "#444")
+            _write_lines(draw, lines, x, y + grid.cell_height + grid.gap // 2, grid.line_height, letters, "#444")
             x += grid.cell_width + grid.gap
         y += row_height + grid.gap
     return write_atomic(path, lambda file: sheet.save(file, _FORMATS[Path(path).suffix.lower()], quality=90))
@@ -230,8 +155,8 @@ def _scaled(image: Image.Image | str | os.PathLike, size: tuple[int, int]) -> Im
 
 
 def _write_lines(
-    draw: ImageDraw.ImageDraw, lines: Sequence[str], x: int, y: int, line_height: int, font: Font, color: str
+    draw: ImageDraw.ImageDraw, lines: Sequence[str], x: int, y: int, line_height: int, letters: Lettering, color: str
 ) -> None:
     """Lines of text below one another, the first one's upper left corner at (x, y)."""
     for number, line in enumerate(lines):
-        draw.text((x, y + number * line_height), line, fill=color, font=font)
+        letters.write(draw, x, y + number * line_height, line, color)

@@ -3,7 +3,8 @@
 import pytest
 from PIL import Image
 
-from sana_kit.reports.contact_sheet import contact_sheet, font_for, wrap_text
+from sana_kit.reports.contact_sheet import contact_sheet
+from sana_kit.reports.lettering import lettering, wrap_text
 
 
 def test_contact_sheet_places_every_image(tmp_path):
@@ -33,9 +34,8 @@ def test_contact_sheet_places_every_image(tmp_path):
 def test_contact_sheet_labels_stay_in_their_column():
 
     for text in ("a word " * 40, "w" * 300, "一只小狗" * 30, "", "one"):
-        font = font_for([text], 14)
-        lines = wrap_text(text, font, 150, 3)
-        assert 1 <= len(lines) <= 3 and all(font.getlength(line) <= 150 for line in lines)
+        lines = wrap_text(text, lettering(14), 150, 3)
+        assert 1 <= len(lines) <= 3 and all(lettering(14).width(line) <= 150 for line in lines)
         assert lines[-1].endswith("…") == (len(text) > 20)
 
 
