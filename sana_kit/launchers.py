@@ -10,6 +10,7 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
@@ -51,6 +52,31 @@ def ancestors() -> list[str]:
     except psutil.Error:
         pass
     return names
+
+
+# Set by `sana_kit.launch` for its processes: the flags of `accelerate launch` with which the same run can be started.
+ACCELERATE_FLAGS = "SANA_ACCELERATE_FLAGS"
+
+
+def accelerate_flags(script: str) -> list[str]:
+    """The flags that stand between `accelerate launch` and `script` in the command that started this process.
+
+    The kit's launcher says them; of a plain `accelerate launch` they are read from the command line of an ancestor. []
+    where neither started this process.
+    """
+    import psutil
+
+    if ACCELERATE_FLAGS in os.environ:
+        return shlex.split(os.environ[ACCELERATE_FLAGS])
+    try:
+        for process in psutil.Process().parents():
+            words = process.cmdline()
+            begins = [i for i in range(1, len(words)) if words[i] == "launch" and words[i - 1].endswith("accelerate")]
+            if begins and script in words[begins[0] :]:
+                return words[begins[0] + 1 : words.index(script, begins[0])]
+    except psutil.Error:
+        pass
+    return []
 
 
 def _number(environment: MutableMapping[str, str], name: str) -> int | None:

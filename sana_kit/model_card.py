@@ -32,6 +32,7 @@ from sana_kit.data.sets import data_sets, several
 from sana_kit.encodings.instruction import parse_instruction
 from sana_kit.files import write_atomic
 from sana_kit.flags import Parser, is_secret
+from sana_kit.launchers import accelerate_flags
 from sana_kit.runlog import load_run
 
 MARK = "<!-- Written by sana_kit.model_card. Delete this line to keep your own text: the card is then left alone. -->"
@@ -97,8 +98,8 @@ def redact_command(command: str | Sequence[str]) -> str:
 
 
 def this_command() -> str:
-    """The command line of this process under accelerate, without secrets."""
-    return redact_command(["accelerate", "launch", *sys.argv])
+    """The command line of this process under accelerate, with accelerate's flags, without secrets."""
+    return redact_command(["accelerate", "launch", *accelerate_flags(sys.argv[0]), *sys.argv])
 
 
 def without_local_paths(command: str | Sequence[str]) -> str:

@@ -13,6 +13,7 @@ import argparse
 import ctypes
 import gc
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from sana_kit.errors import Problem, UserError, show_error
 from sana_kit.flags import Parser, PlainHelp
+from sana_kit.launchers import ACCELERATE_FLAGS
 from sana_kit.quiet import SIGNAL_NAMES, leave_on_signals, quiet_libraries
 from sana_kit.training.config import TrainConfig, parse_args
 
@@ -96,6 +98,7 @@ def prepare(options: argparse.Namespace, words: list[str]) -> tuple[Launch, Trai
     launched = host.launch_words(accelerate, processes)
     if "mixed_precision" in config.given:
         launched += ["--mixed_precision", config.mixed_precision]
+    os.environ[ACCELERATE_FLAGS] = shlex.join(host.without_free_port(launched, accelerate))
     try:
         launch = Launch([*launched, str(TRAINER), *words])
         if accelerate.machines > 1 and not config.dry_run:  # their ranks look, and each hears what another found

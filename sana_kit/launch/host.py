@@ -134,3 +134,11 @@ def launch_words(config: AccelerateConfig, processes: int | None) -> list[str]:
         return [*words, "--num_machines", "1", "--main_process_port", str(free_port(config.port))]
     found = {"num_machines": config.machines, "machine_rank": config.machine_rank, "main_process_port": config.port}
     return [*words, *(word for key, value in found.items() if value is not None for word in (f"--{key}", str(value)))]
+
+
+def without_free_port(words: list[str], config: AccelerateConfig) -> list[str]:
+    """`launch_words` for another start: without the port that was free at this one."""
+    if config.machines > 1 or "--main_process_port" not in words:
+        return words
+    place = words.index("--main_process_port")
+    return words[:place] + words[place + 2 :]

@@ -16,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from sana_kit.launch import __main__ as start
 from sana_kit.launch import ranks
+from sana_kit.launchers import ACCELERATE_FLAGS, accelerate_flags
 from sana_kit.quiet import quiet_libraries
 
 
@@ -27,6 +28,7 @@ def launched(monkeypatch, tiny_model, parquet_dataset, tmp_path):
     monkeypatch.setattr(start, "tie", lambda parent: None)
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv(ACCELERATE_FLAGS, "")
     seen = []
 
     def begin(*words, run=lambda: None, options=("--config_file", str(KIT / "bf16_accelerate_config.yaml"))):
@@ -53,6 +55,32 @@ def test_a_run_that_can_start_is_started_with_what_the_config_leaves_open(launch
     assert "--gradient_accumulation_steps=1" in words and "--mixed_precision=bf16" not in words
     code, arguments = launched("--mixed_precision=no", options=(*open_config, "--small"))
     assert code == 0 and arguments.num_processes == 2 and arguments.mixed_precision == "no"
+
+
+def test_the_processes_are_told_with_what_the_same_run_is_started(launched, open_config):
+    """Report and model card show it; the port that was free is free at another start or not."""
+    config = open_config[1]
+    assert launched("--mixed_precision=no", options=(*open_config, "--small"))[0] == 0
+    flags = ["--config_file", config, "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    assert accelerate_flags("train.py") == flags
+
+
+@pytest.mark.parametrize(
+    ("words", "flags"),
+    [
+        (["python", "/bin/accelerate", "launch", "--num_cpu", "1", "train.py", "launch"], ["--num_cpu", "1"]),
+        (["python", "/bin/accelerate", "launch", "other.py"], []),
+        (["bash", "launch", "train.py"], []),
+    ],
+)
+def test_a_plain_accelerate_launch_is_read_from_its_command_line(words, flags, monkeypatch):
+    class Parent:
+        def cmdline(self):
+            return words
+
+    monkeypatch.delenv(ACCELERATE_FLAGS, raising=False)
+    monkeypatch.setattr(psutil.Process, "parents", lambda process: [Parent()])
+    assert accelerate_flags("train.py") == flags
 
 
 @pytest.fixture
