@@ -40,8 +40,7 @@ import logging
 import torch
 
 from sana_kit import devices
-from sana_kit.data.image_set import ImageSet
-from sana_kit.distributed import Ranks, StopSignal
+from sana_kit.distributed import StopSignal
 from sana_kit.errors import EncodingStopped, UserError, run_as_script
 from sana_kit.locks import lock_folder
 from sana_kit.models.folder import Model
@@ -50,21 +49,16 @@ from sana_kit.training import checkpoints
 from sana_kit.training.check import check, tell_all_ranks
 from sana_kit.training.ema import WeightAverage
 from sana_kit.training.engine import Engine
-from sana_kit.training.export import (
-    adapter_metadata,
-    final_weights,
-    upload,
-    write_card,
-    write_result,
-)
+from sana_kit.training.export import adapter_metadata, final_weights, write_result
 from sana_kit.training.held_out import HeldOut
+from sana_kit.training.leave import leave
 from sana_kit.training.optim import build_optimizer, build_schedule
 from sana_kit.training.plan import Plan, describe, make_plan, print_plan
 from sana_kit.training.recipes import RECIPES, FlowMatching
 from sana_kit.training.recomputation import fit_to_device
-from sana_kit.training.recorder import Recorder, configure_logging, made_lines, summary_line
+from sana_kit.training.recorder import Recorder, configure_logging
 from sana_kit.training.samples import Samples, load_samples
-from sana_kit.training.state import TrainState
+from sana_kit.training.state import TrainState, with_seeds
 from sana_kit.training.stream import build_loader, build_stream
 from sana_kit.training.transformer import prepare_transformer
 from sana_kit.training.validation import Validator
@@ -123,7 +117,7 @@ def run(config: TrainConfig, base_model: Model, engine: Engine, stop: StopSignal
     resume, notes = checkpoints.start_or_resume(config, ranks)
     for note in notes:
         recorder.warn(note)
-    config = with_seeds(config, resume, ranks)
+    config = with_seeds(config, resume.state if resume else None, ranks)
     devices.seed_everything(config.seed)
 
     # 4. Data: encoded once; VAE and text encoder leave memory
@@ -193,46 +187,6 @@ def look_last(samples: Samples, validator: Validator, state: TrainState, recorde
     if validator.jobs:
         drawn = validate(validator, state, recorder)
         recorder.compare(samples.encoded, samples.num_instance, drawn, stop)
-
-
-def leave(
-    config: TrainConfig,
-    engine: Engine,
-    images: ImageSet,
-    state: TrainState,
-    recorder: Recorder,
-    stop: StopSignal | None,
-) -> int:
-    """Summary, card, upload and the last words; the exit code. `stop` is the signal that ended the run, if one did."""
-    if stop is not None:
-        recorder.warn(
-            f"stopped by signal {stop.signal} after step {state.global_step}; --resume_from_checkpoint=latest goes on"
-            " from there",
-            state.global_step,
-        )
-    elif engine.ranks.is_main:
-        write_card(config, images)
-    made = made_lines(config, final_weights(config)) if stop is None else []
-    summary = recorder.end(None if stop is None else stop.signal, made)
-    if engine.ranks.is_main and stop is None:
-        upload(config)
-    engine.close()
-    if engine.ranks.is_main:
-        later = os.environ.get("SANA_LAST_WORDS") == "later"  # the launcher shows them behind what it prints itself
-        print("\n".join([summary_line(summary), *([] if later else made)]), flush=True)
-    return 0 if stop is None else stop.exit_code
-
-
-def with_seeds(config: TrainConfig, resume: checkpoints.Resume | None, ranks: Ranks) -> TrainConfig:
-    """The settings with a seed: the one given, else the checkpoint's, else one drawn now; its crops stay, too."""
-    before = ranks.agree(resume.state if resume else {"seed": int.from_bytes(os.urandom(4), "little"), "run": {}})
-    if config.crop_seed is None and before["run"].get("crop_seed") is not None:
-        config = config.replaced(crop_seed=before["run"]["crop_seed"])
-    if config.seed is not None:
-        return config
-    config = config.replaced(seed=before["seed"])
-    logger.info("seed: %d (drawn; --seed=%d repeats this run)", config.seed, config.seed)
-    return config
 
 
 def train(

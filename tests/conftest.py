@@ -13,6 +13,8 @@ from helpers import KIT, launch, script_environment
 
 __all__ = ["KIT", "launch", "script_environment"]
 
+gc.disable()  # looking for garbage is a quarter of the time that importing takes; on again once all is collected
+
 
 def keep_what_is_there():
     """What has been imported is no garbage: runs in this process look for theirs often, up to half a second each."""
@@ -22,6 +24,7 @@ def keep_what_is_there():
 
 def pytest_collection_finish(session):
     keep_what_is_there()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

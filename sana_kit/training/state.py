@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import os
 import uuid
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from sana_kit.errors import Problem, UserError
 from sana_kit.flags import names_where
 from sana_kit.training.config import TrainConfig
 from sana_kit.training.settings import AdapterConfig
+
+logger = logging.getLogger("sana")
 
 # What a run shares with the one that it goes on from; a difference is told. Beside the flags of training/settings.py
 # what several data sets make of them together.
@@ -165,3 +168,19 @@ def unpack_random_state(packed: dict) -> dict:
     if "device" in packed:
         state["device"] = packed["device"]
     return state
+
+
+def with_seeds(config: TrainConfig, found: dict | None, ranks: Ranks) -> TrainConfig:
+    """The settings with a seed: the one given, else the checkpoint's, else one drawn now; its crops stay, too.
+
+    Args:
+        found: the state of the checkpoint that the run goes on from.
+    """
+    before = ranks.agree(found or {"seed": int.from_bytes(os.urandom(4), "little"), "run": {}})
+    if config.crop_seed is None and before["run"].get("crop_seed") is not None:
+        config = config.replaced(crop_seed=before["run"]["crop_seed"])
+    if config.seed is not None:
+        return config
+    config = config.replaced(seed=before["seed"])
+    logger.info("seed: %d (drawn; --seed=%d repeats this run)", config.seed, config.seed)
+    return config
