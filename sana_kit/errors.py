@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +22,15 @@ from sana_kit.quiet import quiet_libraries
 
 def _as_flag(field: str) -> str:
     return f"--{field}"
+
+
+_MARK = "\x1e"  # stands around a setting that a reason or remedy names
+_MARKED = re.compile(f"{_MARK}(.*?){_MARK}")
+
+
+def setting(field: str) -> str:
+    """A setting as a Problem's reason or remedy names it: the command line writes it as a flag."""
+    return f"{_MARK}{field}{_MARK}"
 
 
 def listed(names: Sequence[str], limit: int = 10) -> str:
@@ -41,7 +51,7 @@ class Problem:
     Attributes:
         field: the setting's name, e.g. "resolution"; several joined by " and "; empty where no setting is to blame.
         value: what it was set to, None where nothing was given.
-        reason: what is wrong, a sentence without its full stop.
+        reason: what is wrong, a sentence without its full stop; other settings in it are named by `setting`.
         remedy: what to do, a sentence; may be empty where the reason says it.
     """
 
@@ -51,10 +61,10 @@ class Problem:
     remedy: str = ""
 
     def text(self, name: Callable[[str], str] = str) -> str:
-        """`field=value: reason. remedy`, the field written as `name(field)` writes it."""
+        """`field=value: reason. remedy`, each setting written as `name(field)` writes it."""
         fields = " and ".join(name(field) for field in self.field.split(" and ")) if self.field else ""
         shown = fields if self.value is None else f"{fields}={self.value}"
-        told = f"{self.reason.rstrip('.')}. {self.remedy}".strip()
+        told = _MARKED.sub(lambda found: name(found[1]), f"{self.reason.rstrip('.')}. {self.remedy}".strip())
         return f"{shown}: {told}" if fields else told
 
     def __str__(self) -> str:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sana_kit.convert.writing import write_tensors
-from sana_kit.errors import Problem, UserError
+from sana_kit.errors import Problem, UserError, setting
 from sana_kit.files import apply_umask, expand, remove_tree, unique_name, write_atomic
 from sana_kit.models.keys import NVLABS_BLOCKS, to_nvlabs
 from sana_kit.models.weights import TRANSFORMER_STEM, some_of, weight_files
@@ -184,7 +184,8 @@ def config_of(state: Mapping[str, torch.Tensor], options: Options, controlnet: b
     except KeyError as error:
         reason = f"lacks {error}, which every SANA checkpoint of NVlabs has"
         own = any(name.startswith("transformer_blocks.") for name in state)
-        remedy = "Its names are diffusers': name the folder that it lies in, and go --to nvlabs." if own else ""
+        remedy = f"Its names are diffusers': name the folder that it lies in, and go {setting('to')} nvlabs."
+        remedy = remedy if own else ""
         raise UserError(Problem("in", None, reason, remedy)) from None
     given = _given_config(options.config) if options.config else None
     problems = []

@@ -24,7 +24,7 @@ from sana_kit.data.sources import FileSource, JoinedSource
 from sana_kit.data.tables import Table
 from sana_kit.data.transform import TransformPlan, apply_transform
 from sana_kit.distributed import Ranks
-from sana_kit.errors import Problem, UserError, listed
+from sana_kit.errors import Problem, UserError, listed, setting
 from sana_kit.files import expand
 
 # Of the images alone.
@@ -129,7 +129,7 @@ def _of_equal_names(folder: str, images: Any) -> Table:
     if not place.is_dir():
         raise UserError(Problem(field, folder, "is a file, not a folder" if place.exists() else "no such folder"))
     if not isinstance(images, FileSource):
-        remedy = "Use --control_column, or images in files."
+        remedy = f"Use {setting('control_column')}, or images in files."
         raise UserError(Problem(field, folder, "the training images lie in a table and have no file names", remedy))
     known: dict[str, list[str]] = {}
     for here, _, files in os.walk(place):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from sana_kit.errors import Problem, did_you_mean
+from sana_kit.errors import Problem, did_you_mean, setting
 from sana_kit.files import expand
 
 # What says where images are; a data set has one of them.
@@ -124,9 +124,9 @@ class DataSet(_Sizes):
         for name, instead in columns.items():
             value = getattr(self, name)
             if self.instance_data_dir is not None and value is not None:
-                problems.append(Problem(name, value, f"columns belong to --dataset_name; {instead}"))
+                problems.append(Problem(name, value, f"columns belong to {setting('dataset_name')}; {instead}"))
         if self.dataset_name is not None and self.caption_column is None and self.instance_prompt is None:
-            reason = "needed, since no --caption_column is given; every image gets it as caption"
+            reason = f"needed, since no {setting('caption_column')} is given; every image gets it as caption"
             problems.append(Problem("instance_prompt", None, reason))
         return problems
 

@@ -31,7 +31,7 @@ from sana_kit.encodings.encoders import Encoders
 from sana_kit.encodings.peers import Peers, Stop
 from sana_kit.encodings.plan import PARTS, ExtraPrompts
 from sana_kit.encodings.settings import EncodingSettings, Transform
-from sana_kit.errors import Problem, StoreError, UserError
+from sana_kit.errors import Problem, StoreError, UserError, setting
 from sana_kit.files import remove_tree
 from sana_kit.locks import lock_folder
 from sana_kit.models.folder import Model
@@ -78,7 +78,7 @@ def limit_problems(limit_gb: float, window: int, rows: RowBytes) -> list[Problem
         return []
     fits = int(limit // rows.least_limit(1))
     reason = f"two windows of {window} images can need {rows.least_limit(window) / 1e9:.3g} GB"
-    lower = f"--stream_window={fits}, or " if fits else ""
+    lower = f"{setting('stream_window')}={fits}, or " if fits else ""
     remedy = f"Give {lower}a limit of at least {rows.least_limit(window) / 1e9 + 0.0005:.3f}."
     return [Problem("encodings_disk_gb", limit_gb, reason, remedy)]
 
@@ -158,7 +158,7 @@ class StreamedDataset(torch.utils.data.Dataset):
             apart = len(peers.members) < self._ranks.world_size
         if apart:
             reason = "the machines do not share this folder, and each trains on what the others encode"
-            remedy = "Name a folder with --encodings_dir on a file system that all of them share."
+            remedy = f"Name a folder with {setting('encodings_dir')} on a file system that all of them share."
             raise UserError(Problem("encodings_dir", self._settings.encodings_dir, reason, remedy))
 
     # -------------------------------------------------------------------------------------------------------- the disk
@@ -288,7 +288,7 @@ class StreamedDataset(torch.utils.data.Dataset):
         used = self._ranks.agree(self.used_bytes(without=folder))
         if used + needed > self._limit:
             reason = f"the next window can need {needed / 1e9:.3g} GB, and {used / 1e9:.3g} GB are taken"
-            remedy = "Raise it, or lower --stream_window."
+            remedy = f"Raise it, or lower {setting('stream_window')}."
             raise UserError(Problem("encodings_disk_gb", self._limit / 1e9, reason, remedy))
 
     def _encode_extra(self, prompts: ExtraPrompts) -> EncodedDataset | None:

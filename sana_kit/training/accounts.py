@@ -8,7 +8,7 @@ from huggingface_hub import get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from sana_kit.errors import Problem
+from sana_kit.errors import Problem, setting
 
 
 def upload_problems(
@@ -24,7 +24,7 @@ def upload_problems(
     except HFValidationError:
         field = "hub_model_id" if hub_model_id else "output_dir"
         reason = "cannot be the name of a repository"
-        problems.append(Problem(field, name, reason, "Give --hub_model_id as NAME or USER/NAME."))
+        problems.append(Problem(field, name, reason, f"Give {setting('hub_model_id')} as NAME or USER/NAME."))
     if not (hub_token or get_token()):
         reason = "there is no login for the upload"
         problems.append(Problem("push_to_hub", None, reason, "Run `hf auth login`, or set HF_TOKEN."))

@@ -17,7 +17,7 @@ from sana_kit.data.discover import find_images
 from sana_kit.data.sets import size_rule
 from sana_kit.distributed import Ranks, force_cpu, process_group_handlers
 from sana_kit.encodings.prompts import parse_instruction
-from sana_kit.errors import CheckpointError, Problem, UserError
+from sana_kit.errors import CheckpointError, Problem, UserError, setting
 from sana_kit.files import check_output_folder, expand
 from sana_kit.flags import range_problems
 from sana_kit.launchers import announced_wait, launched_world_size, local_rank
@@ -158,7 +158,7 @@ def _source_problems(data: DataConfig) -> list[Problem]:
     if all(data_set.dataset_name is None for data_set in sets):
         for name, instead in (("caption_column", ".txt files"), ("mask_column", "files NAME.mask.png")):
             if getattr(data, name) is not None:
-                reason = f"columns belong to --dataset_name; in a folder there are {instead}"
+                reason = f"columns belong to {setting('dataset_name')}; in a folder there are {instead}"
                 problems.append(Problem(name, getattr(data, name), reason))
     return list(dict.fromkeys(problems))
 
@@ -179,7 +179,7 @@ def _local_data_problems(config: TrainConfig) -> list[Problem]:
         counts.append(None if found is None else len(found[0].source))
         masks = masks or found is None or found[0].masks is not None
     if not masks and config.mask_outside:
-        remedy = "Name --mask_column, or put NAME.mask.png beside the images."
+        remedy = f"Name {setting('mask_column')}, or put NAME.mask.png beside the images."
         problems.append(Problem("mask_outside", config.mask_outside, "has no effect without masks", remedy))
     if None in counts or config.validation_dataset is not None:
         return problems
@@ -201,9 +201,9 @@ def _data_problems(config: TrainConfig) -> list[Problem]:
     for name in ("class_data_dir", "class_prompt"):
         value = getattr(prior, name)
         if prior.with_prior_preservation and value is None:
-            problems.append(Problem(name, None, "needed with --with_prior_preservation"))
+            problems.append(Problem(name, None, f"needed with {setting('with_prior_preservation')}"))
         if value is not None and not prior.with_prior_preservation:
-            problems.append(Problem(name, value, "has no effect without --with_prior_preservation"))
+            problems.append(Problem(name, value, f"has no effect without {setting('with_prior_preservation')}"))
     problems += size_rule(data).problems()
     if data.size_rules:
         for data_set in data.sets:
@@ -215,10 +215,10 @@ def _data_problems(config: TrainConfig) -> list[Problem]:
         reason = "class images are square, and a micro-step holds images of one size"
         problems.append(Problem("aspect_ratio_buckets", None, reason, "Leave one of both out."))
     if config.early_stopping is not None and not (config.validation_split or config.validation_dataset):
-        remedy = "Give --validation_split or --validation_dataset."
+        remedy = f"Give {setting('validation_split')} or {setting('validation_dataset')}."
         problems.append(Problem("early_stopping", config.early_stopping, "there is no held-out loss", remedy))
     if config.ema_only_final and config.ema_decay is None:
-        problems.append(Problem("ema_only_final", None, "has no effect without --ema_decay"))
+        problems.append(Problem("ema_only_final", None, f"has no effect without {setting('ema_decay')}"))
     instruction = data.complex_human_instruction
     if instruction is None or instruction.strip().lower() != "default":  # the pipeline's own, which takes its import
         _, found = _found(lambda: parse_instruction(instruction), "complex_human_instruction", instruction)

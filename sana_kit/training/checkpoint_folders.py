@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from patch_sana import ADAPTER_FILE
-from sana_kit.errors import CheckpointError, Problem, UserError
+from sana_kit.errors import CheckpointError, Problem, UserError, setting
 from sana_kit.files import apply_umask, file_sha256, remove_leftovers, remove_tree, sync_path
 
 STATE_FILE = "trainer_state.json"
@@ -288,11 +288,12 @@ def folder_problems(output_dir: Path, resume: str | None, overwrite: bool) -> li
     if overwrite or not (there or results) or (resume is not None and not elsewhere):
         return []  # "latest" where only results are: is_finished tells, once the run's length is known
     start = f"{resume} lies elsewhere, and the folder" if elsewhere else "this is a fresh start, and the folder"
-    aside = "choose another --output_dir, or set them aside in a subfolder with --overwrite_output_dir."
+    aside = f"choose another {setting('output_dir')}, or set them aside in a subfolder with"
+    aside += f" {setting('overwrite_output_dir')}."
     if there:
         names = ", ".join(checkpoint.folder.name for checkpoint in there[-4:])
         reason = f"{start} holds {len(there)} checkpoint(s) of an earlier run ({names})"
-        remedy = f"Go on from them with --resume_from_checkpoint=latest, {aside}"
+        remedy = f"Go on from them with {setting('resume_from_checkpoint')}=latest, {aside}"
     else:
         reason = f"{start} holds results of an earlier run ({', '.join(results)}) and no checkpoint to go on from"
         remedy = aside[0].upper() + aside[1:]

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sana_kit import devices
-from sana_kit.errors import CheckpointError, Problem, UserError
+from sana_kit.errors import CheckpointError, Problem, UserError, setting
 from sana_kit.files import expand, remove_tree
 from sana_kit.training.checkpoint_folders import (
     FORMAT,
@@ -164,7 +164,8 @@ def _is_finished(settings: TrainConfig, resume: Resume | None, steps: int, resul
         return False
     if resume is None and wanted == "latest" and result.exists() and end < steps:
         reason = f"{result.parent} holds {result.name}, after {end} updates, and no checkpoint to go on from"
-        remedy = "Choose another --output_dir, or set it aside with --overwrite_output_dir instead."
+        remedy = f"Choose another {setting('output_dir')}, or set it aside with"
+        remedy += f" {setting('overwrite_output_dir')} instead."
         raise UserError(Problem("resume_from_checkpoint", wanted, reason, remedy))
     if interrupted is not None or not result.exists() or end < steps:
         return False

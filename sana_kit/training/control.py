@@ -12,7 +12,7 @@ from sana_kit.data.controls import ControlKind, find_all_controls
 from sana_kit.data.decode import inspect_image
 from sana_kit.data.discover import find_images
 from sana_kit.data.sets import several
-from sana_kit.errors import ImageError, Problem, UserError
+from sana_kit.errors import ImageError, Problem, UserError, setting
 from sana_kit.files import expand
 from sana_kit.generation.inputs import InputImage, Inputs
 from sana_kit.launchers import local_rank
@@ -42,7 +42,7 @@ def control_problems(
     """
     if config.train_mode != "controlnet":
         given = [field.name for field in dataclasses.fields(ControlConfig) if getattr(config, field.name)]
-        reason = "has no effect without --train_mode controlnet"
+        reason = f"has no effect without {setting('train_mode')} controlnet"
         return config, [Problem(name, _shown(config, name), reason) for name in given]
     problems = _refused(config)
     if model is not None:
@@ -56,7 +56,7 @@ def control_problems(
     elif not image_sources:
         pass  # told with the images
     elif config.control_column is not None and any(source["dataset_name"] is None for source in image_sources):
-        remedy = "Use --control_data_dir, or a data set."
+        remedy = f"Use {setting('control_data_dir')}, or a data set."
         problems.append(Problem("control_column", config.control_column, "a folder has no columns", remedy))
     elif len(several(config.control_data_dir)) not in (0, 1, len(image_sources)):
         reason = f"{len(several(config.control_data_dir))} folders for {len(image_sources)} data set(s)"

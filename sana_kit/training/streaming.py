@@ -16,7 +16,7 @@ from sana_kit.encodings.plan import ExtraPrompts
 from sana_kit.encodings.settings import EncodingSettings
 from sana_kit.encodings.streamed import RowBytes, StreamedDataset, limit_problems
 from sana_kit.encodings.usage import size_text
-from sana_kit.errors import Problem, UserError
+from sana_kit.errors import Problem, UserError, setting
 from sana_kit.models.folder import Model
 from sana_kit.training.config import TrainConfig
 from sana_kit.training.settings import DataConfig, EncodingConfig
@@ -33,7 +33,7 @@ _NOT: tuple[tuple[str, Callable[[TrainConfig], object], str, str], ...] = (
         "instance_data_dir",
         lambda config: config.instance_data_dir,
         "a stream reads shards, not a folder of images",
-        "Pack the images into .tar or .parquet shards and name them with --dataset_name.",
+        f"Pack the images into .tar or .parquet shards and name them with {setting('dataset_name')}.",
     ),
     ("data_sets", lambda config: config.data_sets, "a stream has one data set", "Put its shards into one folder."),
     (
@@ -52,7 +52,7 @@ _NOT: tuple[tuple[str, Callable[[TrainConfig], object], str, str], ...] = (
         "crops_per_image",
         lambda config: config.crops_per_image > 1,
         "each image is encoded anew whenever it comes",
-        "--crop_seed=1 gives it a fresh crop and flip each time.",
+        f"{setting('crop_seed')}=1 gives it a fresh crop and flip each time.",
     ),
     ("repeats", lambda config: config.repeats > 1, "epochs follow one another without an end", "Leave it out."),
     ("mask_column", lambda config: config.mask_column, "loss masks are not streamed", "Leave it out."),
@@ -66,19 +66,19 @@ _NOT: tuple[tuple[str, Callable[[TrainConfig], object], str, str], ...] = (
         "validation_split",
         lambda config: config.validation_split,
         "images cannot be held out of rows that are not listed",
-        "Keep a shard back, and compare the results of --validation_prompt.",
+        f"Keep a shard back, and compare the results of {setting('validation_prompt')}.",
     ),
     (
         "validation_dataset",
         lambda config: config.validation_dataset,
         "the held-out loss needs its images encoded beside the stream",
-        "Leave it out, and compare the results of --validation_prompt.",
+        f"Leave it out, and compare the results of {setting('validation_prompt')}.",
     ),
     (
         "validation_epochs",
         lambda config: "validation_epochs" in config.given,
         "how long an epoch is, is not known",
-        "Give --validation_steps.",
+        f"Give {setting('validation_steps')}.",
     ),
     (
         "dataloader_num_workers",
@@ -92,21 +92,21 @@ _NOT: tuple[tuple[str, Callable[[TrainConfig], object], str, str], ...] = (
 def stream_problems(config: TrainConfig) -> list[Problem]:
     """What of a run's settings does not go with --streaming, or is of use with it alone; no file is looked at."""
     if not config.streaming:
-        reason, remedy = "has no effect without --streaming", "Add it, or leave this out."
+        reason, remedy = f"has no effect without {setting('streaming')}", "Add it, or leave this out."
         # held against the defaults, since a run's own run.yaml gives every setting
         defaults = {"stream_window": DataConfig.stream_window, "encodings_disk_gb": EncodingConfig.encodings_disk_gb}
         asked = [name for name, default in defaults.items() if getattr(config, name) != default]
         return [Problem(name, getattr(config, name), reason, remedy) for name in asked]
     problems = [
-        Problem(name, getattr(config, name) or None, f"{reason} (--streaming)", remedy)
+        Problem(name, getattr(config, name) or None, f"{reason} ({setting('streaming')})", remedy)
         for name, asked, reason, remedy in _NOT
         if asked(config)
     ]
     if config.max_train_steps is None:
-        reason = "needed with --streaming, since how long an epoch is, is not known"
+        reason = f"needed with {setting('streaming')}, since how long an epoch is, is not known"
         problems.append(Problem("max_train_steps", None, reason, "Say how many updates."))
     if len(config.sets) > 1 and not config.data_sets:
-        reason = "a stream has one data set (--streaming)"
+        reason = f"a stream has one data set ({setting('streaming')})"
         problems.append(Problem("dataset_name", ", ".join(s.name for s in config.sets), reason, "Name one."))
     return problems
 
@@ -212,21 +212,21 @@ def _resume_problems(config: TrainConfig, shards: Shards, state: dict) -> list[P
     """Why a run cannot go on exactly where a checkpoint stands."""
     before, field = state["run"], "resume_from_checkpoint"
     if not state.get("stream"):
-        reason = "the checkpoint is of a run without --streaming, so it has no place in a stream"
-        return [Problem(field, config.resume_from_checkpoint, reason, "Begin anew, with --init_lora for its weights.")]
+        reason = f"the checkpoint is of a run without {setting('streaming')}, so it has no place in a stream"
+        remedy = f"Begin anew, with {setting('init_lora')} for its weights."
+        return [Problem(field, config.resume_from_checkpoint, reason, remedy)]
     problems = []
     if before["stream_window"] != config.stream_window:
         reason = f"the run was begun with {before['stream_window']}, and its place is counted in windows"
-        problems.append(
-            Problem("stream_window", config.stream_window, reason, f"Give --stream_window={before['stream_window']}.")
-        )
+        remedy = f"Give {setting('stream_window')}={before['stream_window']}."
+        problems.append(Problem("stream_window", config.stream_window, reason, remedy))
     if before["data_digest"] != shards.digest():
         reason = "the shards are other ones, or of other sizes, than when the checkpoint was written"
-        remedy = "Give the same shards, or begin anew, with --init_lora for its weights."
+        remedy = f"Give the same shards, or begin anew, with {setting('init_lora')} for its weights."
         problems.append(Problem("dataset_name", shards.wanted.name, reason, remedy))
     if before["seed"] != config.seed:
         reason = f"the order of the shards was drawn with {before['seed']}"
-        problems.append(Problem("seed", config.seed, reason, f"Give --seed={before['seed']}, or none."))
+        problems.append(Problem("seed", config.seed, reason, f"Give {setting('seed')}={before['seed']}, or none."))
     return problems
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from sana_kit.errors import Problem
+from sana_kit.errors import Problem, setting
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -97,9 +97,10 @@ def tracker_problems(report_to: str, hub_token: str | None) -> list[Problem]:
     problems = []
     if report_to in TRACKERS and report_to not in installed:
         reason = f"the package {report_to} is not installed"
-        problems.append(Problem("report_to", report_to, reason, "Install it, or use --report_to=tensorboard."))
+        remedy = f"Install it, or use {setting('report_to')}=tensorboard."
+        problems.append(Problem("report_to", report_to, reason, remedy))
     if hub_token is not None and (report_to == "all" or any(TRACKERS[n].publishes for n in chosen if n in TRACKERS)):
-        reason = f"must not be given with --report_to={report_to}, which may publish it"
+        reason = f"must not be given with {setting('report_to')}={report_to}, which may publish it"
         problems.append(Problem("hub_token", None, reason, "Log in beforehand (`hf auth login`)."))
     for name in chosen:
         if name in installed and not TRACKERS[name].logged_in():

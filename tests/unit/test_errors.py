@@ -1,9 +1,13 @@
 """How a script ends: exit codes, which rank speaks, the error file; what of a launcher's variables is believed."""
 
+import ast
+import re
+
 import pytest
+from helpers import KIT
 
 from sana_kit import errors
-from sana_kit.errors import CheckpointError, Problem, RankFailed, UserError, did_you_mean, run_as_script
+from sana_kit.errors import CheckpointError, Problem, RankFailed, UserError, did_you_mean, run_as_script, setting
 from sana_kit.launchers import announced_wait, settle_launcher
 
 
@@ -26,6 +30,34 @@ def test_exit_codes_and_texts(capsys):
     assert capsys.readouterr().err == "\nerror: --rank=0: must be above 0. Take 4.\n"
     assert run_as_script(fail(KeyboardInterrupt()), interrupted="stopped; start again") == 130
     assert capsys.readouterr().err == "\nstopped; start again\n"
+
+
+def test_settings_within_a_message_are_written_as_its_reader_types_them():
+    remedy = f"Use {setting('batch')}=2, or leave {setting('side')} out."
+    error = UserError(Problem("side", 3, f"does not go with {setting('batch')}", remedy))
+    assert str(error) == "side=3: does not go with batch. Use batch=2, or leave side out."
+    told = "--side=3: does not go with --batch. Use --batch=2, or leave --side out."
+    assert str(error.as_flags()) == str(error.as_flags().as_flags()) == told
+    assert "Use <BATCH>=2, or leave <SIDE> out." in str(error.as_flags(lambda field: f"<{field.upper()}>"))
+
+
+def flags_of_problems(path):
+    """Lines of a file that write a flag into the reason or remedy of a Problem."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        named = isinstance(node, (ast.Assign, ast.AugAssign)) and {"reason", "remedy"} & {
+            name.id for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
+        }
+        if named or (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Problem"):
+            for part in ast.walk(node):
+                if isinstance(part, ast.Constant) and re.search(r"--[a-z]\w", str(part.value)):
+                    yield f"{path.name}:{part.lineno}"
+
+
+def test_libraries_name_settings_and_no_flags():
+    """Those below name a flag of another script, a whole command, and a flag of their own command line."""
+    others = {"adapters.py", "usage.py", "overlay.py"}
+    found = [line for path in (KIT / "sana_kit").rglob("*.py") for line in flags_of_problems(path)]
+    assert {line.split(":")[0] for line in found} == others, found
 
 
 def test_under_the_launcher_errors_of_all_ranks_wait_in_a_file_for_the_end(capsys, tmp_path, monkeypatch):

@@ -86,7 +86,7 @@ def test_a_fresh_start_among_checkpoints_is_refused_with_three_ways_out(tmp_path
     make(tmp_path, 20, 1)
     problems = folders.folder_problems(tmp_path, resume, overwrite)
     assert bool(problems) == refused
-    for way in ("--resume_from_checkpoint=latest", "another --output_dir", "--overwrite_output_dir"):
+    for way in ("resume_from_checkpoint=latest", "another output_dir", "overwrite_output_dir"):
         assert not refused or way in str(problems[0])
     assert folders.folder_problems(tmp_path / "empty", None, False) == []
 
@@ -99,7 +99,7 @@ def test_results_without_a_checkpoint_are_not_written_over(tmp_path, result):
     (tmp_path / result).mkdir()
     (problem,) = folders.folder_problems(tmp_path, None, False)
     assert result in str(problem) and "no checkpoint to go on from" in str(problem)
-    assert "Choose another --output_dir" in str(problem)
+    assert "Choose another output_dir" in str(problem)
     assert folders.folder_problems(tmp_path, None, True) == []
     assert folders.folder_problems(tmp_path, "latest", False) == []
 
