@@ -42,7 +42,7 @@ elif "infer_" in words[0]:
     time.sleep(60)
 """
 # `rm` as the launcher finds it: Ctrl-C comes while it runs.
-INTERRUPTS = "#!/bin/sh\nkill -INT $PPID\nexec /bin/rm \"$@\"\n"
+INTERRUPTS = '#!/bin/sh\nkill -INT $PPID\nexec /bin/rm "$@"\n'
 
 
 @pytest.fixture
