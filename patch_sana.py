@@ -32,7 +32,6 @@ import json
 import logging
 import os
 import re
-import stat
 import struct
 import sys
 from collections.abc import Callable, Mapping
@@ -249,6 +248,29 @@ def write_adapter(
     header += b" " * (-len(header) % 8)
     os.makedirs(folder, exist_ok=True)
     write_atomically(os.path.join(folder, ADAPTER_FILE), struct.pack("<Q", len(header)) + header + data[8 + length :])
+
+
+def write_atomically(path: str, data: bytes) -> None:
+    """Write `data` to `path` so that it is there whole or not at all."""
+    folder = os.path.dirname(os.path.abspath(path))
+    temporary = os.path.join(folder, f".{os.path.basename(path)}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    if hasattr(os, "O_DIRECTORY"):  # the rename itself reaches the disk with its folder
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            with contextlib.suppress(OSError):  # some network file systems refuse to sync a folder
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 class Adapter(NamedTuple):
@@ -600,31 +622,6 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
     return run(argv)
-
-
-def write_atomically(path: str, data: bytes, mode_of: str | None = None) -> None:
-    """Write `data` to `path` so that it is there whole or not at all; permissions as those of the file `mode_of`."""
-    folder = os.path.dirname(os.path.abspath(path))
-    temporary = os.path.join(folder, f".{os.path.basename(path)}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if mode_of is not None:
-            os.chmod(temporary, stat.S_IMODE(os.stat(mode_of).st_mode))
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    if hasattr(os, "O_DIRECTORY"):  # the rename itself reaches the disk with its folder
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            with contextlib.suppress(OSError):  # some network file systems refuse to sync a folder
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 if __name__ == "__main__":

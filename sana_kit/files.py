@@ -153,11 +153,17 @@ def file_sha256(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
-def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], object], durable: bool = True) -> Path:
+def write_atomic(
+    path: str | os.PathLike,
+    write: Callable[[BinaryIO], object],
+    durable: bool = True,
+    mode_of: str | os.PathLike | None = None,
+) -> Path:
     """Call `write(binary file)` on a temporary neighbour, sync it, then rename it to `path`: never half a file.
 
     Args:
         durable: False for what can be made again (reports, previews): a crash of the machine may then lose it.
+        mode_of: a file whose permissions the new one gets; None: those that the umask leaves.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,6 +174,8 @@ def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], object], d
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
+        if mode_of is not None:
+            shutil.copymode(mode_of, temporary)
         os.replace(temporary, path)
     finally:
         with suppress(OSError):

@@ -96,8 +96,7 @@ def _save_record(target: Path, record: dict) -> None:
 
 def _copy(source: Path, target: Path) -> None:
     """Copy content and mode so that `target` is never half-written."""
-    write_atomic(target, lambda file: file.write(source.read_bytes()))
-    shutil.copymode(source, target)
+    write_atomic(target, lambda file: file.write(source.read_bytes()), mode_of=source)
 
 
 def _hash(path: Path) -> str | None:

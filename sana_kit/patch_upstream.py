@@ -11,7 +11,7 @@ import sys
 from typing import NamedTuple
 
 import patch_sana
-from patch_sana import write_atomically
+from sana_kit.files import write_atomic
 
 
 class Edit(NamedTuple):
@@ -169,6 +169,11 @@ def _read(path: str) -> bytes | None:
         return None
 
 
+def _write(path: str, data: bytes, like: str) -> None:
+    """Write a file whole or not at all, with the permissions of the file `like`."""
+    write_atomic(path, lambda file: file.write(data), mode_of=like)
+
+
 def _differing_original(path: str, data: bytes) -> Refusal | None:
     original = _read(path + ".orig")
     if original is not None and original != data:
@@ -207,14 +212,14 @@ def patch(path: str, dry_run: bool) -> None:
     if copy_hooks:
         if not dry_run:
             if beside is not None:
-                write_atomically(hooks + ".orig", beside, mode_of=hooks)
-            write_atomically(hooks, own, mode_of=here)
+                _write(hooks + ".orig", beside, like=hooks)
+            _write(hooks, own, like=here)
         kept = f" (the one there kept as {os.path.basename(hooks)}.orig)" if beside is not None else ""
         print(f"{will}copy patch_sana.py to {hooks}{kept}")
     if made:
         if not dry_run:
-            write_atomically(path + ".orig", data, mode_of=path)
-            write_atomically(path, patched, mode_of=path)
+            _write(path + ".orig", data, like=path)
+            _write(path, patched, like=path)
         for purpose in made:
             print(f"{will}{purpose}")
         print(f"{will}keep the original as {path}.orig; --revert restores it")
