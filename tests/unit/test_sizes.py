@@ -10,7 +10,7 @@ FUNCTION_LINES = 60
 # What is longer, and why. A new entry is a change of plan, not a way out; an entry that is no longer needed fails.
 LONG_FILES = {
     "sana_kit/make_quickstart_model.py": "the quick start's model from drawing to training: the script that made it",
-    "patch_sana.py": "stands alone beside diffusers' trainer: adapter file, fingerprint and hooks for every engine in one file",
+    "patch_sana.py": "stands alone beside diffusers' trainer: adapter file, fingerprint, hooks for every engine",
 }
 LONG_FUNCTIONS = {
     "sana_kit/arithmetic.py": ["transformer_ops"],  # one table of a transformer's operators, row by row
