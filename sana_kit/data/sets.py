@@ -52,11 +52,12 @@ class SizeRule(_Sizes):
         """What does not go together; `field` and `value` of what holds the rule, None for the run's own settings."""
         problems = []
         if len(self.sides) > 1 and not self.aspect_ratio_buckets:
-            reason, remedy = "several resolutions are trained in buckets", "Add aspect_ratio_buckets, or give one."
+            reason = "several resolutions are trained in buckets"
+            remedy = f"Add {setting('aspect_ratio_buckets')}, or give one."
             problems.append(Problem(field or "resolution", value or self.resolution, reason, remedy))
         if self.bucket_no_upscale and not self.aspect_ratio_buckets:
-            what = "" if field is None else "bucket_no_upscale "
-            reason = f"{what}has no effect without aspect_ratio_buckets"
+            what = "" if field is None else f"{setting('bucket_no_upscale')} "
+            reason = f"{what}has no effect without {setting('aspect_ratio_buckets')}"
             problems.append(Problem(field or "bucket_no_upscale", value, reason))
         return problems
 

@@ -27,7 +27,7 @@ from sana_kit.data.memory import Headers, Memory
 from sana_kit.data.streaming import Row, Shards
 from sana_kit.data.tables import Named, Table
 from sana_kit.distributed import Ranks
-from sana_kit.errors import EncodingStopped, ImageError, Problem, StoreError, UserError, listed
+from sana_kit.errors import EncodingStopped, ImageError, Problem, StoreError, UserError, listed, setting
 
 # Shards that are open at once: enough for a mixed window and for as many reading processes, few enough for their
 # buffers (a row group of a parquet file each).
@@ -219,7 +219,7 @@ class WindowReader:
     def _no_room(self, room: int) -> UserError:
         reason = f"{self.size} images of {self.shards.wanted.name} need more than the {room / 1e9:.3g} GB"
         reason += " that are left for a process beside the encodings"
-        return UserError(Problem("encodings_disk_gb", None, reason, "Raise it, or lower stream_window."))
+        return UserError(Problem("encodings_disk_gb", None, reason, f"Raise it, or lower {setting('stream_window')}."))
 
     def _assembled(self, facts: list[_Fact], folder: Path) -> ImageSet:
         """The image set of a window's rows."""

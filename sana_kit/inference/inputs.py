@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sana_kit.data.decode import inspect_image
-from sana_kit.errors import ImageError, Problem
+from sana_kit.errors import ImageError, Problem, setting
 from sana_kit.files import expand
 from sana_kit.generation.inputs import InputImage, Inputs, first_step
 from sana_kit.generation.jobs import Prompt
@@ -122,7 +122,7 @@ def _controlnet(
     problems += wrong
     if not all(seen) and not problems:
         reason = f"{seen.count(False)} of {len(seen)} prompts have no control image"
-        problems.append(Problem("controlnet", settings.controlnet, reason, "Name one by control_image."))
+        problems.append(Problem("controlnet", settings.controlnet, reason, f"Name one by {setting('control_image')}."))
     return found
 
 
@@ -131,7 +131,7 @@ def _pag_layers(settings: InputSettings, model: Model, problems: list[Problem]) 
     if not settings.pag_scale:
         if settings.pag_layers:
             shown = " ".join(map(str, settings.pag_layers))
-            problems.append(Problem("pag_layers", shown, "has no effect without pag_scale"))
+            problems.append(Problem("pag_layers", shown, f"has no effect without {setting('pag_scale')}"))
         return ()
     if model.member.sprint:
         reason = f"{model.member.name} makes one prediction a step, which was distilled to be the guided one"

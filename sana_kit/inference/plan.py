@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from sana_kit.encodings.prompts import parse_instruction
-from sana_kit.errors import Problem, UserError
+from sana_kit.errors import Problem, UserError, setting
 from sana_kit.files import check_output_folder
 from sana_kit.flags import range_problems
 from sana_kit.generation.decode import check_decodable
@@ -209,7 +209,7 @@ def _find_loras(settings: LoraSettings, model: Model | None, checks: _Checks) ->
     """The adapters with their strengths."""
     if not settings.lora_weights:
         if settings.lora_scale != 1.0 or not settings.fuse_lora:
-            reason = "they have no effect without lora_weights"
+            reason = f"they have no effect without {setting('lora_weights')}"
             checks.say("lora_scale and no_fuse_lora", None, reason, "Name an adapter, or leave them out.")
         return []
     loras = []

@@ -10,7 +10,7 @@ from collections import Counter
 
 import torch
 
-from sana_kit.errors import Problem, did_you_mean
+from sana_kit.errors import Problem, did_you_mean, setting
 from sana_kit.models.adapter import Lora
 from sana_kit.models.adapter_start import read_start
 from sana_kit.models.folder import Model
@@ -21,6 +21,7 @@ from sana_kit.training.config import TrainConfig
 
 # Starts that move a part of the weights into the adapter, which then fits the changed weights alone.
 _CHANGES_BASE = ("pissa", "olora")
+_ONLY_LOKR = f"has no effect without {setting('adapter_type')} lokr"
 # Kinds that peft knows and the kit does not train, and why.
 REFUSED = {
     "oft": (
@@ -45,10 +46,11 @@ def adapter_problems(config: TrainConfig, model: Model) -> tuple[TrainConfig, li
         return _with_factors(kind, config, model)
     if kind != "lora":
         reason = REFUSED.get(kind, "there is no such adapter")
-        remedy = f"Use lora, with use_dora for DoRA, {' or '.join(FACTOR_KINDS)}.{did_you_mean(kind, FACTOR_KINDS)}"
+        remedy = f"Use lora, with {setting('use_dora')} for DoRA, {' or '.join(FACTOR_KINDS)}."
+        remedy += did_you_mean(kind, FACTOR_KINDS)
         problems.append(Problem("adapter_type", adapter.adapter_type, reason, remedy))
     if adapter.lokr_factor != -1:
-        problems.append(Problem("lokr_factor", adapter.lokr_factor, "has no effect without adapter_type lokr"))
+        problems.append(Problem("lokr_factor", adapter.lokr_factor, _ONLY_LOKR))
     if adapter.init_lora_weights in _CHANGES_BASE:
         reason = (
             "it moves a part of the base's weights into the adapter by a decomposition that differs between devices:"
@@ -58,7 +60,8 @@ def adapter_problems(config: TrainConfig, model: Model) -> tuple[TrainConfig, li
     if adapter.init_lora is None:
         problems += _layer_problems(config, model)
         if adapter.init_lora_weights == "orthogonal" and adapter.rank % 2:
-            problems.append(Problem("rank", adapter.rank, "must be even with init_lora_weights orthogonal"))
+            reason = f"must be even with {setting('init_lora_weights')} orthogonal"
+            problems.append(Problem("rank", adapter.rank, reason))
         return config.replaced(lora_alpha=adapter.alpha), problems
     lora, found = read_start(adapter.init_lora, model.transformer_config)
     if lora is None:
@@ -79,7 +82,7 @@ def _with_factors(kind: str, config: TrainConfig, model: Model) -> tuple[TrainCo
         ("lora_dropout", adapter.lora_dropout > 0, f"{shown} has no first matrix"),
         ("lora_plus_ratio", config.lora_plus_ratio != 1, f"{shown} has no second matrix"),
         ("base_quantization", config.base_quantization is not None, f"it was not tried under a {shown}"),
-        ("lokr_factor", kind != "lokr" and adapter.lokr_factor != -1, "has no effect without adapter_type lokr"),
+        ("lokr_factor", kind != "lokr" and adapter.lokr_factor != -1, _ONLY_LOKR),
     ):
         if wrong:
             value = getattr(config, name)

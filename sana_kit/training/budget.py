@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from sana_kit import devices
-from sana_kit.errors import Problem
+from sana_kit.errors import Problem, setting
 from sana_kit.training.config import TrainConfig
 
 # The budget that is what the device has free.
@@ -22,7 +22,7 @@ def budget_problems(config: TrainConfig, device_type: str) -> list[Problem]:
     for name, unset in (("gradient_checkpointing", False), ("gradient_checkpointing_interval", 1)):
         if getattr(config, name) != unset:
             reason = "a budget chooses which blocks are recomputed"
-            problems.append(Problem(name, None, reason, "Leave it out, or leave memory_budget out."))
+            problems.append(Problem(name, None, reason, f"Leave it out, or leave {setting(field)} out."))
     if value == AUTO:
         if not devices.kind_of(device_type).is_accelerator:
             reason = "a CPU's memory is shared with other processes: what is free now says nothing"

@@ -280,7 +280,7 @@ def folder_problems(output_dir: Path, resume: str | None, overwrite: bool) -> li
     there = all_checkpoints(output_dir)
     results = [name for name in RESULTS if (output_dir / name).exists()]
     if resume is not None and overwrite:
-        reason = "it sets the old run aside, and resume_from_checkpoint goes on from it"
+        reason = f"it sets the old run aside, and {setting('resume_from_checkpoint')} goes on from it"
         return [Problem("overwrite_output_dir", None, reason, "Give one of them.")]
     elsewhere = resume not in (None, "latest") and Path(resume).is_dir()
     if elsewhere and Path(resume).resolve().parent == output_dir.resolve():

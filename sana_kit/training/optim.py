@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sana_kit.devices import kind_of
-from sana_kit.errors import Problem, did_you_mean
+from sana_kit.errors import Problem, did_you_mean, setting
 from sana_kit.training.optim_state import averaging_key, is_plain
 from sana_kit.training.optimizers import OPTIMIZERS, REFUSED, UNDER_DEEPSPEED, OptimizerKind
 
@@ -97,7 +97,7 @@ def schedule_problems(settings: TrainConfig) -> list[Problem]:
             return []
         return [Problem("lr_step_rules", None, f"needed with {scheduler}", "For instance 1:500,0.1:1000,0.01.")]
     if scheduler != "piecewise_constant":
-        return [Problem("lr_step_rules", rules, f"has no effect with lr_scheduler {scheduler}")]
+        return [Problem("lr_step_rules", rules, f"has no effect with {setting('lr_scheduler')} {scheduler}")]
     *rates, last = rules.split(",")
     try:
         ends = [int(rule.split(":")[1]) for rule in rates]

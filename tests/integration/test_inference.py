@@ -220,7 +220,7 @@ def test_size_that_the_model_cannot_make(tiny_model, tmp_path, capsys):
 
 def test_lora_flags_without_lora_are_errors(tiny_model, tmp_path, capsys):
     assert infer(tiny_model, tmp_path / "out", "--lora_scale", "0.5") == 1
-    assert "without lora_weights" in capsys.readouterr().err
+    assert "without --lora_weights" in capsys.readouterr().err
 
 
 def test_read_only_output_folder(tiny_model, tmp_path, monkeypatch, capsys):

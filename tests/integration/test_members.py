@@ -177,7 +177,7 @@ def test_inputs_that_cannot_be_used_are_told_at_once(tiny_model, tiny_sprint, fi
     said = told(tiny_model, "--init_image", files / "init.png", "--strength", 0.9)
     assert "--strength=0.9: of 2 step(s) none is left out" in said and "Take at most 0.5, or more steps" in said
     said = told(tiny_model, "--pag_layers", 1)
-    assert "--pag_layers=1: has no effect without pag_scale" in said
+    assert "--pag_layers=1: has no effect without --pag_scale" in said
     said = told(tiny_model, "--pag_scale", 2, "--pag_layers", 2)
     assert "--pag_layers=2: this model's blocks are 0 to 1" in said
     controlnet = tiny.make_tiny_controlnet(tmp_path / "controlnet", tiny_model)
