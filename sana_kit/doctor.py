@@ -17,7 +17,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from sana_kit.environment import SUPPORTED
+from sana_kit.environment import SUPPORTED, launchers_environment
 from sana_kit.flags import Parser, PlainHelp
 
 # First and last version that the suite ran on; others may work.
@@ -220,6 +220,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"warning    {text}")
     for text in found.fatal:
         print(f"problem    {text}")
+    if found.fatal and (made := launchers_environment()) is not None:
+        print(f"note       this is {sys.executable}; the launcher has made an environment: {made}")
     print(f"{found.kind} {found.count}")
     return 1 if found.fatal else 0
 

@@ -97,14 +97,22 @@ def short_path(path: Path) -> str:
         return str(path.absolute())
 
 
+def launchers_environment() -> str | None:
+    """The command that activates the environment that the launcher has made; None where it is active, or not made."""
+    activate = KIT / ".venv" / "bin" / "activate"
+    if not activate.is_file() or Path(sys.prefix).resolve() == (KIT / ".venv").resolve():
+        return None
+    return f"source {short_path(activate)}"
+
+
 def missing_package(error: ModuleNotFoundError) -> str | None:
     """What to do about a package that this Python lacks altogether; None where it is there and a part of it is not."""
     package = (error.name or "").partition(".")[0]
     if not package or package in sys.modules or importlib.util.find_spec(package) is not None:
         return None
     told = f"the package {package} is not installed for {sys.executable}."
-    if (KIT / ".venv" / "bin" / "activate").is_file() and Path(sys.prefix) != KIT / ".venv":
-        return f"{told} The launcher has made an environment: source {short_path(KIT / '.venv' / 'bin' / 'activate')}"
+    if (made := launchers_environment()) is not None:
+        return f"{told} The launcher has made an environment: {made}"
     needed = f"-r {short_path(KIT / 'requirements_sana.txt')} -c {short_path(CONSTRAINTS)}"
     return f"{told} The launcher installs what is needed into .venv by itself; by hand: python -m pip install {needed}"
 

@@ -22,6 +22,8 @@ PACKAGES = ("starlette", "uvicorn")
 
 def check_packages() -> None:
     """UserError with the command that installs what the page needs and this environment lacks."""
+    if importlib.util.find_spec("torch") is None:  # another environment is active, where nothing need be added
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         remedy = f"pip install {' '.join(missing)}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sana_kit import environment
+from sana_kit import doctor, environment
 from sana_kit.environment import EnvironmentProblem, Venv
 
 # A Python of an environment whose pip says 200 lines and ends with a code.
@@ -225,3 +225,17 @@ def test_a_missing_package_is_named_with_the_environment_that_has_it(tmp_path, m
         f"the package nowhere_to_be_found is not installed for {sys.executable}."
         " The launcher has made an environment: source .venv/bin/activate"
     )
+
+
+def test_the_doctor_names_the_launchers_environment_where_another_python_lacks_things(tmp_path, monkeypatch, capsys):
+    found = doctor.Findings(fatal=["torch is missing"])
+    monkeypatch.setattr(doctor, "examine", lambda: found)
+    monkeypatch.setattr(environment, "KIT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert doctor.main([]) == 1 and "note" not in capsys.readouterr().out
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    assert doctor.main([]) == 1
+    assert capsys.readouterr().out.splitlines()[-2].endswith("has made an environment: source .venv/bin/activate")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
+    assert doctor.main([]) == 1 and "note" not in capsys.readouterr().out
