@@ -309,14 +309,12 @@ def training_flops_per_image(
 ) -> float:
     """FLOPs of forward and backward of the transformer for one image; encoding is not in it, it happens once.
 
-    With LoRA the frozen weights get no gradients, only the inputs that lead back to an adapter do. For the model FLOPs
-    utilisation (MFU) leave `gradient_checkpointing` off, whatever the run does: recomputation is no work of the model.
-    With it on, the figure is what the device executes (for the hardware FLOPs utilisation).
+    With LoRA the frozen weights get no gradients, only the inputs that lead back to an adapter do.
 
     Args:
         transformer_config, latent_hw, caption_tokens: see `transformer_ops`.
         mode: "lora", "full" or "controlnet", whose ControlNet has `controlnet_layers` blocks.
-        gradient_checkpointing: False, True, or the share of the blocks that is recomputed (0 to 1).
+        gradient_checkpointing: True, or the share of the blocks recomputed; False for the model's own work (MFU).
     """
     if mode not in ("lora", "full", "controlnet"):
         raise ValueError(f"mode={mode!r}: must be lora, full or controlnet.")
@@ -369,6 +367,11 @@ def training_bytes(
         "moments": 8 * share,
         "passing": max(2 * 2 * bucket_elements(int(trained)), 8 * share),
     }
+
+
+def checkpoint_bytes(held: Mapping[str, int], mode: str, devices: int) -> int:
+    """Bytes of a checkpoint, from `training_bytes`: masters and moments, and the trained weights as they are used."""
+    return 3 * held["masters"] * devices + (held["weights"] if mode == "full" else held["masters"] * devices // 2)
 
 
 def _conv(name: str, pixels: float, inputs: int, outputs: int, kernel: int, groups: int = 1, read: float = 1.0) -> Op:

@@ -19,6 +19,7 @@ from sana_kit.arithmetic import (
     AUTOENCODER,
     TEXT_ENCODER,
     TRANSFORMERS,
+    checkpoint_bytes,
     model_flops_utilisation,
     roofline_seconds,
     text_encoder_ops,
@@ -108,13 +109,15 @@ def report(options: argparse.Namespace) -> dict:
         "forward": transformer_ops(transformer, *shape),
         "training": training_ops(transformer, *shape, options.mode, options.rank),
     }
+    held = training_bytes(transformer, options.mode, options.rank, options.devices)
     figures = {
         "title": title,
         "latents": latent,
         "tokens": (latent // patch) ** 2,
         "parameters": sum(op.weights for op in ops["forward"]),
         "flops": _flops(ops, options),
-        "bytes": training_bytes(transformer, options.mode, options.rank, options.devices),
+        "bytes": held,
+        "checkpoint": checkpoint_bytes(held, options.mode, options.devices),
     }
     if peak is None:
         return figures
@@ -211,6 +214,7 @@ def format_report(figures: dict, options: argparse.Namespace) -> str:
     lines += ["", f"{f'Memory per device, ZeRO-2 on {options.devices}, beside the activations':<52}{'MB':>10}"]
     lines += [f"  {name:<50}{value / 1e6:10.1f}" for name, value in held.items()]
     lines += [f"  {'all but the weights':<50}{(sum(held.values()) - held['weights']) / 1e6:10.1f}"]
+    lines += ["", f"{'On disk':<52}{'MB':>10}", f"  {'a checkpoint':<50}{figures['checkpoint'] / 1e6:10.1f}"]
     if "peak" in figures:
         bandwidth = figures["bandwidth"]
         memory = f"{bandwidth / 1e12:.2f} TB/s" if bandwidth else "memory bandwidth not known, so not counted"

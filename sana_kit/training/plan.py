@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from sana_kit import devices
-from sana_kit.arithmetic import training_flops_per_image
+from sana_kit.arithmetic import checkpoint_bytes, training_flops_per_image
 from sana_kit.data.discover import find_images
 from sana_kit.data.sets import size_rule
 from sana_kit.launchers import launched_world_size
@@ -194,7 +194,7 @@ def describe(config: TrainConfig, plan: Plan, model: Model, chip: devices.Chip |
     mode, layers = config.train_mode, config.controlnet_layers
     held = held_bytes(config, model, plan.world_size)
     trained = held["masters"] * plan.world_size // 4
-    checkpoint = trained * 12 + (held["weights"] if mode == "full" else 2 * trained)
+    checkpoint = checkpoint_bytes(held, mode, plan.world_size)
     channels = model.transformer_config["in_channels"]
     latents = 2 * channels * side * side * (2 if mode == "controlnet" else 1)
     latents += 2 * _PLAN_CAPTION_TOKENS * model.transformer_config["caption_channels"]

@@ -22,6 +22,7 @@ sys.path[:0] = [str(KIT), str(KIT / "tests"), str(KIT / "tests" / "benchmarks")]
 
 from sana_kit import devices  # noqa: E402
 from sana_kit.arithmetic import default_controlnet_layers, training_bytes  # noqa: E402
+from sana_kit.quiet import quiet_libraries  # noqa: E402
 
 CPU_ROUNDS = 5
 
@@ -149,6 +150,7 @@ def main() -> None:
     parser.add_argument("--model", help="a SanaPipeline folder instead of --config")
     parser.add_argument("--role", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    quiet_libraries()
     if options.role:
         role(options)
         return

@@ -24,6 +24,7 @@ import torch  # noqa: E402  after the kit's path
 
 from sana_kit import arithmetic, roofline  # noqa: E402
 from sana_kit.models.fused import one_timestep  # noqa: E402
+from sana_kit.quiet import quiet_libraries  # noqa: E402
 from sana_kit.step_table import BLOCKS, STEPS, count_steps, prepare  # noqa: E402
 
 
@@ -99,6 +100,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=12, help="timed rounds, of which the first two do not count")
     options = parser.parse_args()
+    quiet_libraries()
     options.step, options.block = options.step or list(STEPS), options.block or list(BLOCKS)
     if options.time:
         torch.set_num_threads(options.threads)

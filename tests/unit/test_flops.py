@@ -15,6 +15,7 @@ from sana_kit.arithmetic import (
     AUTOENCODER,
     TEXT_ENCODER,
     TRANSFORMERS,
+    checkpoint_bytes,
     default_controlnet_layers,
     forward_flops_per_image,
     model_flops_utilisation,
@@ -296,3 +297,16 @@ def test_the_benchmarks_real_model_is_one_that_the_kit_takes(tmp_path, monkeypat
     bench_training.write_real_model(tmp_path / "model", "1600M", 1024, light=True)
     found, problems = find_model(str(tmp_path / "model"))
     assert problems == [] and found.vae_factor == 32
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_a_checkpoint_is_12_bytes_of_state_and_2_of_result_for_each_trained_weight(mode):
+    one, eight = (training_bytes(TRANSFORMERS["1600M"], mode, 4, devices) for devices in (1, 8))
+    trained = one["masters"] // 4
+    assert checkpoint_bytes(one, mode, 1) == 14 * trained
+    assert checkpoint_bytes(eight, mode, 8) == pytest.approx(14 * trained, rel=1e-4)
+
+
+def test_the_command_prints_the_checkpoint_of_readmes_table(capsys):
+    assert flops.main(["--config", "1600M", "--resolution", "1024"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["a", "checkpoint", "30.1"]
