@@ -404,6 +404,11 @@ def write_sheet(
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
+# Behind the figures of a user's own images, which are of their colours alone.
+OWN_IMAGES_NOTE = """\
+The small model draws line drawings on light paper. Of photographs, or of light lines on dark paper, it learns the
+colours and loses the subjects: that takes a large model (docs/training.md, "A trial without a card")."""
+
 PRINTABLE = tuple(field.name for field in dataclasses.fields(QuickStart))
 
 
@@ -425,6 +430,8 @@ def _compare(args: argparse.Namespace) -> None:
     result = measure(before, after, rows)
     write_sheet(before, after, out, rows, max(1, args.columns))
     print(describe(result))
+    if own:
+        print(OWN_IMAGES_NOTE)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"before and after: {out}")

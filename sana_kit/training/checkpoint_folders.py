@@ -307,7 +307,10 @@ def _free_name(path: Path) -> Path:
 
 
 def set_run_aside(output_dir: Path) -> Path | None:
-    """Move what an earlier run wrote into `previous-<date>-<run id>`, but for encodings; None if there was nothing."""
+    """Move what an earlier run wrote into `previous-<date>-<run id>`, but for encodings; None if there was nothing.
+
+    A run without a checkpoint has no id to tell: the time of day stands there then.
+    """
     there = all_checkpoints(output_dir)
     moved = [checkpoint.folder for checkpoint in there]
     moved += [output_dir / name for name in RUN_FILES if (output_dir / name).exists()]
@@ -331,7 +334,7 @@ def set_later_aside(output_dir: Path, resumed: Path) -> Path | None:
 
 
 def _move(output_dir: Path, why: str, run_id: str | None, paths: Sequence[Path]) -> Path:
-    whose = re.sub(r"[^A-Za-z0-9]+", "-", run_id or "unknown")[:8].strip("-")
+    whose = re.sub(r"[^A-Za-z0-9]+", "-", run_id or time.strftime("%H%M%S"))[:8].strip("-")
     target = _free_name(output_dir / f"{why}-{time.strftime('%Y-%m-%d')}-{whose}")
     target.mkdir()
     for path in paths:

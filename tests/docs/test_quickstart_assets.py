@@ -283,7 +283,9 @@ def test_a_single_image_of_ones_own_is_enough_to_compare_with(tmp_path, rows, ca
     after = write_images(tmp_path / "after", {"my kite": image})
     own = ["--instance_data_dir", str(folder), "--instance_prompt", "my kite"]
     assert quickstart.main(["--compare", str(before), str(after), str(tmp_path / "sheet.png"), *own]) == 0
-    assert "two halves" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "two halves" not in said
+    assert quickstart.OWN_IMAGES_NOTE in said  # how far the small model goes
 
 
 def test_measure_refuses_what_cannot_be_compared(tmp_path, capsys):

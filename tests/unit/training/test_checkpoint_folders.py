@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,12 @@ def test_overwriting_sets_the_old_run_aside_and_keeps_encodings_and_foreign_file
     assert folders.set_run_aside(tmp_path) is None
     make(tmp_path, 20, 1, "0123456789abcdef")
     assert folders.set_run_aside(tmp_path) != aside  # a second one of the same day overwrites nothing
+
+
+def test_a_run_without_a_checkpoint_is_set_aside_by_its_time(tmp_path):
+    (tmp_path / "summary.json").touch()
+    aside = folders.set_run_aside(tmp_path)
+    assert re.fullmatch(r"previous-\d{4}-\d\d-\d\d-\d{6}", aside.name)
 
 
 def test_going_back_sets_later_checkpoints_aside(tmp_path):
