@@ -131,6 +131,8 @@ class RankFailed(KitError, RuntimeError):
 
 
 EXIT_INTERRUPTED_BY_KEYBOARD = 130
+# What gloo and NCCL say in the ranks that are left when one is gone; where in DeepSpeed they met it helps nobody.
+_LOST = re.compile(r"Connection (?:closed|reset) by peer|Broken pipe|remote process exited")
 _AT_FAILURE: list[Callable[[str], None]] = []
 
 
@@ -206,6 +208,8 @@ def run_as_script(
         if isinstance(error, ModuleNotFoundError) and (remedy := missing_package(error)):
             failure = KitError(remedy)
             failure.shared = True
+        if isinstance(error, RuntimeError) and not isinstance(error, KitError) and (lost := _LOST.search(str(error))):
+            failure = KitError(f"another rank ended while this one waited for it ({lost[0]})")
         told = isinstance(failure, (KitError, *expected))
         message = str(failure) if told else f"{type(failure).__name__}: {failure}"
         if not isinstance(failure, RankFailed):

@@ -186,3 +186,12 @@ def test_a_package_that_is_not_installed_is_no_traceback(capsys):
     assert shown.startswith("\nerror: the package nowhere_x is not installed for ") and "Traceback" not in shown
     assert run_as_script(fail(ModuleNotFoundError("No module named 'json.x'", name="json.x"))) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_connection_that_another_rank_has_dropped_is_no_traceback(capsys):
+    lost = "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:53893. Check the logs of the worker"
+    assert run_as_script(fail(RuntimeError(lost))) == 1
+    told = "error: another rank ended while this one waited for it (Connection closed by peer)"
+    assert capsys.readouterr().err == f"\n{told}\n"
+    assert run_as_script(fail(RuntimeError("shapes differ"))) == 1
+    assert "Traceback" in capsys.readouterr().err
