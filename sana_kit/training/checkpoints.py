@@ -112,7 +112,8 @@ def start_or_resume(settings: TrainConfig, ranks: Ranks) -> tuple[Resume | None,
         notes = [f"{name} was whole but not yet in place; brought back" for name in recover(output_dir)]
         if settings.overwrite_output_dir:
             aside = set_run_aside(output_dir)
-            notes += [f"what lay in {output_dir} was set aside in {aside.name}"] if aside else []
+            if aside is not None:  # as the user asked: told, and no warning
+                logger.info("what lay in %s was set aside in %s", output_dir, aside.name)
         if not settings.resume_from_checkpoint:
             return None, None, notes
         folder, found = find_checkpoint(output_dir, settings.resume_from_checkpoint)

@@ -73,12 +73,15 @@ def test_a_fresh_run_in_a_used_folder_is_refused_before_anything_and_nothing_is_
     assert {path: path.read_bytes() for path in used.rglob("*") if path.is_file()} == before
 
 
-def test_overwriting_keeps_both_runs(flags, used):
+def test_overwriting_keeps_both_runs(flags, used, capsys):
     old = adapter_weights(used)
     assert run_trainer(*flags, f"--output_dir={used}", *FRESH, "--overwrite_output_dir") == 0
     assert steps(used) == [5, 10]
     (aside,) = used.glob("previous-*")
     assert steps(aside) == [20, 30] and same(adapter_weights(aside), old)
+    # as it was asked for: said, and no warning in log and report
+    assert f"INFO what lay in {used} was set aside in {aside.name}" in capsys.readouterr().err
+    assert not [entry for entry in events(used, "warning") if "set aside" in entry["message"]]
     assert events(aside, "end") and len(events(used, "start")) == 1  # each log is of one run
     assert folders.find_checkpoint(used, "latest")[0].name == "checkpoint-10"
     ids = {state_of(folder / f"checkpoint-{step}")["run_id"] for folder, step in ((used, 5), (used, 10), (aside, 20))}
