@@ -8,6 +8,7 @@ memory bandwidths, and what of torch works on it. A new kind is one more entry. 
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import gc
 import importlib.util
@@ -23,6 +24,9 @@ import numpy as np
 import torch
 
 from sana_kit.errors import Problem, UserError
+
+# Of glibc's <malloc.h>.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -260,6 +264,20 @@ def empty_cache(device: torch.device) -> None:
     kind = kind_of(device)
     if kind.is_accelerator:
         kind.module.empty_cache()
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """On a CPU, let this process keep the pages of freed tensors of up to 32 MiB for the next ones.
+
+    A step takes and frees the same tensors each time, and a page that went back to the system costs a fault. Which of
+    them glibc keeps by itself depends on what was freed before. Nothing is done for accelerators, whose allocators
+    keep memory anyway, nor where the C library is another one.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if kind_of(device).is_accelerator or mallopt is None:
+        return
+    mallopt(_M_TRIM_THRESHOLD, -1)
+    mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -204,6 +204,7 @@ class Engine:
                 DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, odd)
         self.model, self._optimizer = self.accelerator.prepare(transformer, optimizer)
         self._groups = GroupNumbers(self.base_optimizer)
+        devices.keep_freed_memory(self.device)
         return self.model, self._optimizer
 
     def unwrap(self, model: torch.nn.Module) -> torch.nn.Module:

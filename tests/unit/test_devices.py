@@ -1,6 +1,8 @@
 """Kinds of devices and the figures of chips."""
 
+import ctypes
 import random
+import resource
 
 import numpy as np
 import pytest
@@ -135,3 +137,18 @@ def test_the_cpu_is_always_there():
     assert pick_device("cpu") == torch.device("cpu") and DTYPES["bf16"] is torch.bfloat16
     assert devices.peak_memory_bytes(torch.device("cpu")) > 1e7
     assert devices.free_memory_bytes(torch.device("cpu")) > 0
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_a_cpu_keeps_the_memory_of_freed_tensors():
+    """Tensors of a step taken again cost no page fault: 12 of 6 MB would cost 18,432."""
+    devices.keep_freed_memory(torch.device("cpu"))
+
+    def faults_of_a_step():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        tensors = [torch.ones(3 * 2**19) for _ in range(12)]
+        del tensors
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults_of_a_step()
+    assert min(faults_of_a_step() for _ in range(5)) < 200
