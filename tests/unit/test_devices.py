@@ -141,14 +141,13 @@ def test_the_cpu_is_always_there():
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
 def test_a_cpu_keeps_the_memory_of_freed_tensors():
-    """Tensors of a step taken again cost no page fault: 12 of 6 MB would cost 18,432."""
+    """Tensors taken again cost no page fault; four of 30 MiB cost 30,720 each time where glibc is left alone."""
     devices.keep_freed_memory(torch.device("cpu"))
 
     def faults_of_a_step():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        tensors = [torch.ones(3 * 2**19) for _ in range(12)]
+        tensors = [torch.ones(30 * 2**18) for _ in range(4)]
         del tensors
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    faults_of_a_step()
-    assert min(faults_of_a_step() for _ in range(5)) < 200
+    assert [faults_of_a_step() for _ in range(6)][-1] < 1000
