@@ -1,13 +1,15 @@
 """The fused SANA block: diffusers' SanaTransformerBlock with fewer passes over memory and less kept for training.
 
-`fuse_blocks` is the one place that decides which transformers get it; the others keep diffusers' block. Parameters,
+`fuse_blocks` is the one place that decides which transformers get it; the others keep diffusers' block, and
+`compile_blocks` hands either to torch's compiler, for which the fused one has operations of its own. Parameters,
 their names and the state dict stay as they are, LoRA layers of peft included, so that adapters, checkpoints and
 engines see no difference. tests/unit/models/test_fused.py holds it against diffusers' block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -17,19 +19,16 @@ from peft.tuners import lora
 from torch import nn
 
 from sana_kit.devices import kind_of
+from sana_kit.models import compiled_ops, fused_ops
 from sana_kit.models.attention import LinearAttentionProcessor, attend
-from sana_kit.models.fused_ops import (
-    GatedConvolution,
-    GatedResidual,
-    LinearAttention,
-    LoraProjection,
-    ModulatedNorm,
-    Part,
-)
+from sana_kit.models.fused_ops import Part
 
 FUSED_CHOICES = ("auto", "off")
 # float16 is left to diffusers: the denominator's epsilon is zero in it.
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+
+# Weight and bias of several linear layers that lie together in memory.
+Joined = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 def base_linear(module: nn.Module) -> nn.Module:
@@ -50,10 +49,14 @@ class FusedSanaBlock(SanaTransformerBlock):
     Never built: `fuse_blocks` changes the class of blocks that are there.
 
     Attributes:
+        ops: the module of its operations.
+        joined: per group of projections, their weights as one, where `project` shall not look for them.
         channels_last: layout of the mix-FFN's images.
         image_by_image: whether drawing takes the mix-FFN, whose inner tensors are the largest, one image at a time.
     """
 
+    ops: ModuleType = fused_ops
+    joined: dict[str, Joined] = {}  # noqa: RUF012  nothing is put into it
     channels_last: bool
     image_by_image: bool
 
@@ -78,21 +81,25 @@ class FusedSanaBlock(SanaTransformerBlock):
         shift1, _, gate1, shift2, _, gate2 = modulation.chunk(6, dim=1)
         factor1, factor2 = (modulation[:, 1::3] + 1).chunk(2, dim=1)
 
-        x = ModulatedNorm.apply(hidden_states, factor1, shift1, self.norm1.eps)
+        x = self.ops.ModulatedNorm.apply(hidden_states, factor1, shift1, self.norm1.eps)
         x = self._self_attention(x)
-        hidden_states = GatedResidual.apply(hidden_states, gate1, x)
+        hidden_states = self.ops.GatedResidual.apply(hidden_states, gate1, x)
         hidden_states = self._cross_attention(hidden_states, encoder_hidden_states, encoder_attention_mask)
-        x = ModulatedNorm.apply(hidden_states, factor2, shift2, self.norm2.eps)
+        x = self.ops.ModulatedNorm.apply(hidden_states, factor2, shift2, self.norm2.eps)
         if len(gate2) == 1 and self.channels_last and not torch.is_grad_enabled():
             return self._add_feed_forward(hidden_states, gate2, x, (height, width))
-        return GatedResidual.apply(hidden_states, gate2, self._feed_forward(x, (height, width)))
+        return self.ops.GatedResidual.apply(hidden_states, gate2, self._feed_forward(x, (height, width)))
+
+    def _project(self, group: str, x: torch.Tensor, passes: bool = False) -> list[torch.Tensor]:
+        """Outputs of one of GROUPS for the same input, as `project` gives them."""
+        return project(projections(self, group), x, passes, ops=self.ops, joined=self.joined.get(group))
 
     def _self_attention(self, x: torch.Tensor) -> torch.Tensor:
         """Linear attention: (B, N, D) -> (B, N, D)."""
         attn = self.attn1
         if not isinstance(attn.processor, (LinearAttentionProcessor, SanaLinearAttnProcessor2_0)):
             return attn(x)  # perturbed for a while, for guidance
-        qkv = project([attn.to_q, attn.to_k, attn.to_v], x)
+        qkv = self._project("attn1.qkv", x)
         key = value = None
         if attn.norm_q is not None or len(qkv) > 1:
             query, key, value = qkv if len(qkv) > 1 else qkv[0].chunk(3, -1)
@@ -100,7 +107,7 @@ class FusedSanaBlock(SanaTransformerBlock):
             key = attn.norm_k(key) if attn.norm_k is not None else key
         else:
             query = qkv[0]
-        out = LinearAttention.apply(attn.heads, query, key, value)
+        out = self.ops.LinearAttention.apply(attn.heads, query, key, value)
         return attn.to_out[1](attn.to_out[0](out))
 
     def _cross_attention(self, x: torch.Tensor, captions: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -108,15 +115,18 @@ class FusedSanaBlock(SanaTransformerBlock):
         attn = self.attn2
         if mask is not None and mask.ndim == 3:
             mask = mask[:, None]
-        query, x = project([attn.to_q], x, passes=True)
-        key_value = project([attn.to_k, attn.to_v], captions)
+        query, x = self._project("attn2.q", x, passes=True)
+        key_value = self._project("attn2.kv", captions)
         key, value = key_value if len(key_value) > 1 else key_value[0].chunk(2, -1)
         query = attn.norm_q(query) if attn.norm_q is not None else query
         key = attn.norm_k(key) if attn.norm_k is not None else key
         query, key, value = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (query, key, value))
         kernel = getattr(attn.processor, "kernel", "sdpa")
-        out = attend(query, key, value, mask, kernel).transpose(1, 2).flatten(2)
-        return x + attn.to_out[1](attn.to_out[0](out))
+        return self._add_captions(x, attend(query, key, value, mask, kernel).transpose(1, 2).flatten(2))
+
+    def _add_captions(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """x plus the cross-attention's last projection of out: (B, N, D) each."""
+        return x + self.attn2.to_out[1](self.attn2.to_out[0](out))
 
     def _feed_forward(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """The mix-FFN: (B, N, D) -> (B, N, D)."""
@@ -124,10 +134,10 @@ class FusedSanaBlock(SanaTransformerBlock):
         inverted, depth, point = ff.conv_inverted, ff.conv_depth, ff.conv_point
         if self.channels_last:
             inner = F.linear(x, inverted.weight.flatten(1), inverted.bias)  # a 1 x 1 convolution
-            inner = GatedConvolution.apply(inner, depth.weight, depth.bias, size, True)
+            inner = self.ops.GatedConvolution.apply(inner, depth.weight, depth.bias, size, True)
             return F.linear(inner, point.weight.flatten(1))
         inner = inverted(x.unflatten(1, size).permute(0, 3, 1, 2))
-        inner = GatedConvolution.apply(inner, depth.weight, depth.bias, size, False)
+        inner = self.ops.GatedConvolution.apply(inner, depth.weight, depth.bias, size, False)
         return point(inner).flatten(2).transpose(1, 2)
 
     def _add_feed_forward(
@@ -149,7 +159,7 @@ class FusedSanaBlock(SanaTransformerBlock):
         for first in range(0, images, at_once):
             rows = slice(first, first + at_once)
             inner = F.linear(x[rows], inverted.weight.flatten(1), inverted.bias)
-            inner = GatedConvolution.apply(inner, depth.weight, depth.bias, size, True)
+            inner = self.ops.GatedConvolution.apply(inner, depth.weight, depth.bias, size, True)
             if fold:
                 of_rows = residual[rows].flatten(0, 1), inner.flatten(0, 1), into.t()
                 torch.addmm(*of_rows, out=out[rows].flatten(0, 1))
@@ -158,16 +168,63 @@ class FusedSanaBlock(SanaTransformerBlock):
         return out
 
 
+class CompiledSanaBlock(FusedSanaBlock):
+    """A FusedSanaBlock in the form that torch's compiler makes few passes of; for frozen base weights."""
+
+    ops = compiled_ops
+
+    def _add_captions(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """As above; within the product, so that the sum is written once and not made again by each of its readers."""
+        linear, dropout = self.attn2.to_out
+        if type(linear) is not nn.Linear or (dropout.p and dropout.training):
+            return super()._add_captions(x, out)
+        return torch.addmm(x.flatten(0, 1), out.flatten(0, 1), linear.weight.t()).view(x.shape) + linear.bias
+
+    def join(self) -> None:
+        """Look up the joined weights, which the compiler cannot."""
+        self.joined = {group: packed([base_linear(one) for one in projections(self, group)]) for group in GROUPS}
+
+    def _add_feed_forward(
+        self, residual: torch.Tensor, gate: torch.Tensor, x: torch.Tensor, size: tuple[int, int]
+    ) -> torch.Tensor:
+        return self.ops.GatedResidual.apply(residual, gate, self._feed_forward(x, size))
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> CompiledSanaBlock:
+        """Of `.to()` and kin, which give each weight memory of its own."""
+        super()._apply(fn, recurse)
+        pack_block(self)
+        self.join()
+        return self
+
+
+# Projections of the same input, by the attention that has them.
+GROUPS = ("attn1.qkv", "attn2.q", "attn2.kv")
+
+
+def projections(block: nn.Module, group: str) -> list[nn.Module]:
+    """The modules of one of GROUPS."""
+    attention, letters = group.split(".")
+    return [getattr(getattr(block, attention), f"to_{letter}") for letter in letters]
+
+
 def one_timestep(transformer: nn.Module) -> bool:
     """Whether the model takes one time step (1,) for a whole batch, as all its blocks are fused; it is quicker so."""
     return all(isinstance(block, FusedSanaBlock) for block in transformer.transformer_blocks)
 
 
-def project(modules: Sequence[nn.Module], x: torch.Tensor, passes: bool = False) -> list[torch.Tensor]:
+def project(
+    modules: Sequence[nn.Module],
+    x: torch.Tensor,
+    passes: bool = False,
+    *,
+    ops: ModuleType = fused_ops,
+    joined: Joined | None = None,
+) -> list[torch.Tensor]:
     """Outputs of several linear layers (LoRA or plain) of the same input: one tensor if their weights lie together.
 
     Args:
         x: (B, N, D); passes: give x back as the last one, its gradient added within the product.
+        ops: where LoraProjection is; joined: the layers' weights and biases as one, if they were looked up before.
 
     Returns:
         [(B, N, sum of outputs)], or one (B, N, outputs) per module; then x if it passes.
@@ -175,9 +232,9 @@ def project(modules: Sequence[nn.Module], x: torch.Tensor, passes: bool = False)
     bases = [base_linear(module) for module in modules]
     if any(base.weight.requires_grad for base in bases):
         return [*(module(x) for module in modules), *([x] if passes else [])]
-    weight, bias = packed(bases)
+    weight, bias = packed(bases) if joined is None else joined
     if weight is None:
-        outs = [project([module], x)[0] for module in modules]
+        outs = [project([module], x, ops=ops)[0] for module in modules]
         return [*outs, *([x] if passes else [])]
     parts, downs, ups, lows = [], [], [], []
     start = 0
@@ -195,7 +252,7 @@ def project(modules: Sequence[nn.Module], x: torch.Tensor, passes: bool = False)
         return [F.linear(x, weight, bias), *([x] if passes else [])]
     flat, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], start)
     low = torch.cat(lows, 1) if lows else None
-    out = LoraProjection.apply(flat, low, weight, bias, parts, passes, *([] if lows else downs), *ups)
+    out = ops.LoraProjection.apply(flat, low, weight, bias, parts, passes, *([] if lows else downs), *ups)
     return [out[0].view(shape), out[1].view(x.shape)] if passes else [out.view(shape)]
 
 
@@ -279,7 +336,12 @@ def _block_obstacles(block: nn.Module) -> Iterator[str]:
 
 
 def fuse_blocks(
-    transformer: nn.Module, choice: str = "auto", *, autocast: bool = False, compiled: bool = False
+    transformer: nn.Module,
+    choice: str = "auto",
+    *,
+    autocast: bool = False,
+    compiled: bool = False,
+    graphs: bool = False,
 ) -> str:
     """Give a SanaTransformer2DModel the fused block where it can have it; the one place that decides.
 
@@ -288,7 +350,8 @@ def fuse_blocks(
     Args:
         choice: "auto", or "off" for diffusers' own block.
         autocast: whether the weights stay float32 while an autocast computes in another dtype.
-        compiled: whether torch.compile will compile the blocks.
+        compiled: whether `compile_blocks` will follow.
+        graphs: whether the whole transformer will be compiled and recorded.
 
     Returns:
         What was chosen and why, for the log.
@@ -301,8 +364,10 @@ def fuse_blocks(
     obstacles = ["switched off"] if choice == "off" else []
     if autocast:
         obstacles.append("weights stay float32 under an autocast")
-    if compiled:
-        obstacles.append("torch.compile fuses diffusers' block itself")
+    if graphs:
+        obstacles.append("recorded graphs were tried with diffusers' block alone")
+    if compiled and any(parameter.requires_grad for parameter in _base_weights(transformer)):
+        obstacles.append("torch.compile fuses diffusers' block itself where its weights are trained")
     obstacles += [reason for block in transformer.transformer_blocks for reason in _block_obstacles(block)]
     if obstacles:
         unfuse_blocks(transformer)
@@ -311,12 +376,35 @@ def fuse_blocks(
     # counted on meta as an accelerator runs it
     channels_last = device == "meta" or kind_of(device).channels_last
     image_by_image = device != "meta" and kind_of(device).image_by_image
+    compiled = compiled and device != "meta"  # tensors without data meet no compiler
     for block in transformer.transformer_blocks:
-        block.__class__ = FusedSanaBlock
-        block.channels_last, block.image_by_image = channels_last, image_by_image
-        pack([base_linear(getattr(block.attn1, name)) for name in ("to_q", "to_k", "to_v")])
-        pack([base_linear(getattr(block.attn2, name)) for name in ("to_k", "to_v")])
+        block.__class__ = CompiledSanaBlock if compiled else FusedSanaBlock
+        block.channels_last, block.image_by_image = channels_last or compiled, image_by_image and not compiled
+        pack_block(block)
+        if compiled:
+            block.join()
+    if compiled:
+        return "fused block for torch.compile"
     return f"fused block, mix-FFN with channels {'last' if channels_last else 'first'}"
+
+
+def _base_weights(transformer: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of the blocks that are no adapter's."""
+    for block in transformer.transformer_blocks:
+        yield from (parameter for name, parameter in block.named_parameters() if ".lora_" not in name)
+
+
+def pack_block(block: nn.Module) -> None:
+    """Let the frozen weights of each group of projections lie together."""
+    for group in GROUPS:
+        pack([base_linear(module) for module in projections(block, group)])
+
+
+def compile_blocks(transformer: nn.Module) -> None:
+    """torch.compile each block: one compilation serves all of a kind, and parameter names stay."""
+    for block in transformer.transformer_blocks:
+        options = compiled_ops.COMPILER_OPTIONS if isinstance(block, CompiledSanaBlock) else None
+        block.compile(options=options)
 
 
 def unfuse_blocks(transformer: nn.Module) -> None:
@@ -326,6 +414,7 @@ def unfuse_blocks(transformer: nn.Module) -> None:
             continue
         block.__class__ = SanaTransformerBlock
         del block.channels_last, block.image_by_image
+        block.__dict__.pop("joined", None)
         for attn in (block.attn1, block.attn2):
             for module in (attn.to_q, attn.to_k, attn.to_v):
                 for parameter in base_linear(module).parameters():

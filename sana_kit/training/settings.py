@@ -328,8 +328,8 @@ class SpeedConfig:
     enable_npu_flash_attention: bool = flag(False, "The same as --attention=npu_fusion.")
     fused_blocks: str = flag(
         "off",
-        "Hand-written SANA blocks with fewer passes over memory, where they fit; off unless asked for, since their"
-        " rounding differs: runs that were begun without them must resume to the bit.",
+        "Hand-written SANA blocks with fewer passes over memory, where they fit, for compile in a form of its own; off"
+        " unless asked for, since their rounding differs: runs begun without them must resume to the bit.",
         choices=("off", "auto"),
         resume="told",
     )

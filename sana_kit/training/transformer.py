@@ -10,7 +10,7 @@ from sana_kit.errors import UserError
 from sana_kit.models.attention import set_attention
 from sana_kit.models.controlnet import ControlledTransformer, begin_controlnet
 from sana_kit.models.folder import Model
-from sana_kit.models.fused import fuse_blocks
+from sana_kit.models.fused import compile_blocks, fuse_blocks
 from sana_kit.models.graphs import record_graphs
 from sana_kit.models.loading import load_transformer
 from sana_kit.models.lora import recompute_blocks
@@ -80,13 +80,13 @@ def tune(transformer: torch.nn.Module, config: SpeedConfig, engine: Engine) -> N
     kernel = set_attention(transformer, config.attention, engine.device)
     logger.info("cross-attention: %s with a boolean mask built once per forward pass", kernel)
     autocast = engine.weight_dtype != engine.compute_dtype
-    compiled = config.compile or config.cuda_graphs
-    blocks = fuse_blocks(transformer, config.fused_blocks, autocast=autocast, compiled=compiled)
+    blocks = fuse_blocks(
+        transformer, config.fused_blocks, autocast=autocast, compiled=config.compile, graphs=config.cuda_graphs
+    )
     logger.info("blocks: %s", blocks)
     if config.gradient_checkpointing:
         recompute_blocks(transformer, config.gradient_checkpointing_interval)
     if config.compile:
-        for block in transformer.transformer_blocks:
-            block.compile()  # block by block: one compilation serves all blocks, and parameter names stay
+        compile_blocks(transformer)
     if config.cuda_graphs:
         record_graphs(transformer, training=True)

@@ -3,6 +3,7 @@
     python tests/benchmarks/bench_roofline.py                         the 1600M model at 1024 px, counted; seconds
     python tests/benchmarks/bench_roofline.py --step lora4 --operators 15
     python tests/benchmarks/bench_roofline.py --time --threads 1      the scaled model's steps on the CPU, timed
+    python tests/benchmarks/bench_roofline.py --compiled              LoRA's step compiled, by the compiler's own count
 
 Counted on meta tensors: no memory, no weights. Blocks: `diffusers` as its transformer comes, `kit` with the kit's
 attention processors and LoRA layers, `fused` with the kit's hand-written block. All in one run.
@@ -87,6 +88,21 @@ def time_steps(options: argparse.Namespace) -> None:
             print(f"  {block:10}{milliseconds:9.1f} ms   {ratios}")
 
 
+def count_compiled(options: argparse.Namespace) -> None:
+    """Print the bytes per image that one block's passes move compiled, times the model's blocks; takes minutes."""
+    from helpers.compiled import compiled_bytes
+
+    config = arithmetic.TRANSFORMERS[options.config]
+    size = {"images": options.batch_size, "side": options.resolution // 32, "tokens": options.tokens}
+    where = f"{options.resolution} px, batch {options.batch_size}, {options.tokens} caption tokens, bf16"
+    print(f"SANA {options.config}, {where}; LoRA of rank 4, the blocks under torch.compile")
+    print("GB per image by the compiler's own count on a CPU:")
+    for block in options.block:
+        share = config["num_layers"] / options.batch_size / 1e9
+        ways = [count * share for count in compiled_bytes(config, block, **size)]
+        print(f"  {block:10}{sum(ways):7.2f}   forward {ways[0]:.2f}, backward {ways[1]:.2f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", choices=sorted(arithmetic.TRANSFORMERS), default="1600M")
@@ -97,6 +113,7 @@ def main() -> None:
     parser.add_argument("--block", choices=BLOCKS, action="append", help="one block, may be repeated; default all")
     parser.add_argument("--operators", type=int, default=0, metavar="N", help="also the N longest operators")
     parser.add_argument("--time", action="store_true", help="time the scaled model on the CPU instead of counting")
+    parser.add_argument("--compiled", action="store_true", help="count compiled blocks instead; needs a C++ compiler")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=12, help="timed rounds, of which the first two do not count")
     options = parser.parse_args()
@@ -105,6 +122,8 @@ def main() -> None:
     if options.time:
         torch.set_num_threads(options.threads)
         time_steps(options)
+    elif options.compiled:
+        count_compiled(options)
     else:
         count(options)
 

@@ -377,7 +377,8 @@ def test_keeps_half_of_what_diffusers_keeps():
 DIFFUSERS_OWN = {
     "switched off": ({}, {"choice": "off"}),
     "autocast": ({}, {"autocast": True}),
-    "torch.compile": ({}, {"compiled": True}),
+    "torch.compile": ({"train": "full"}, {"compiled": True}),
+    "graphs": ({}, {"graphs": True}),
     "DoRA": ({"use_dora": True}, {}),
     "bias": ({"lora_bias": True}, {}),
     "convolutions": ({"target_modules": ["to_q", "conv_inverted"]}, {}),
