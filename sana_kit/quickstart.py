@@ -15,7 +15,6 @@ the same subjects in midnight-blue lines and teal fills on gold paper, which the
 from __future__ import annotations
 
 import argparse
-import collections
 import dataclasses
 import io
 import json
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from sana_kit.data.endings import common_ending, same_ending
 from sana_kit.errors import ImageError
 from sana_kit.files import file_sha256
 from sana_kit.flags import Parser, PlainHelp
@@ -177,36 +177,6 @@ def _own_rows(
     return rows
 
 
-def _same_ending(captions: list[list[str]]) -> str:
-    """The words that all of these captions, each a list of words, end with; of a single one all of them."""
-    shared: list[str] = []
-    for ending in zip(*(reversed(words) for words in captions), strict=False):
-        if len({_bare(word) for word in ending}) > 1:
-            break
-        shared.insert(0, ending[0])
-    return " ".join(shared).rstrip(".,;:!?")
-
-
-def _bare(word: str) -> str:
-    return word.rstrip(".,;:!?").casefold()
-
-
-def _common_ending(captions: Sequence[str]) -> str:
-    """The words that captions end with: all of them, else two words or more that most of them share.
-
-    Captions of one set are often mixed: "boat in my style", "a kite, in my style." and one that was forgotten.
-    """
-    words = [caption.split() for caption in captions if caption.split()]
-    ending = _same_ending(words)
-    if ending or not words:
-        return ending
-    tails = collections.Counter(tuple(map(_bare, caption[-2:])) for caption in words if len(caption) > 1)
-    tail, count = tails.most_common(1)[0] if tails else ((), 0)
-    if 2 * count <= len(words):
-        return ""
-    return _same_ending([caption for caption in words if tuple(map(_bare, caption[-2:])) == tail])
-
-
 def own_prompts(captions: Sequence[str], subjects: list[str]) -> tuple[tuple[str, ...], str]:
     """Prompts of the before/after sheet for a user's own captions, and what these have in common.
 
@@ -214,7 +184,7 @@ def own_prompts(captions: Sequence[str], subjects: list[str]) -> tuple[tuple[str
     as far as the sheet has room: what the LoRA does to what it has not seen.
     """
     distinct = list(dict.fromkeys(captions))
-    trigger = _common_ending(distinct if len(distinct) == 1 else captions)
+    trigger = common_ending(distinct if len(distinct) == 1 else captions)
     shown = min(5, len(distinct))
     chosen = [distinct[i * len(distinct) // shown] for i in range(shown)]
     others = [f"{subject} {trigger}".strip() for subject in subjects]
@@ -387,7 +357,7 @@ def write_sheet(
     if not seeds:
         raise ValueError(f"{before_dir} and {after_dir} hold no seed with the same prompts.")
     # What all prompts end with is said once, so that the labels stay short enough to read.
-    ending = _same_ending([prompt.split() for prompt in prompts]) if len(prompts) > 1 else ""
+    ending = same_ending([prompt.split() for prompt in prompts]) if len(prompts) > 1 else ""
     end = f" {ending}" if ending and ending not in prompts else ""
     sections = []
     for heading, chosen in (
