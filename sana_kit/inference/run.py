@@ -277,6 +277,7 @@ def _load(this: _Run) -> tuple[Any, Any]:
         this.say(f"Blocks: {fuse_blocks(pipeline.transformer, config.model.fused_blocks)}")
     if config.model.cuda_graphs:
         record_graphs(pipeline.transformer, training=False)
+    devices.keep_freed_memory(ranks.device)
     return controlnet, pipeline
 
 

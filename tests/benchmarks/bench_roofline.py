@@ -23,7 +23,7 @@ sys.path[:0] = [str(KIT), str(KIT / "tests")]
 
 import torch  # noqa: E402  after the kit's path
 
-from sana_kit import arithmetic, roofline  # noqa: E402
+from sana_kit import arithmetic, devices, roofline  # noqa: E402
 from sana_kit.models.fused import one_timestep  # noqa: E402
 from sana_kit.quiet import quiet_libraries  # noqa: E402
 from sana_kit.step_table import BLOCKS, STEPS, count_steps, prepare  # noqa: E402
@@ -62,7 +62,11 @@ def scaled_models(step: str, blocks: list[str], dtype: torch.dtype) -> dict:
 
 
 def time_steps(options: argparse.Namespace) -> None:
-    """Print the median CPU milliseconds of each block's step, the blocks taking turns; other work disturbs little."""
+    """Print the median CPU milliseconds of each block's step, the blocks taking turns; other work disturbs little.
+
+    Pages of freed tensors are kept, as trainer and drawing keep them, also for diffusers' block.
+    """
+    devices.keep_freed_memory(torch.device("cpu"))
     for step in options.step:
         models = scaled_models(step, options.block, torch.bfloat16)
         images = options.batch_size * (2 if step == "denoise" else 1)
@@ -100,7 +104,7 @@ def count_compiled(options: argparse.Namespace) -> None:
     for block in options.block:
         share = config["num_layers"] / options.batch_size / 1e9
         ways = [count * share for count in compiled_bytes(config, block, **size)]
-        print(f"  {block:10}{sum(ways):7.2f}   forward {ways[0]:.2f}, backward {ways[1]:.2f}", flush=True)
+        print(f"  {block:10}{sum(ways):6.1f}   forward {ways[0]:.1f}, backward {ways[1]:.1f}", flush=True)
 
 
 def main() -> None:
