@@ -184,9 +184,8 @@ def config_of(state: Mapping[str, torch.Tensor], options: Options, controlnet: b
     except KeyError as error:
         reason = f"lacks {error}, which every SANA checkpoint of NVlabs has"
         own = any(name.startswith("transformer_blocks.") for name in state)
-        remedy = f"Its names are diffusers': name the folder that it lies in, and go {setting('to')} nvlabs."
-        remedy = remedy if own else ""
-        raise UserError(Problem("in", None, reason, remedy)) from None
+        instead = f"Its names are diffusers': name the folder that it lies in, and go {setting('to')} nvlabs."
+        raise UserError(Problem("in", None, reason, instead if own else "")) from None
     given = _given_config(options.config) if options.config else None
     problems = []
     if given is not None:

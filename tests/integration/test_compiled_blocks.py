@@ -13,6 +13,9 @@ from sana_kit.models.compiled_ops import COMPILER_OPTIONS, GatedConvolution
 from sana_kit.models.fused import CompiledSanaBlock, compile_blocks, fuse_blocks, unfuse_blocks
 
 CPU = torch.device("cpu")
+needs_a_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler"
+)
 CASES = {
     "lora": {},
     "ranks and strengths": {"rank_pattern": {"attn1.to_k": 5}, "alpha_pattern": {"attn1.to_v": 9}},
@@ -69,9 +72,9 @@ def test_traced_without_a_break_it_is_diffusers_block(case):
         assert_equal(passed(fused, tokens), passed(model, tokens))
 
 
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
+@needs_a_compiler
 def test_compiled_it_is_diffusers_block_and_draws():
-    """As the trainer compiles it; a drawing takes one time step for all images. Weights that move are followed."""
+    """As the trainer compiles it; a drawing takes one time step for all images."""
     model = make_model(layers=1).train()
     fused = compiled_of(model)
     compile_blocks(fused)
@@ -94,7 +97,7 @@ def test_joined_weights_follow_their_modules():
     assert "joined" not in vars(block)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
+@needs_a_compiler
 def test_the_mix_ffn_takes_two_passes_each_way():
     """Bytes by the compiler's own count, in tensors of the input's size, which padding makes 1.27 here.
 
